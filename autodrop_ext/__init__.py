@@ -1,0 +1,31 @@
+"""Automatic learning-rate drop for PyTorch, for models of any size.
+
+``AutoDrop`` takes the place of a learning-rate scheduler. ``AngularVelocity`` is the meter that it
+decides from.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .log import JsonLinesLog, read_log
+from .reading import Decision, Reading
+from .schedulers import AutoDrop
+from .velocity import AngularVelocity
+
+__all__ = [
+    "AngularVelocity",
+    "AutoDrop",
+    "Decision",
+    "JsonLinesLog",
+    "Reading",
+    "read_log",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("autodrop_ext")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

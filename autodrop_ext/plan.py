@@ -1,0 +1,250 @@
+"""Plans: which elements take part, where they lie, and how they are cut into chunks.
+
+A plan is made once per device. It flattens nothing: its tables hold addresses. Only the meter's own
+state is flat, in *arenas*: float32 buffers in which every tensor has a segment that starts at a
+multiple of 128 bytes. The tables (``csrc/core/tables.h``) are
+
+* ``chunks``, int64 ``[num_chunks, 4]``: address of the first element, its offset in every arena,
+  length in elements, dtype code. A chunk never crosses a tensor.
+* ``tensor_chunks``, int64 ``[num_tensors + 1]``: tensor ``t`` has the chunks from ``[t]`` up to
+  ``[t + 1]``, none if it is empty.
+* ``weights``, float64 ``[num_tensors]``: weight of each tensor's sums in the total.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import reference
+from .parameters import Named
+
+CHUNK_ELEMENTS = 16_384
+"""Elements per chunk: 64 KiB of float32 stay in a second-level cache, and the partial sums of a
+chunk (64 bytes with its row of the table) weigh 0.03 % of the 12 bytes a parameter."""
+
+ALIGN_ELEMENTS = 32  # 128 bytes of float32
+
+# Above this many elements two interleaved strided views are not compared element by element.
+_MAX_COMPARED_SPAN = 1 << 30
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One tensor of a plan.
+
+    Attributes:
+        name: for messages.
+        alias: the parameter's own memory, detached (complex: as real), so that it stays valid.
+        flat: ``[n]``, the elements in memory order: a view of ``alias``, or a staging buffer.
+        offset: of its first element in every arena.
+        staged: ``flat`` is a copy that :meth:`Plan.refresh` renews, because the elements of
+            ``alias`` do not lie densely in memory.
+    """
+
+    name: str
+    alias: Tensor
+    flat: Tensor
+    offset: int
+    staged: bool
+
+    def in_arena(self, arena: Tensor) -> Tensor:
+        """The segment of ``arena``, flat ``[n]``."""
+        return arena[self.offset : self.offset + self.flat.numel()]
+
+    def shaped(self, arena: Tensor) -> Tensor:
+        """The segment of ``arena`` in the parameter's shape (complex: with a last axis of 2)."""
+        if self.staged:
+            return self.in_arena(arena).view(self.alias.shape)
+        return arena.as_strided(self.alias.shape, self.alias.stride(), self.offset)
+
+
+class Plan:
+    """The chunks of all tensors that lie on one device.
+
+    Args:
+        named: names and tensors, all on ``device``; identical views count once.
+        device: where the tables go.
+        chunk_elements: elements per chunk, a multiple of 32.
+
+    Raises:
+        ValueError: two tensors overlap in memory without being the same; the message names both.
+    """
+
+    def __init__(
+        self,
+        named: Sequence[Named],
+        device: torch.device,
+        *,
+        chunk_elements: int = CHUNK_ELEMENTS,
+    ) -> None:
+        self.device = device
+        self.segments = _segments(named)
+        tables = chunk_tables(
+            addresses=[s.flat.data_ptr() for s in self.segments],
+            lengths=[s.flat.numel() for s in self.segments],
+            dtypes=[reference.DTYPES.index(s.flat.dtype) for s in self.segments],
+            chunk_elements=chunk_elements,
+        )
+        self.arena_elements = tables.arena_elements
+        self.num_elements = sum(s.flat.numel() for s in self.segments)
+        self.num_chunks = len(tables.chunks)
+        self.chunks = torch.from_numpy(tables.chunks).to(device)
+        self.tensor_chunks = torch.from_numpy(tables.tensor_chunks).to(device)
+        self.weights = torch.ones(len(self.segments), dtype=torch.float64, device=device)
+        self._staged = [s for s in self.segments if s.staged]
+
+    def refresh(self) -> None:
+        """Renew the copies of tensors that are not dense in memory. Call before accumulating."""
+        for segment in self._staged:
+            segment.flat.view(segment.alias.shape).copy_(segment.alias)
+
+    def publish(self) -> None:
+        """Carry the copies back to their tensors. Call after writing back."""
+        for segment in self._staged:
+            segment.alias.copy_(segment.flat.view(segment.alias.shape))
+
+
+@dataclass(frozen=True)
+class ChunkTables:
+    """Host tables of a plan; see the module's text for the columns."""
+
+    chunks: np.ndarray
+    tensor_chunks: np.ndarray
+    offsets: np.ndarray
+    arena_elements: int
+
+
+def chunk_tables(
+    addresses: Iterable[int], lengths: Iterable[int], dtypes: Iterable[int], chunk_elements: int
+) -> ChunkTables:
+    """Cut tensors into chunks; pure arithmetic in int64.
+
+    Args:
+        addresses: of the first element of each tensor, bytes.
+        lengths: elements of each tensor, 0 allowed.
+        dtypes: position of each tensor's dtype in :data:`reference.DTYPES`.
+        chunk_elements: elements per chunk, a multiple of 32.
+    """
+    if chunk_elements <= 0 or chunk_elements % ALIGN_ELEMENTS:
+        raise ValueError(
+            f"chunk_elements: expected a positive multiple of {ALIGN_ELEMENTS}, got {chunk_elements}"
+        )
+    length = np.fromiter(lengths, np.int64)
+    address = np.fromiter(addresses, np.int64)
+    dtype = np.fromiter(dtypes, np.int64)
+    aligned = -(-length // ALIGN_ELEMENTS) * ALIGN_ELEMENTS
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(aligned)])
+
+    counts = -(-length // chunk_elements)
+    tensor_chunks = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+    owner = np.repeat(np.arange(len(length)), counts)
+    start = (np.arange(len(owner)) - tensor_chunks[owner]) * chunk_elements
+    itemsize = np.array([d.itemsize for d in reference.DTYPES], np.int64)[dtype]
+    chunks = np.stack(
+        [
+            address[owner] + start * itemsize[owner],
+            offsets[owner] + start,
+            np.minimum(length[owner] - start, chunk_elements),
+            dtype[owner],
+        ],
+        axis=1,
+    )
+    return ChunkTables(np.ascontiguousarray(chunks), tensor_chunks, offsets[:-1], int(offsets[-1]))
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one stretch of memory, in any order of the axes."""
+    expected = 1
+    axes = sorted(zip(tensor.stride(), tensor.shape, strict=True))
+    for stride, size in axes:
+        if size == 0:
+            return True
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def _segments(named: Sequence[Named]) -> list[Segment]:
+    segments = []
+    offset = 0
+    for name, alias in _distinct([(name, _real(tensor)) for name, tensor in named]):
+        staged = alias.is_conj() or alias.is_neg() or not is_dense(alias)
+        if staged:
+            flat = torch.empty(alias.numel(), dtype=alias.dtype, device=alias.device)
+        else:
+            flat = alias.as_strided((alias.numel(),), (1,), alias.storage_offset())
+        segments.append(Segment(name, alias, flat, offset, staged))
+        offset += -(-alias.numel() // ALIGN_ELEMENTS) * ALIGN_ELEMENTS
+    return segments
+
+
+def _real(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    if not tensor.is_complex():
+        return tensor
+    if tensor.is_conj():
+        # The memory holds the conjugates; angles and norms are the same for both.
+        tensor = tensor.conj()
+    return torch.view_as_real(tensor)
+
+
+def _distinct(named: list[Named]) -> list[Named]:
+    """Drop repeated views; refuse tensors that share only part of their memory."""
+    kept: list[Named] = []
+    by_device: dict[torch.device, list[tuple[int, int, int]]] = {}
+    for name, tensor in named:
+        begin = tensor.data_ptr()
+        end = begin + _span(tensor) * tensor.element_size()
+        by_device.setdefault(tensor.device, []).append((begin, end, len(kept)))
+        kept.append((name, tensor))
+    repeated = set()
+    for spans in by_device.values():
+        open_spans: list[tuple[int, int, int]] = []
+        for begin, end, i in sorted(s for s in spans if s[0] < s[1]):
+            open_spans = [s for s in open_spans if s[1] > begin]
+            for _, _, other in open_spans:
+                if _same_elements(kept[i][1], kept[other][1]):
+                    repeated.add(max(i, other))
+                elif _share_elements(kept[i][1], kept[other][1]):
+                    first, second = sorted((i, other))
+                    raise ValueError(
+                        f"params: {kept[first][0]} and {kept[second][0]} overlap in memory without "
+                        "being the same tensor; expected separate or identical parameters"
+                    )
+            open_spans.append((begin, end, i))
+    return [item for i, item in enumerate(kept) if i not in repeated]
+
+
+def _span(tensor: Tensor) -> int:
+    """Elements from the first to the last that the tensor touches, both included."""
+    if tensor.numel() == 0:
+        return 0
+    return 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _same_elements(a: Tensor, b: Tensor) -> bool:
+    if a.data_ptr() != b.data_ptr() or a.dtype != b.dtype or a.numel() != b.numel():
+        return False
+    same_view = a.shape == b.shape and a.stride() == b.stride()
+    return same_view or (is_dense(a) and is_dense(b))
+
+
+def _share_elements(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors whose spans meet have an element in common."""
+    if (is_dense(a) and is_dense(b)) or a.dtype != b.dtype:
+        return True
+    size = a.element_size()
+    start = min(a.data_ptr(), b.data_ptr())
+    span = max(t.data_ptr() // size + _span(t) for t in (a, b)) - start // size
+    if (a.data_ptr() - b.data_ptr()) % size or span > _MAX_COMPARED_SPAN:
+        return True
+    touched = torch.zeros(span, dtype=torch.bool)
+    touched.as_strided(a.shape, a.stride(), (a.data_ptr() - start) // size).fill_(True)
+    return bool(touched.as_strided(b.shape, b.stride(), (b.data_ptr() - start) // size).any())

@@ -1,0 +1,99 @@
+// autodrop_ext._C: addresses and sizes in, scalars out. Checks live in autodrop_ext/backends, the
+// arithmetic in cpu/; here is neither.
+#include <pybind11/pybind11.h>
+
+#include "core/tables.h"
+#include "cpu/parallel.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Address = std::uintptr_t;  // of a contiguous buffer, 0 for nullptr
+
+template <class T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// A plan's tables as the caller keeps them alive, and the kernels that run them.
+struct CpuPlan {
+  autodrop::cpu::Plan plan;
+  const autodrop::cpu::Kernels* kernels;
+};
+
+CpuPlan make_plan(Address chunks, std::int64_t num_chunks, Address tensor_chunks, Address weights,
+                  std::int64_t num_tensors, const std::string& isa) {
+  const auto* kernels = isa.empty() ? autodrop::cpu::best_kernels()
+                                    : autodrop::cpu::kernels_named(isa.c_str());
+  if (kernels == nullptr) {
+    throw py::value_error("isa: this processor does not run '" + isa + "'");
+  }
+  return {{pointer<const autodrop::Chunk>(chunks), num_chunks,
+           pointer<const std::int64_t>(tensor_chunks), pointer<const double>(weights), num_tensors},
+          kernels};
+}
+
+py::tuple as_tuple(const autodrop::Sums& sums) {
+  return py::make_tuple(sums.dot, sums.norm, sums.previous_norm, sums.mean_norm);
+}
+
+void accumulate(const CpuPlan& self, Address running, Address mean, bool first, float weight,
+                int num_threads) {
+  py::gil_scoped_release release;
+  autodrop::cpu::accumulate(self.plan, pointer<float>(running), pointer<const float>(mean), first,
+                            weight, num_threads, self.kernels);
+}
+
+py::tuple close_sum(const CpuPlan& self, Address running, Address previous, Address before,
+                    double window, Address partials, Address per_tensor, int num_threads) {
+  autodrop::Sums total;
+  {
+    py::gil_scoped_release release;
+    total = autodrop::cpu::close_sum(self.plan, pointer<const float>(running),
+                                     pointer<const float>(previous), pointer<const float>(before),
+                                     window, pointer<autodrop::Sums>(partials),
+                                     pointer<autodrop::Sums>(per_tensor), num_threads,
+                                     self.kernels);
+  }
+  return as_tuple(total);
+}
+
+py::tuple close_delta(const CpuPlan& self, Address running, Address previous, Address mean,
+                      double window, Address partials, Address per_tensor, int num_threads) {
+  autodrop::Sums total;
+  {
+    py::gil_scoped_release release;
+    total = autodrop::cpu::close_delta(self.plan, pointer<float>(running),
+                                       pointer<float>(previous), pointer<float>(mean), window,
+                                       pointer<autodrop::Sums>(partials),
+                                       pointer<autodrop::Sums>(per_tensor), num_threads,
+                                       self.kernels);
+  }
+  return as_tuple(total);
+}
+
+void write_back(const CpuPlan& self, Address arena, Address mean, double scale, int num_threads) {
+  py::gil_scoped_release release;
+  autodrop::cpu::write_back(self.plan, pointer<const float>(arena), pointer<const float>(mean),
+                            scale, num_threads, self.kernels);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled core of autodrop_ext; use it through autodrop_ext.backends.";
+  m.attr("version") = AUTODROP_VERSION;
+  m.attr("cuda_built") = false;
+  m.attr("cuda_reason") = AUTODROP_CUDA_REASON;
+  m.attr("cpu_isa") = autodrop::cpu::best_kernels()->isa;
+
+  py::class_<CpuPlan>(m, "CpuPlan", py::module_local())
+      .def(py::init(&make_plan), py::arg("chunks"), py::arg("num_chunks"),
+           py::arg("tensor_chunks"), py::arg("weights"), py::arg("num_tensors"),
+           py::arg("isa") = "")
+      .def("accumulate", &accumulate)
+      .def("close_sum", &close_sum)
+      .def("close_delta", &close_delta)
+      .def("write_back", &write_back);
+}

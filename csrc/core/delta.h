@@ -1,0 +1,72 @@
+// One element of close() in delta form.
+//
+// The mean m of a window is rarely a float32. What rounding it to M takes away, M - m, is as large
+// as the displacement itself where steps are tiny, so it must not be lost: it starts the next sum,
+// and it is needed once more when that sum is closed. A fourth arena would hold it; instead the low
+// byte of `previous` does, as a multiple of |M| 2^-31 (|M - m| is at most |M| 2^-24). The 16 bits of
+// mantissa that this leaves to the previous displacement move an angle by less than 1e-5 of a
+// radian, divided by the square root of the number of elements.
+//
+// Every operation is rounded as written: compile without contraction.
+#pragma once
+
+#include <cstdint>
+
+#include "core/numeric.h"
+
+namespace autodrop {
+
+constexpr double kResidualUnit = 0x1p-31;
+constexpr double kLargestCode = 127.0;
+
+// k s_{i-1}, from the upper 24 bits of a packed element.
+static inline float unpack_displacement(float packed) {
+  const std::uint32_t bits = numeric::bit_cast<std::uint32_t>(packed);
+  return numeric::bit_cast<float>(bits & 0xffffff00u);
+}
+
+// (M - m) / (|M| 2^-31), from its low byte.
+static inline double unpack_code(float packed) {
+  const std::uint32_t bits = numeric::bit_cast<std::uint32_t>(packed);
+  return static_cast<double>(static_cast<std::int32_t>(bits << 24) >> 24);
+}
+
+static inline float pack(float displacement, double code) {
+  const std::uint32_t bits = numeric::bit_cast<std::uint32_t>(displacement);
+  const std::uint32_t low = static_cast<std::uint32_t>(static_cast<std::int32_t>(code)) & 0xffu;
+  return numeric::bit_cast<float>(((bits + 0x80u) & 0xffffff00u) | low);
+}
+
+static inline double magnitude(float x) {
+  return static_cast<double>(
+      numeric::bit_cast<float>(numeric::bit_cast<std::uint32_t>(x) & 0x7fffffffu));
+}
+
+struct ClosedElement {
+  double displacement;           // k s_i
+  double previous_displacement;  // k s_{i-1}
+  double mean;                   // m_i rounded to float32
+};
+
+// `running` holds k s_i. Moves `mean` on, packs `running` for its life as the next `previous`, and
+// leaves in `previous` the start of the next running sum.
+static inline ClosedElement close_delta_element(float& running, float& previous, float& mean,
+                                                double window, double per_step) {
+  const double d0 = static_cast<double>(running);
+  const double d1 = static_cast<double>(unpack_displacement(previous));
+  const double residual = unpack_code(previous) * (magnitude(mean) * kResidualUnit);
+  const double exact = (static_cast<double>(mean) - residual) + d0 * per_step;
+  const float rounded = static_cast<float>(exact);
+  const double unit = magnitude(rounded) * kResidualUnit;
+  const double ratio = (static_cast<double>(rounded) - exact) / unit;
+  const double nearest = (ratio + 0x1.8p52) - 0x1.8p52;  // to even
+  double code = nearest < -kLargestCode ? -kLargestCode : nearest;
+  code = code > kLargestCode ? kLargestCode : code;
+  code = ratio == ratio ? code : 0.0;  // 0 / 0 where the mean is exactly zero
+  running = pack(running, code);
+  previous = static_cast<float>((code * unit) * window);
+  mean = rounded;
+  return {d0, d1, static_cast<double>(rounded)};
+}
+
+}  // namespace autodrop

@@ -1,0 +1,84 @@
+// Conversions between the parameter types and float32, exact or rounded to nearest even.
+// Written with integer arithmetic so that every compiler vectorises them, no matter whether the
+// processor has instructions for half precision.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace autodrop {
+
+struct Half {
+  std::uint16_t bits;
+};
+struct BFloat16 {
+  std::uint16_t bits;
+};
+
+namespace numeric {
+
+template <class To, class From>
+static inline To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+static inline float to_float(float x) { return x; }
+static inline float to_float(double x) { return static_cast<float>(x); }
+static inline float to_float(BFloat16 x) {
+  return bit_cast<float>(static_cast<std::uint32_t>(x.bits) << 16);
+}
+static inline float to_float(Half x) {
+  const std::uint32_t magnitude = static_cast<std::uint32_t>(x.bits & 0x7fffu) << 13;
+  const std::uint32_t sign = static_cast<std::uint32_t>(x.bits & 0x8000u) << 16;
+  // 2^112 moves the exponent bias from 15 to 127 and normalises subnormals; both are exact.
+  const std::uint32_t finite = bit_cast<std::uint32_t>(bit_cast<float>(magnitude) * 0x1p112f);
+  const std::uint32_t special = magnitude | 0x7f800000u;  // Inf and NaN keep their payload
+  return bit_cast<float>((magnitude >= 0x0f800000u ? special : finite) | sign);
+}
+
+static inline void from_double(double x, float* out) { *out = static_cast<float>(x); }
+static inline void from_double(double x, double* out) { *out = x; }
+// Half precision is rounded from float32, as a cast in torch does.
+static inline void from_double(double x, BFloat16* out) {
+  const float value = static_cast<float>(x);
+  std::uint32_t bits = bit_cast<std::uint32_t>(value);
+  if (value != value) {
+    out->bits = 0x7fc0u;
+    return;
+  }
+  bits += 0x7fffu + ((bits >> 16) & 1u);
+  out->bits = static_cast<std::uint16_t>(bits >> 16);
+}
+static inline void from_double(double x, Half* out) {
+  const float value = static_cast<float>(x);
+  const std::uint32_t bits = bit_cast<std::uint32_t>(value);
+  const std::uint32_t sign = (bits >> 16) & 0x8000u;
+  const std::uint32_t magnitude = bits & 0x7fffffffu;
+  std::uint32_t half;
+  if (magnitude > 0x7f800000u) {
+    half = 0x7e00u;
+  } else if (magnitude >= 0x477ff000u) {  // 65520 and above round to infinity
+    half = 0x7c00u;
+  } else if (magnitude < 0x38800000u) {  // below 2^-14: adding 2^-1 leaves the subnormal's bits
+    half = bit_cast<std::uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
+  } else {
+    half = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  }
+  out->bits = static_cast<std::uint16_t>(half | sign);
+}
+
+// x - mean, rounded once to float32. For float64 parameters the difference is taken in float64, so
+// that delta form keeps what float32 could not hold.
+template <class T>
+static inline float minus_mean(T x, float mean) {
+  return to_float(x) - mean;
+}
+static inline float minus_mean(double x, float mean) {
+  return static_cast<float>(x - static_cast<double>(mean));
+}
+
+}  // namespace numeric
+}  // namespace autodrop
