@@ -107,7 +107,7 @@ def round_mean(exact: Tensor, *, out: Tensor, packed: Tensor, k: float) -> Tenso
     out.copy_(exact)
     unit = _residual_unit(out)
     ratio = (out.double() - exact) / unit
-    code = ratio.round().clamp(-127, 127).nan_to_num(0.0)
+    code = ratio.round().clamp(-127, 127).nan_to_num(0.0) + 0.0  # no negative zero
     bits = packed.view(torch.int32)
     bits.add_(0x80).bitwise_and_(~0xFF).bitwise_or_(code.to(torch.int32) & 0xFF)
     return (code * unit * k).float()

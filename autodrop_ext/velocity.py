@@ -348,10 +348,10 @@ class AngularVelocity:
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue where :meth:`state_dict` was taken, bit for bit.
+        """Continue where :meth:`state_dict` was taken, bit for bit, with its window.
 
-        Where the state has no arenas, or they do not fit (other parameters, another window), counts
-        are restored, the meter warms up again, and a warning says so.
+        Where the state has no arenas, or they do not fit the parameters, counts are restored, the
+        meter warms up again, and a warning says so.
 
         Raises:
             ValueError: not a state of this class; nothing has been changed then.
@@ -362,13 +362,12 @@ class AngularVelocity:
         self._arenas = None
         self._restore = None
         self._forget()
+        self.window = state_dict["window"]
         self.steps = state_dict["steps"]
         self.windows = state_dict["windows"]
         if state_dict["fresh"]:
             return
-        if state_dict["window"] != self.window:
-            self._warn_rewarm(f"it was saved with window={state_dict['window']}, not {self.window}")
-        elif not state_dict["arenas"]:
+        if not state_dict["arenas"]:
             self._warn_rewarm("it was saved without the arenas")
         else:
             self._restore = {"form": state_dict["form"], "arenas": state_dict["arenas"]}

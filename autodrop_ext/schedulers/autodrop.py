@@ -234,6 +234,7 @@ class AutoDrop(OptimizerStepScheduler):
             ValueError: not a state of this class; nothing has been changed then.
         """
         _check_state(state_dict, type(self).__name__)
+        self._meter.load_state_dict(state_dict["meter"])
         settings = dict(state_dict["settings"])
         changed = {k: v for k, v in self._settings().items() if settings[k] != v}
         if changed:
@@ -241,8 +242,6 @@ class AutoDrop(OptimizerStepScheduler):
                 "the checkpoint's settings replace those given: "
                 + ", ".join(f"{k}={settings[k]!r} (was {v!r})" for k, v in changed.items())
             )
-        self._meter.window = settings["window"]
-        self._meter.load_state_dict(state_dict["meter"])
         self.window = settings["window"]
         self.factor = settings["factor"]
         self.min_lrs = list(settings["min_lr"])

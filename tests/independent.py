@@ -1,0 +1,57 @@
+"""AutoDrop once more, in float64 and numpy, written from the paper and sharing no code with us.
+
+UAI 2024, Definition 3.3 and Algorithm 1, with the decisions of the project: displacements of window
+means, the filter over values, signed rise, two smoothed values needed after a drop.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def angles(iterates: np.ndarray, k: int) -> list[float | None]:
+    """Angle per window, degrees; ``iterates`` [steps, n] after each optimizer step."""
+    windows = len(iterates) // k
+    means = iterates[: windows * k].astype(np.float64).reshape(windows, k, -1).mean(axis=1)
+    s = np.diff(means, axis=0)
+    result: list[float | None] = []
+    for new, old in zip(s[1:], s[:-1], strict=True):
+        norms = np.linalg.norm(new) * np.linalg.norm(old)
+        result.append(None if norms == 0 else float(np.degrees(np.arccos(new @ old / norms))))
+    return result
+
+
+def schedule(
+    angle_list: list[float | None],
+    lr: float,
+    *,
+    rho: float,
+    threshold: float = 0.1,
+    m: int = 10,
+    least: int = 10,
+    min_lr: float = 0.0,
+    time_kernel: bool = False,
+) -> tuple[list[float | None], list[float]]:
+    """Smoothed values and learning rates, one per angle."""
+    B: list[float] = []
+    C: list[float] = []
+    smoothed: list[float | None] = []
+    lrs = []
+    for omega in angle_list:
+        if omega is not None:
+            B.append(omega)
+        value = None
+        if omega is not None and len(B) >= least:
+            b = np.array(B[-m:])
+            sigma = min(b.std(), m / 2)
+            distance = np.arange(len(b))[::-1] if time_kernel else b - b[-1]
+            with np.errstate(invalid="ignore", divide="ignore"):
+                w = np.where(distance == 0, 1.0, np.exp(-(distance**2) / (2 * sigma**2)))
+            value = float((w * b).sum() / w.sum())
+            C.append(value)
+            if len(C) >= 2 and C[-1] - C[-2] < threshold:
+                lr = min(lr, max(min_lr, rho * lr))
+                B, C = [], []
+        smoothed.append(value)
+        lrs.append(lr)
+    return smoothed, lrs

@@ -1,0 +1,272 @@
+"""Checkpoints: bit-exact resume in the middle of a window, and what may go wrong with a state."""
+
+from __future__ import annotations
+
+import io
+import pathlib
+import pickle
+import subprocess
+import sys
+import textwrap
+from typing import Any
+
+import pytest
+import torch
+
+from autodrop_ext import AngularVelocity, AutoDrop
+
+STEPS, SAVED_AT = 120, 47  # 47 is not at the end of a window of 4
+
+
+class Run:
+    """A small training run whose every part is in its checkpoint."""
+
+    def __init__(self, seed: int = 0, optimizer: str = "SGD", window: int = 4, **settings: Any):
+        torch.manual_seed(seed)
+        self.model = torch.nn.Sequential(
+            torch.nn.Conv2d(2, 4, 3), torch.nn.Flatten(), torch.nn.Linear(16, 3)
+        ).to(memory_format=torch.channels_last)
+        options = {"lr": 0.05} | ({"momentum": 0.9} if optimizer == "SGD" else {})
+        self.optimizer = getattr(torch.optim, optimizer)(self.model.parameters(), **options)
+        settings = {"factor": 0.5, "buffer_size": 3, "min_samples": 3} | settings
+        self.scheduler = AutoDrop(self.optimizer, window, **settings)
+        self.data = torch.Generator().manual_seed(1)
+
+    def train(self, steps: int) -> None:
+        for _ in range(steps):
+            x = torch.randn(8, 2, 4, 4, generator=self.data)
+            loss = (self.model(x) - x.mean(dim=(1, 2, 3))[:, None]).square().mean()
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            self.scheduler.step()
+
+    def save(self) -> bytes:
+        buffer = io.BytesIO()
+        torch.save(
+            {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scheduler": self.scheduler.state_dict(),
+                "data": self.data.get_state(),
+            },
+            buffer,
+        )
+        return buffer.getvalue()
+
+    def load(self, saved: bytes) -> None:
+        state = torch.load(io.BytesIO(saved), weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.data.set_state(state["data"])
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+@pytest.mark.parametrize("saved_at", [1, 3, 4, 11, SAVED_AT, 48])
+def test_resume_is_bit_exact(optimizer: str, saved_at: int) -> None:
+    whole = Run(optimizer=optimizer)
+    whole.train(saved_at)
+    saved = whole.save()
+    whole.train(STEPS - saved_at)
+    assert whole.scheduler.num_drops > 1
+
+    resumed = Run(seed=99, optimizer=optimizer)
+    resumed.load(saved)
+    resumed.train(STEPS - saved_at)
+    assert resumed.scheduler.history == whole.scheduler.history
+    assert resumed.scheduler.get_last_lr() == whole.scheduler.get_last_lr()
+    assert resumed.scheduler.num_drops == whole.scheduler.num_drops
+
+
+@pytest.mark.parametrize("form", ["sum", "delta"])
+def test_resume_is_bit_exact_in_both_forms(form: Any) -> None:
+    x = torch.randn(100, generator=torch.Generator().manual_seed(0))
+    noise = torch.Generator().manual_seed(1)
+    whole = AngularVelocity([x], 5, form=form)
+    resumed = None
+    for step in range(60):
+        x += 0.01 * torch.randn(100, generator=noise)
+        if step == 33:
+            resumed = AngularVelocity([x], 5, form=form)
+            resumed.load_state_dict(whole.state_dict())
+        reading = whole.observe()
+        if resumed is not None:
+            assert resumed.observe() == reading
+    assert resumed is not None and len(resumed.history) == 6
+
+
+def test_a_killed_process_resumes_bit_exactly(tmp_path: pathlib.Path) -> None:
+    """Killed with SIGKILL in the middle of a window, resumed in another process."""
+    checkpoint = tmp_path / "run.pt"
+    script = textwrap.dedent(
+        f"""
+        import os, pathlib, signal, sys
+        sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r})
+        from test_state import Run, STEPS, SAVED_AT
+        run, path = Run(), pathlib.Path({str(checkpoint)!r})
+        if path.exists():
+            run.load(path.read_bytes())
+            run.train(STEPS - SAVED_AT)
+            print([d.angle.hex() for d in run.scheduler.history], run.scheduler.get_last_lr())
+        else:
+            run.train(SAVED_AT)
+            path.write_bytes(run.save())
+            run.train(2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        """
+    )
+    killed = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    assert killed.returncode == -9, killed.stderr.decode()
+    resumed = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
+    whole = Run()
+    whole.train(STEPS)
+    angles = [d.angle.hex() for d in whole.scheduler.history if d.angle is not None]
+    assert resumed.stdout.decode().strip() == f"{angles} {whole.scheduler.get_last_lr()}"
+
+
+def test_state_is_plain_and_aliases_nothing() -> None:
+    run = Run()
+    run.train(SAVED_AT)
+    state = run.scheduler.state_dict()
+    before = pickle.dumps(state)
+    run.train(9)
+    assert pickle.dumps(state) == before
+
+    def check(value: Any) -> None:
+        if isinstance(value, dict):
+            assert all(type(k) is str for k in value)
+            for v in value.values():
+                check(v)
+        elif isinstance(value, list):
+            for v in value:
+                check(v)
+        else:
+            assert type(value) in (int, float, bool, str, type(None), torch.Tensor), type(value)
+
+    check(state)
+
+
+def test_nothing_is_put_into_the_optimizer() -> None:
+    run = Run()
+    run.train(9)
+    keys = {key for state in run.optimizer.state.values() for key in state}
+    assert keys == {"momentum_buffer"}
+    assert set(run.optimizer.param_groups[0]) - {"initial_lr"} == set(
+        torch.optim.SGD(run.model.parameters(), lr=1).param_groups[0]
+    )
+
+
+def test_state_before_the_first_step_and_between_load_and_step() -> None:
+    fresh = Run()
+    fresh.load(fresh.save())
+    run = Run()
+    run.train(SAVED_AT)
+    saved = run.save()
+    twice = Run(seed=5)
+    twice.load(saved)
+    again = Run(seed=6)
+    again.load(twice.save())
+    run.train(40)
+    again.train(40)
+    assert again.scheduler.history == run.scheduler.history
+
+
+def test_an_optimizer_step_not_yet_consumed_is_kept() -> None:
+    run = Run()
+    run.train(3)
+    run.optimizer.step()
+    other = Run()
+    other.load(run.save())
+    run.scheduler.step()
+    other.scheduler.step()
+    assert other.scheduler._meter.windows == run.scheduler._meter.windows == 1
+
+
+def test_settings_of_the_checkpoint_win_and_it_is_said() -> None:
+    run = Run()
+    run.train(20)
+    other = Run(factor=0.9, threshold=0.5)
+    with pytest.warns(RuntimeWarning, match=r"factor=0.5 \(was 0.9\), threshold=0.1 \(was 0.5\)"):
+        other.load(run.save())
+    assert other.scheduler.factor == 0.5
+
+
+def test_a_state_without_arenas_warms_up_again() -> None:
+    run = Run()
+    run.train(SAVED_AT)
+    state = run.scheduler.state_dict()
+    state["meter"]["arenas"] = {}
+    other = Run()
+    with pytest.warns(RuntimeWarning, match="saved without the arenas.*warms up again"):
+        other.scheduler.load_state_dict(state)
+    readings = len(other.scheduler.history)
+    other.train(11)
+    assert [d.angle for d in other.scheduler.history[readings:]] == [None, None]
+    other.train(1)
+    assert other.scheduler.history[-1].angle is not None
+    assert other.scheduler.num_drops == run.scheduler.num_drops
+
+
+def test_other_parameters_warm_up_again() -> None:
+    x, y = torch.randn(10), torch.randn(11)
+    meter = AngularVelocity([x], 2)
+    meter.observe()
+    for tensors, message in (([y], r"params\[0\] was \(10,\), now it is \(11,\)"), ([("z", x)], "z is not in")):
+        other = AngularVelocity(tensors, 2)
+        other.load_state_dict(meter.state_dict())
+        with pytest.warns(RuntimeWarning, match=message):
+            other.observe()
+    other = AngularVelocity([x], 3)
+    other.load_state_dict(meter.state_dict())
+    assert other.window == 2
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ([1, 2], "got list"),
+        ({}, "got version None of None"),
+        ({"version": 2, "scheduler": "AutoDrop"}, "got version 2 of 'AutoDrop'"),
+        ({"version": 1, "scheduler": "StepLR"}, "of 'StepLR'"),
+        ({"version": 1, "scheduler": "AutoDrop"}, "no entry base_lrs, detector"),
+    ],
+)
+def test_a_wrong_state_changes_nothing(broken: Any, message: str) -> None:
+    run = Run()
+    run.train(SAVED_AT)
+    twin = Run()
+    twin.load(run.save())
+    with pytest.raises(ValueError, match=message):
+        twin.scheduler.load_state_dict(broken)
+    run.train(30)
+    twin.train(30)
+    assert twin.scheduler.history == run.scheduler.history
+
+
+def test_a_broken_meter_state_changes_nothing() -> None:
+    run = Run()
+    run.train(SAVED_AT)
+    for key, value in (("position", "3"), ("arenas", None), ("variances", 0.0)):
+        state = run.scheduler.state_dict()
+        state["meter"][key] = value
+        twin = Run(factor=0.9)
+        with pytest.raises(ValueError, match=f"AngularVelocity, got {key}="):
+            twin.scheduler.load_state_dict(state)
+        assert twin.scheduler.factor == 0.9
+        assert twin.scheduler._meter.window == 4
+
+
+def test_pickled_schedulers_go_on() -> None:
+    run = Run()
+    run.train(SAVED_AT)
+    data = run.data.get_state()
+    model, optimizer, scheduler = pickle.loads(
+        pickle.dumps((run.model, run.optimizer, run.scheduler))
+    )
+    other = Run()
+    other.model, other.optimizer, other.scheduler = model, optimizer, scheduler
+    other.data.set_state(data)
+    run.train(40)
+    other.train(40)
+    assert other.scheduler.history == run.scheduler.history
