@@ -129,5 +129,5 @@ class Arenas:
                 segment.shaped(getattr(self, role)).copy_(named[segment.name][role])
 
     def _slices(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        arenas = (self.running, self.previous, self.third)
-        return list(zip(*(arena.split(_SLICE) for arena in arenas), strict=True))
+        running, previous, third = (torch.split(getattr(self, role), _SLICE) for role in self.ROLES)
+        return list(zip(running, previous, third, strict=True))

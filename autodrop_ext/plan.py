@@ -132,7 +132,8 @@ def chunk_tables(
     """
     if chunk_elements <= 0 or chunk_elements % ALIGN_ELEMENTS:
         raise ValueError(
-            f"chunk_elements: expected a positive multiple of {ALIGN_ELEMENTS}, got {chunk_elements}"
+            f"chunk_elements: expected a positive multiple of {ALIGN_ELEMENTS}, "
+            f"got {chunk_elements}"
         )
     length = np.fromiter(lengths, np.int64)
     address = np.fromiter(addresses, np.int64)

@@ -8,8 +8,8 @@ displacement (UAI 2024, Definition 3.3). All tensors of one call are flat and of
 Two forms of the same sums:
 
 * **sum form** keeps the sums of three windows: ``A`` (running), ``P`` (previous), ``PP`` (before).
-* **delta form** keeps ``A``, the sum of ``x - M``; ``S = k s_{i-1}``; and ``M``, the last mean, what
-  rounding took from it lying in the low byte of ``S``.
+* **delta form** keeps ``A``, the sum of ``x - M``; ``S = k s_{i-1}``; and ``M``, the last mean;
+  what rounding took from it lies in the low byte of ``S``.
 
 Every element-wise step is rounded exactly as written here, so that all backends leave the same bits
 in the arenas.

@@ -99,6 +99,7 @@ class AngularVelocity:
         self._signature: list[list[Any]] = []
         self._restore: dict[str, Any] | None = None
         self._warned: set[str] = set()
+        self._fresh = True
         self._forget()
 
     # ---- observing --------------------------------------------------------------------------
@@ -304,7 +305,9 @@ class AngularVelocity:
             if not any(half):
                 continue
             per_tensor = arenas.per_tensor.tolist()
-            for segment, sums in zip(arenas.plan.segments, map(Sums._make, per_tensor), strict=True):
+            for segment, sums in zip(
+                arenas.plan.segments, map(Sums._make, per_tensor), strict=True
+            ):
                 if segment.alias.dtype in _HALF_DTYPES:
                     # An element that moves at all moves by about eps / 2 of itself, and on average
                     # half of the window has passed by then: 0.003 eps^2 is one element in twenty.

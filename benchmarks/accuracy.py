@@ -28,7 +28,9 @@ def angle64(a: torch.Tensor, b: torch.Tensor) -> float:
     return math.degrees(math.acos(cosine.item()))
 
 
-def measure(window: int, update: float, elements: int, drift: float, seed: int) -> dict[str, object]:
+def measure(
+    window: int, update: float, elements: int, drift: float, seed: int
+) -> dict[str, object]:
     """One cell of the table.
 
     Args:
@@ -81,17 +83,21 @@ def main() -> None:
     parser.add_argument("--json", type=pathlib.Path)
     arguments = parser.parse_args()
     rows = []
-    print("|    k | update | drift |  angle |  sum form | delta form | automatic | form  | reported / true |")
-    print("|-----:|-------:|------:|-------:|----------:|-----------:|----------:|:------|----------------:|")
+    columns = ["k", "update", "drift", "angle", "sum form", "delta form", "automatic", "form"]
+    columns.append("reported / true")
+    print(f"| {' | '.join(columns)} |")
+    print(f"|{'--:|' * len(columns)}")
     for drift in arguments.drift:
         for window in arguments.windows:
             for update in (1e-3, 1e-4, 1e-5, 1e-6, 1e-7):
-                row = measure(window, update, arguments.elements, drift, seed=window) | {"drift": drift}
+                row = measure(window, update, arguments.elements, drift, seed=window) | {
+                    "drift": drift
+                }
                 rows.append(row)
                 print(
-                    f"| {window:4} |  {update:.0e} | {drift:5} | {row['angle']:6.2f} | {row['sum']:9.1e} |"
-                    f"  {row['delta']:9.1e} | {row['auto']:9.1e} | {row['form']:5} |"
-                    f" {row['reported_over_true']:15.1f} |",
+                    f"| {window} | {update:.0e} | {drift} | {row['angle']:.2f} "
+                    f"| {row['sum']:.1e} | {row['delta']:.1e} | {row['auto']:.1e} "
+                    f"| {row['form']} | {row['reported_over_true']:.1f} |",
                     flush=True,
                 )
     if arguments.json:

@@ -24,8 +24,8 @@ struct CpuPlan {
 
 CpuPlan make_plan(Address chunks, std::int64_t num_chunks, Address tensor_chunks, Address weights,
                   std::int64_t num_tensors, const std::string& isa) {
-  const auto* kernels = isa.empty() ? autodrop::cpu::best_kernels()
-                                    : autodrop::cpu::kernels_named(isa.c_str());
+  const auto* kernels =
+      isa.empty() ? autodrop::cpu::best_kernels() : autodrop::cpu::kernels_named(isa.c_str());
   if (kernels == nullptr) {
     throw py::value_error("isa: this processor does not run '" + isa + "'");
   }
@@ -50,11 +50,10 @@ py::tuple close_sum(const CpuPlan& self, Address running, Address previous, Addr
   autodrop::Sums total;
   {
     py::gil_scoped_release release;
-    total = autodrop::cpu::close_sum(self.plan, pointer<const float>(running),
-                                     pointer<const float>(previous), pointer<const float>(before),
-                                     window, pointer<autodrop::Sums>(partials),
-                                     pointer<autodrop::Sums>(per_tensor), num_threads,
-                                     self.kernels);
+    total = autodrop::cpu::close_sum(
+        self.plan, pointer<const float>(running), pointer<const float>(previous),
+        pointer<const float>(before), window, pointer<autodrop::Sums>(partials),
+        pointer<autodrop::Sums>(per_tensor), num_threads, self.kernels);
   }
   return as_tuple(total);
 }
@@ -64,11 +63,10 @@ py::tuple close_delta(const CpuPlan& self, Address running, Address previous, Ad
   autodrop::Sums total;
   {
     py::gil_scoped_release release;
-    total = autodrop::cpu::close_delta(self.plan, pointer<float>(running),
-                                       pointer<float>(previous), pointer<float>(mean), window,
-                                       pointer<autodrop::Sums>(partials),
-                                       pointer<autodrop::Sums>(per_tensor), num_threads,
-                                       self.kernels);
+    total =
+        autodrop::cpu::close_delta(self.plan, pointer<float>(running), pointer<float>(previous),
+                                   pointer<float>(mean), window, pointer<autodrop::Sums>(partials),
+                                   pointer<autodrop::Sums>(per_tensor), num_threads, self.kernels);
   }
   return as_tuple(total);
 }
@@ -89,9 +87,8 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cpu_isa") = autodrop::cpu::best_kernels()->isa;
 
   py::class_<CpuPlan>(m, "CpuPlan", py::module_local())
-      .def(py::init(&make_plan), py::arg("chunks"), py::arg("num_chunks"),
-           py::arg("tensor_chunks"), py::arg("weights"), py::arg("num_tensors"),
-           py::arg("isa") = "")
+      .def(py::init(&make_plan), py::arg("chunks"), py::arg("num_chunks"), py::arg("tensor_chunks"),
+           py::arg("weights"), py::arg("num_tensors"), py::arg("isa") = "")
       .def("accumulate", &accumulate)
       .def("close_sum", &close_sum)
       .def("close_delta", &close_delta)

@@ -34,7 +34,7 @@ def _misaligned(g: torch.Generator) -> list[Tensor]:
     tensors = []
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         base = torch.randn(1200, generator=g).to(dtype)
-        tensors += [base[1:8], base[9:50], base[63:63 + 517]]
+        tensors += [base[1:8], base[9:50], base[63 : 63 + 517]]
     return tensors
 
 
@@ -72,7 +72,9 @@ def _extreme(g: torch.Generator) -> list[Tensor]:
         small = info.smallest_normal
         large = min(info.max / 8, 1e30)
         tensors.append(
-            torch.tensor([0.0, -0.0, small, -small, small / 4, large, -large, 1 + info.eps]).to(dtype)
+            torch.tensor([0.0, -0.0, small, -small, small / 4, large, -large, 1 + info.eps]).to(
+                dtype
+            )
         )
     return tensors
 
@@ -80,9 +82,7 @@ def _extreme(g: torch.Generator) -> list[Tensor]:
 CASES: dict[str, Make] = {
     "one element": _normal(1),
     "odd sizes": lambda g: [torch.randn(n, generator=g) for n in (1, 3, 7, 8, 9, 15, 31, 33, 127)],
-    "chunk edges": lambda g: [
-        torch.randn(CHUNK_ELEMENTS + d, generator=g) for d in (-1, 0, 1)
-    ],
+    "chunk edges": lambda g: [torch.randn(CHUNK_ELEMENTS + d, generator=g) for d in (-1, 0, 1)],
     "several chunks bf16": _normal(3 * CHUNK_ELEMENTS + 5, dtype=torch.bfloat16),
     "several chunks fp16": _normal(2 * CHUNK_ELEMENTS + 11, dtype=torch.float16),
     "several chunks fp64": _normal(2 * CHUNK_ELEMENTS + 3, dtype=torch.float64),

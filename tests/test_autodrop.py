@@ -11,7 +11,13 @@ import independent
 import numpy as np
 import pytest
 import torch
-from torch.optim.lr_scheduler import ChainedScheduler, ConstantLR, ExponentialLR, LinearLR, SequentialLR
+from torch.optim.lr_scheduler import (
+    ChainedScheduler,
+    ConstantLR,
+    ExponentialLR,
+    LinearLR,
+    SequentialLR,
+)
 from trajectories import Given, noisy_walk, turning
 
 from autodrop_ext import AngularVelocity, AutoDrop, Decision

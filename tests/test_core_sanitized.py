@@ -13,7 +13,10 @@ CSRC = pathlib.Path(__file__).parents[1] / "csrc"
 
 
 def run(*command: str) -> str:
-    environment = os.environ | {"UBSAN_OPTIONS": "print_stacktrace=1", "ASAN_OPTIONS": "abort_on_error=0"}
+    environment = os.environ | {
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "ASAN_OPTIONS": "abort_on_error=0",
+    }
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
     return done.stdout
@@ -22,8 +25,15 @@ def run(*command: str) -> str:
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake: pip install cmake")
 def test_core_is_clean_under_sanitizers(tmp_path: pathlib.Path) -> None:
     run(
-        "cmake", "-S", str(CSRC), "-B", str(tmp_path), "-DCMAKE_BUILD_TYPE=RelWithDebInfo",
-        "-DAUTODROP_TESTS=ON", "-DAUTODROP_MODULE=OFF", "-DAUTODROP_SANITIZE=address,undefined",
+        "cmake",
+        "-S",
+        str(CSRC),
+        "-B",
+        str(tmp_path),
+        "-DCMAKE_BUILD_TYPE=RelWithDebInfo",
+        "-DAUTODROP_TESTS=ON",
+        "-DAUTODROP_MODULE=OFF",
+        "-DAUTODROP_SANITIZE=address,undefined",
     )
     run("cmake", "--build", str(tmp_path), "--parallel", "2")
     output = run(str(tmp_path / "test_cpu"))

@@ -244,6 +244,8 @@ def test_a_residual_survives_packing() -> None:
     start = reference.round_mean(exact, out=mean, packed=packed, k=64)
     back = reference.exact_mean(mean, packed)
     assert ((back - exact).abs() <= exact.abs() * 2.0**-31.9).all()
-    assert ((reference.displacement(packed) - displacement).abs() <= displacement.abs() * 2.0**-16).all()
+    assert (
+        (reference.displacement(packed) - displacement).abs() <= displacement.abs() * 2.0**-16
+    ).all()
     # `back` is rounded to 2^-53 |m|, which is up to 2^-22 of the smallest residual of 2^-31 |m|.
     torch.testing.assert_close(start.double(), 64 * (mean.double() - back), rtol=2.0**-21, atol=0.0)

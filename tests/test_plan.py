@@ -135,7 +135,9 @@ def test_partly_overlapping_tensors_are_refused(overlapping) -> None:  # type: i
 
 
 def test_chunk_size_must_keep_the_alignment() -> None:
-    with pytest.raises(ValueError, match="chunk_elements: expected a positive multiple of 32, got 33"):
+    with pytest.raises(
+        ValueError, match="chunk_elements: expected a positive multiple of 32, got 33"
+    ):
         chunk_tables([], [], [], 33)
 
 

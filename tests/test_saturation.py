@@ -96,6 +96,8 @@ def test_decisions_match_the_independent_implementation(
         assert (got is None) == (value is None)
         assert got is None or got == pytest.approx(value, rel=1e-6)
     # A rise within rounding of the threshold may fall to either side; such lists are rare.
-    rises = [b - a for a, b in zip(wanted, wanted[1:], strict=False) if a is not None and b is not None]
+    rises = [
+        b - a for a, b in zip(wanted, wanted[1:], strict=False) if a is not None and b is not None
+    ]
     if all(abs(rise - 0.1) > 1e-6 for rise in rises):
         assert lrs == wanted_lrs

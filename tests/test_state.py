@@ -212,7 +212,10 @@ def test_other_parameters_warm_up_again() -> None:
     x, y = torch.randn(10), torch.randn(11)
     meter = AngularVelocity([x], 2)
     meter.observe()
-    for tensors, message in (([y], r"params\[0\] was \(10,\), now it is \(11,\)"), ([("z", x)], "z is not in")):
+    for tensors, message in (
+        ([y], r"params\[0\] was \(10,\), now it is \(11,\)"),
+        ([("z", x)], "z is not in"),
+    ):
         other = AngularVelocity(tensors, 2)
         other.load_state_dict(meter.state_dict())
         with pytest.warns(RuntimeWarning, match=message):

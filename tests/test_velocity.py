@@ -20,7 +20,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import accuracy
 
 
-def readings(iterates: np.ndarray, window: int, dtype: torch.dtype = torch.float64, **options) -> list[Reading | None]:  # type: ignore[no-untyped-def]
+def readings(
+    iterates: np.ndarray, window: int, dtype: torch.dtype = torch.float64, **options
+) -> list[Reading | None]:  # type: ignore[no-untyped-def]
     x = torch.zeros(iterates.shape[1], dtype=dtype)
     meter = AngularVelocity([x], window, **options)
     result = []

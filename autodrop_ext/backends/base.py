@@ -21,7 +21,7 @@ class Sums(NamedTuple):
     mean_norm: float
     """``|m_i|^2``"""
 
-    def __add__(self, other: object) -> Sums:  # type: ignore[override]
+    def __add__(self, other: object) -> Sums:
         if not isinstance(other, Sums):
             return NotImplemented
         return Sums(*(a + b for a, b in zip(self, other, strict=True)))
@@ -31,7 +31,7 @@ class Operations(Protocol):
     """The three operations, bound to one plan. Arenas are float32 ``[plan.arena_elements]``."""
 
     per_tensor: Tensor
-    """float64 ``[num_tensors, 4]``: the unweighted :class:`Sums` of each tensor at the last close."""
+    """float64 ``[num_tensors, 4]``: unweighted :class:`Sums` of each tensor at the last close."""
 
     def accumulate(
         self, running: Tensor, mean: Tensor | None, *, first: bool, weight: float = 1.0

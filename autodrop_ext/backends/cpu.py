@@ -15,7 +15,7 @@ from .base import Sums
 _C: ModuleType | None = None
 _import_error = ""
 try:
-    from .. import _C  # type: ignore[attr-defined, no-redef]
+    from .. import _C  # type: ignore[no-redef]
 except ImportError as error:
     _import_error = str(error)
 
@@ -68,15 +68,17 @@ class CpuOperations:
         )
 
     def close_sum(self, running: Tensor, previous: Tensor, before: Tensor, window: int) -> Sums:
-        return Sums(*self._native.close_sum(*self._close_arguments(running, previous, before, window)))
+        return Sums(
+            *self._native.close_sum(*self._close_arguments(running, previous, before, window))
+        )
 
     def close_delta(self, running: Tensor, previous: Tensor, mean: Tensor, window: int) -> Sums:
-        return Sums(*self._native.close_delta(*self._close_arguments(running, previous, mean, window)))
+        return Sums(
+            *self._native.close_delta(*self._close_arguments(running, previous, mean, window))
+        )
 
     def write_back(self, arena: Tensor, mean: Tensor | None, scale: float) -> None:
-        self._native.write_back(
-            arena.data_ptr(), _address(mean), scale, torch.get_num_threads()
-        )
+        self._native.write_back(arena.data_ptr(), _address(mean), scale, torch.get_num_threads())
         self._plan.publish()
 
     def _close_arguments(

@@ -37,14 +37,14 @@ class ReferenceOperations:
 
     def close_sum(self, running: Tensor, previous: Tensor, before: Tensor, window: int) -> Sums:
         for row, s in zip(self.per_tensor, self._plan.segments, strict=True):
-            arenas = (s.in_arena(arena) for arena in (running, previous, before))
-            row.copy_(reference.close_sum(*arenas, k=window))
+            A, P, PP = (s.in_arena(arena) for arena in (running, previous, before))
+            row.copy_(reference.close_sum(A, P, PP, window))
         return self._total()
 
     def close_delta(self, running: Tensor, previous: Tensor, mean: Tensor, window: int) -> Sums:
         for row, s in zip(self.per_tensor, self._plan.segments, strict=True):
-            arenas = (s.in_arena(arena) for arena in (running, previous, mean))
-            row.copy_(reference.close_delta(*arenas, k=window))
+            A, S, M = (s.in_arena(arena) for arena in (running, previous, mean))
+            row.copy_(reference.close_delta(A, S, M, window))
         return self._total()
 
     def write_back(self, arena: Tensor, mean: Tensor | None, scale: float) -> None:

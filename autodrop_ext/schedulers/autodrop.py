@@ -169,7 +169,10 @@ class AutoDrop(OptimizerStepScheduler):
         ``angular_velocity``, ``angular_velocity_smoothed``, ``angular_velocity_rise`` and
         ``rounding_error`` [degrees], and ``displacement``, the length ``|s_i|``.
         """
-        metrics = {"lr": float(self.optimizer.param_groups[0]["lr"]), "num_drops": self.num_drops}
+        metrics: dict[str, float | None] = {
+            "lr": float(self.optimizer.param_groups[0]["lr"]),
+            "num_drops": self.num_drops,
+        }
         if self.history:
             last = self.history[-1]
             metrics |= {
@@ -220,10 +223,7 @@ class AutoDrop(OptimizerStepScheduler):
             "stepped": self._stepped,
             "num_drops": self.num_drops,
             "detector": self._detector.state_dict(),
-            "history": [
-                [list(v) if isinstance(v, tuple) else v for v in vars(d).values()]
-                for d in self.history
-            ],
+            "history": [vars(d) | {"lr": list(d.lr)} for d in self.history],
             "meter": self._meter.state_dict(),
         }
 
@@ -260,10 +260,7 @@ class AutoDrop(OptimizerStepScheduler):
         self._optimizer_steps = state_dict["optimizer_steps"]
         self._stepped = state_dict["stepped"]
         self.num_drops = state_dict["num_drops"]
-        self.history = [
-            Decision(*(tuple(v) if isinstance(v, list) else v for v in row))
-            for row in state_dict["history"]
-        ]
+        self.history = [Decision(**(d | {"lr": tuple(d["lr"])})) for d in state_dict["history"]]
 
     def _settings(self) -> dict[str, Any]:
         return {
@@ -278,10 +275,8 @@ class AutoDrop(OptimizerStepScheduler):
         }
 
 
-def _check_number(
-    name: str, value: Any, expected: str, accepted: Callable[[float], bool]
-) -> None:
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+def _check_number(name: str, value: Any, expected: str, accepted: Callable[[float], bool]) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected {expected}, got {value!r}")
     if not accepted(float(value)):
         raise ValueError(f"{name}: expected {expected}, got {value!r}")

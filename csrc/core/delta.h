@@ -3,8 +3,8 @@
 // The mean m of a window is rarely a float32. What rounding it to M takes away, M - m, is as large
 // as the displacement itself where steps are tiny, so it must not be lost: it starts the next sum,
 // and it is needed once more when that sum is closed. A fourth arena would hold it; instead the low
-// byte of `previous` does, as a multiple of |M| 2^-31 (|M - m| is at most |M| 2^-24). The 16 bits of
-// mantissa that this leaves to the previous displacement move an angle by less than 1e-5 of a
+// byte of `previous` does, as a multiple of |M| 2^-31 (|M - m| is at most |M| 2^-24). The 16 bits
+// of mantissa that this leaves to the previous displacement move an angle by less than 1e-5 of a
 // radian, divided by the square root of the number of elements.
 //
 // Every operation is rounded as written: compile without contraction.

@@ -115,8 +115,8 @@ void accumulate_weighted(const Chunk* begin, const Chunk* end, float* running, c
   }
 }
 
-void accumulate(const Chunk* begin, const Chunk* end, float* running, const float* mean,
-                bool first, float weight, bool stream) {
+void accumulate(const Chunk* begin, const Chunk* end, float* running, const float* mean, bool first,
+                float weight, bool stream) {
   if (mean != nullptr) {
     if (first) {
       accumulate_weighted<true, true>(begin, end, running, mean, weight, stream);
@@ -230,8 +230,8 @@ inline void step_delta(Accumulators& sums, float* a, float* s, float* m, double 
   }
 }
 
-void close_delta(const Chunk* begin, const Chunk* end, float* running, float* previous,
-                 float* mean, double window, Sums* out) {
+void close_delta(const Chunk* begin, const Chunk* end, float* running, float* previous, float* mean,
+                 double window, Sums* out) {
   const double per_step = 1.0 / window;
   for (const Chunk* chunk = begin; chunk != end; ++chunk, ++out) {
     float* const arena[3] = {running + chunk->arena, previous + chunk->arena, mean + chunk->arena};

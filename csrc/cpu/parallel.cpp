@@ -126,9 +126,8 @@ Sums close_sum(const Plan& plan, const float* running, const float* previous, co
   return add_up(plan, scale, scale, partials, per_tensor);
 }
 
-Sums close_delta(const Plan& plan, float* running, float* previous, float* mean,
-                 double window, Sums* partials, Sums* per_tensor, int num_threads,
-                 const Kernels* kernels) {
+Sums close_delta(const Plan& plan, float* running, float* previous, float* mean, double window,
+                 Sums* partials, Sums* per_tensor, int num_threads, const Kernels* kernels) {
   for_shares(plan, num_threads, [&](std::int64_t begin, std::int64_t end) {
     kernels->close_delta(plan.chunks + begin, plan.chunks + end, running, previous, mean, window,
                          partials + begin);

@@ -9,7 +9,7 @@ namespace autodrop::cpu {
 
 // Raw views of a plan's tables.
 struct Plan {
-  const Chunk* chunks;                // [num_chunks], in the order of the arenas
+  const Chunk* chunks;  // [num_chunks], in the order of the arenas
   std::int64_t num_chunks;
   const std::int64_t* tensor_chunks;  // [num_tensors + 1], tensor t has chunks [t], [t + 1)
   const double* weights;              // [num_tensors], weight of a tensor in the total
@@ -25,9 +25,8 @@ void accumulate(const Plan& plan, float* running, const float* mean, bool first,
 Sums close_sum(const Plan& plan, const float* running, const float* previous, const float* before,
                double window, Sums* partials, Sums* per_tensor, int num_threads,
                const Kernels* kernels);
-Sums close_delta(const Plan& plan, float* running, float* previous, float* mean,
-                 double window, Sums* partials, Sums* per_tensor, int num_threads,
-                 const Kernels* kernels);
+Sums close_delta(const Plan& plan, float* running, float* previous, float* mean, double window,
+                 Sums* partials, Sums* per_tensor, int num_threads, const Kernels* kernels);
 
 void write_back(const Plan& plan, const float* arena, const float* mean, double scale,
                 int num_threads, const Kernels* kernels);

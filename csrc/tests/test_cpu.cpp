@@ -22,15 +22,15 @@ using namespace autodrop;
 int failures = 0;
 long checks = 0;
 
-#define CHECK(condition, ...)                                  \
-  do {                                                         \
-    ++checks;                                                  \
-    if (!(condition)) {                                        \
-      ++failures;                                              \
+#define CHECK(condition, ...)                                     \
+  do {                                                            \
+    ++checks;                                                     \
+    if (!(condition)) {                                           \
+      ++failures;                                                 \
       std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
-      std::printf(__VA_ARGS__);                                \
-      std::printf("\n");                                       \
-    }                                                          \
+      std::printf(__VA_ARGS__);                                   \
+      std::printf("\n");                                          \
+    }                                                             \
   } while (false)
 
 struct Free {
@@ -135,9 +135,9 @@ struct Model {
       offsets.push_back(elements);
       for (std::int64_t start = 0; start < tensor.length; start += chunk_elements) {
         const std::int64_t n = std::min(chunk_elements, tensor.length - start);
-        chunks.push_back({reinterpret_cast<std::int64_t>(tensor.data() +
-                                                         start * size_of(tensor.dtype)),
-                          elements + start, n, static_cast<std::int64_t>(tensor.dtype)});
+        chunks.push_back(
+            {reinterpret_cast<std::int64_t>(tensor.data() + start * size_of(tensor.dtype)),
+             elements + start, n, static_cast<std::int64_t>(tensor.dtype)});
       }
       tensor_chunks.push_back(static_cast<std::int64_t>(chunks.size()));
       weights.push_back(1.0 + static_cast<double>(weights.size()) / 8);
@@ -218,8 +218,8 @@ void test_model(const cpu::Kernels* kernels, Model& model, int threads) {
   const auto compare = [&](const float* arena, const char* what) {
     model.each([&](Tensor&, std::int64_t i, std::int64_t at) {
       const float wanted = expected[static_cast<std::size_t>(at)];
-      CHECK(same(arena[at], wanted), "%s element %lld: %a, not %a", what,
-            static_cast<long long>(i), arena[at], wanted);
+      CHECK(same(arena[at], wanted), "%s element %lld: %a, not %a", what, static_cast<long long>(i),
+            arena[at], wanted);
     });
   };
   compare(model.running.get(), "first");
@@ -322,9 +322,9 @@ void test_not_finite(const cpu::Kernels* kernels) {
   const cpu::Plan plan = model.plan();
   std::vector<Sums> partials(model.chunks.size()), per_tensor(2);
   cpu::accumulate(plan, model.running.get(), nullptr, true, 1.0f, 1, kernels);
-  const Sums sums = cpu::close_sum(plan, model.running.get(), model.previous.get(),
-                                   model.third.get(), 1.0, partials.data(), per_tensor.data(), 1,
-                                   kernels);
+  const Sums sums =
+      cpu::close_sum(plan, model.running.get(), model.previous.get(), model.third.get(), 1.0,
+                     partials.data(), per_tensor.data(), 1, kernels);
   CHECK(std::isnan(sums.norm), "NaN must reach the total, got %g", sums.norm);
   CHECK(std::isfinite(per_tensor[0].norm), "a clean tensor got %g", per_tensor[0].norm);
   CHECK(std::isnan(per_tensor[1].norm), "NaN must reach its tensor, got %g", per_tensor[1].norm);
@@ -352,8 +352,11 @@ int main() {
           Model odd(shapes, shift, 64, 1);
           test_model(kernels, odd, threads);
         }
-        Model mixed({{DType::kFloat32, 45'001}, {DType::kBFloat16, 30'007}, {DType::kFloat64, 0},
-                     {DType::kFloat16, 20'011}, {DType::kFloat64, 9'999}},
+        Model mixed({{DType::kFloat32, 45'001},
+                     {DType::kBFloat16, 30'007},
+                     {DType::kFloat64, 0},
+                     {DType::kFloat16, 20'011},
+                     {DType::kFloat64, 9'999}},
                     shift, 4096, 2);
         test_model(kernels, mixed, threads);
       }

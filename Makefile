@@ -1,0 +1,47 @@
+# Two commands set up everything on a fresh machine: `make demo` and `make test`.
+#
+#   PYTHON  interpreter that the virtual environment is made with
+#   TORCH   torch requirement to install; any 2.6 or newer works, this one made the README's figures
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+CPP := $(shell find csrc -name '*.h' -o -name '*.cpp')
+
+.PHONY: demo test test-slow check bench accuracy clean
+.DELETE_ON_ERROR:
+
+# torch first and by itself: with it there, the package's own requirement brings no other build of it.
+# The wheel is built in isolation, without torch.
+$(VENV)/.%: pyproject.toml setup.py csrc/CMakeLists.txt $(CPP)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) "$(TORCH)" numpy
+	$(INSTALL) --editable ".[$*]"
+	touch $@
+
+demo: $(VENV)/.demo   ## train on handwritten digits; a table and a picture in demo-output/
+	$(BIN)/autodrop demo
+
+test: $(VENV)/.test   ## the tests, the compiled core under sanitizers included; a few minutes
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.test   ## one tensor of more than 2^31 elements; 13 GiB
+	$(BIN)/python -m pytest -m slow
+
+check: $(VENV)/.dev   ## ruff, mypy, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+bench: $(VENV)/.test   ## throughput beside torch's own operations; see benchmarks/README.md
+	$(BIN)/python -m pytest benchmarks/bench_throughput.py -o addopts= --benchmark-json benchmark.json
+	$(BIN)/python benchmarks/report.py benchmark.json
+
+accuracy: $(VENV)/.test   ## the accuracy contract as a table
+	$(BIN)/python benchmarks/accuracy.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info autodrop_ext/*.so demo-output benchmark.json

@@ -1,0 +1,59 @@
+"""What a user would write without this package: window sums with torch's own operations.
+
+Each peer keeps three lists or vectors of float32 sums, as the meter does, and its ``close`` returns
+the same four numbers. They are checked against float64 before they are timed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Foreach:
+    """``torch._foreach_*`` over lists of float32 sums."""
+
+    def __init__(self, params: list[Tensor]) -> None:
+        self.params = params
+        self.running, self.previous, self.before = (
+            [torch.zeros_like(p, dtype=torch.float32) for p in params] for _ in range(3)
+        )
+
+    def accumulate(self, first: bool = False) -> None:
+        if first:
+            torch._foreach_copy_(self.running, self.params)
+        else:
+            torch._foreach_add_(self.running, self.params)
+
+    def close(self, window: int) -> tuple[float, ...]:
+        s = torch._foreach_sub(self.running, self.previous)
+        s_previous = torch._foreach_sub(self.previous, self.before)
+        dot = torch.stack([p.sum() for p in torch._foreach_mul(s, s_previous)]).double().sum()
+        norms = [
+            torch.stack(torch._foreach_norm(x)).double().square().sum()
+            for x in (s, s_previous, self.running)
+        ]
+        self.running, self.previous, self.before = self.before, self.running, self.previous
+        return tuple(x.item() / window**2 for x in (dot, *norms))
+
+
+class Flattening:
+    """``torch.cat`` into one vector at every step, as the papers' authors do."""
+
+    def __init__(self, params: list[Tensor]) -> None:
+        self.params = params
+        n = sum(p.numel() for p in params)
+        self.running, self.previous, self.before = (torch.zeros(n) for _ in range(3))
+
+    def accumulate(self, first: bool = False) -> None:
+        flat = torch.cat([p.reshape(-1) for p in self.params])
+        if first:
+            self.running.copy_(flat)
+        else:
+            self.running.add_(flat)
+
+    def close(self, window: int) -> tuple[float, ...]:
+        s, s_previous = self.running - self.previous, self.previous - self.before
+        result = (s @ s_previous, s @ s, s_previous @ s_previous, self.running @ self.running)
+        self.running, self.previous, self.before = self.before, self.running, self.previous
+        return tuple(x.item() / window**2 for x in result)
