@@ -8,6 +8,8 @@ multiple of 128 bytes. The tables (``csrc/core/tables.h``) are
   length in elements, dtype code. A chunk never crosses a tensor.
 * ``tensor_chunks``, int64 ``[num_tensors + 1]``: tensor ``t`` has the chunks from ``[t]`` up to
   ``[t + 1]``, none if it is empty.
+* ``tiles``, int64 ``[num_tiles, 2]``: first chunk and number of chunks that a block of a GPU works
+  on; only on devices other than the CPU.
 * ``weights``, float64 ``[num_tensors]``: weight of each tensor's sums in the total.
 """
 
@@ -17,17 +19,28 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from . import reference
 from .parameters import Named
 
+IntArray = npt.NDArray[np.int64]
+
 CHUNK_ELEMENTS = 16_384
 """Elements per chunk: 64 KiB of float32 stay in a second-level cache, and the partial sums of a
 chunk (64 bytes with its row of the table) weigh 0.03 % of the 12 bytes a parameter."""
 
+GPU_CHUNK_ELEMENTS = 8_192
+"""On a GPU a chunk is a block's work: 96 KiB to move at 256 threads. Small models still give every
+multiprocessor several of them, and the first reads of a block weigh little."""
+
 ALIGN_ELEMENTS = 32  # 128 bytes of float32
+
+# Chunks of at most this many elements are a warp's work, and so many of them share a tile.
+_SMALL_CHUNK = 1_024
+_SMALL_CHUNKS_PER_TILE = 16
 
 # Above this many elements two interleaved strided views are not compared element by element.
 _MAX_COMPARED_SPAN = 1 << 30
@@ -69,7 +82,7 @@ class Plan:
     Args:
         named: names and tensors, all on ``device``; identical views count once.
         device: where the tables go.
-        chunk_elements: elements per chunk, a multiple of 32.
+        chunk_elements: elements per chunk, a multiple of 32; by default what suits the device.
 
     Raises:
         ValueError: two tensors overlap in memory without being the same; the message names both.
@@ -80,7 +93,7 @@ class Plan:
         named: Sequence[Named],
         device: torch.device,
         *,
-        chunk_elements: int = CHUNK_ELEMENTS,
+        chunk_elements: int | None = None,
     ) -> None:
         self.device = device
         self.segments = _segments(named)
@@ -88,12 +101,15 @@ class Plan:
             addresses=[s.flat.data_ptr() for s in self.segments],
             lengths=[s.flat.numel() for s in self.segments],
             dtypes=[reference.DTYPES.index(s.flat.dtype) for s in self.segments],
-            chunk_elements=chunk_elements,
+            chunk_elements=chunk_elements
+            or (CHUNK_ELEMENTS if device.type == "cpu" else GPU_CHUNK_ELEMENTS),
         )
         self.arena_elements = tables.arena_elements
         self.num_elements = sum(s.flat.numel() for s in self.segments)
         self.num_chunks = len(tables.chunks)
         self.chunks = torch.from_numpy(tables.chunks).to(device)
+        if device.type != "cpu":
+            self.tiles = torch.from_numpy(tile_table(tables.chunks[:, 2])).to(device)
         self.tensor_chunks = torch.from_numpy(tables.tensor_chunks).to(device)
         self.weights = torch.ones(len(self.segments), dtype=torch.float64, device=device)
         self._staged = [s for s in self.segments if s.staged]
@@ -113,9 +129,9 @@ class Plan:
 class ChunkTables:
     """Host tables of a plan; see the module's text for the columns."""
 
-    chunks: np.ndarray
-    tensor_chunks: np.ndarray
-    offsets: np.ndarray
+    chunks: IntArray
+    tensor_chunks: IntArray
+    offsets: IntArray
     arena_elements: int
 
 
@@ -156,6 +172,24 @@ def chunk_tables(
         axis=1,
     )
     return ChunkTables(np.ascontiguousarray(chunks), tensor_chunks, offsets[:-1], int(offsets[-1]))
+
+
+def tile_table(lengths: IntArray) -> IntArray:
+    """Group chunks into tiles, int64 ``[num_tiles, 2]``, first chunk and number of chunks.
+
+    A large chunk is alone, so that a block works on it; small neighbours come together.
+
+    Args:
+        lengths: of the chunks, in elements.
+    """
+    small = lengths <= _SMALL_CHUNK
+    # Position within the run of small chunks that a chunk belongs to.
+    index = np.arange(len(lengths))
+    run_start = np.maximum.accumulate(np.where(small, 0, index + 1))
+    starts_tile = ~small | ((index - run_start) % _SMALL_CHUNKS_PER_TILE == 0)
+    first = np.flatnonzero(starts_tile)
+    counts = np.diff(np.append(first, len(lengths)))
+    return np.stack([first, counts], axis=1).astype(np.int64)
 
 
 def is_dense(tensor: Tensor) -> bool:

@@ -7,6 +7,12 @@
 
 namespace py = pybind11;
 
+#if AUTODROP_WITH_CUDA
+namespace autodrop {
+void bind_cuda(py::module_& m);  // bindings_cuda.cpp
+}
+#endif
+
 namespace {
 
 using Address = std::uintptr_t;  // of a contiguous buffer, 0 for nullptr
@@ -82,8 +88,12 @@ void write_back(const CpuPlan& self, Address arena, Address mean, double scale, 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled core of autodrop_ext; use it through autodrop_ext.backends.";
   m.attr("version") = AUTODROP_VERSION;
-  m.attr("cuda_built") = false;
-  m.attr("cuda_reason") = AUTODROP_CUDA_REASON;
+  m.attr("cuda_built") = bool{AUTODROP_WITH_CUDA};
+  m.attr("cuda_reason") = AUTODROP_CUDA_REASON;  // why not; empty where it was built
+  m.attr("cuda_architectures") = AUTODROP_CUDA_ARCHITECTURES;
+#if AUTODROP_WITH_CUDA
+  autodrop::bind_cuda(m);
+#endif
   m.attr("cpu_isa") = autodrop::cpu::best_kernels()->isa;
 
   py::class_<CpuPlan>(m, "CpuPlan", py::module_local())

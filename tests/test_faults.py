@@ -424,10 +424,10 @@ def test_a_copied_pair_works_on() -> None:
 
 
 def test_a_missing_backend_is_refused_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    from autodrop_ext.backends import cpu
+    from autodrop_ext.backends import native
 
-    monkeypatch.setattr(cpu, "_C", None)
-    monkeypatch.setattr(cpu, "_import_error", "libfoo.so not found")
+    monkeypatch.setattr(native, "core", None)
+    monkeypatch.setattr(native, "import_error", "libfoo.so not found")
     meter = AngularVelocity([torch.zeros(3)], backend="cpu")
     with pytest.raises(
         RuntimeError, match=r"'cpu' cannot be used .*libfoo.so not found.*autodrop doctor"
@@ -439,10 +439,10 @@ def test_auto_falls_back_to_the_reference_and_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from autodrop_ext import backends
-    from autodrop_ext.backends import cpu
+    from autodrop_ext.backends import native
 
-    monkeypatch.setattr(cpu, "_C", None)
-    monkeypatch.setattr(cpu, "_import_error", "libfoo.so not found")
+    monkeypatch.setattr(native, "core", None)
+    monkeypatch.setattr(native, "import_error", "libfoo.so not found")
     backends._best.cache_clear()
     try:
         with caplog.at_level("INFO", logger="autodrop_ext"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,14 @@ from hypothesis import strategies as st
 
 from autodrop_ext import reference
 from autodrop_ext.backends.cpu import CpuBackend
-from autodrop_ext.plan import ALIGN_ELEMENTS, CHUNK_ELEMENTS, Plan, chunk_tables, is_dense
+from autodrop_ext.plan import (
+    ALIGN_ELEMENTS,
+    CHUNK_ELEMENTS,
+    Plan,
+    chunk_tables,
+    is_dense,
+    tile_table,
+)
 
 CPU = torch.device("cpu")
 
@@ -42,6 +51,20 @@ def test_chunks_cover_every_element_once(shapes: list[tuple[int, int]], size: in
         assert tables.offsets[t] % ALIGN_ELEMENTS == 0 and tables.offsets[t] >= arena_end
         arena_end = tables.offsets[t] + n
     assert tables.tensor_chunks[-1] == len(tables.chunks)
+
+
+@given(st.lists(st.sampled_from([1, 64, 1024, 1025, 8192]), max_size=120))
+def test_tiles_hold_every_chunk_once(lengths: list[int]) -> None:
+    tiles = tile_table(np.array(lengths, np.int64))
+    held = [list(range(first, first + count)) for first, count in tiles]
+    assert [c for tile in held for c in tile] == list(range(len(lengths)))
+    for tile in held:
+        assert len(tile) == 1 or all(lengths[c] <= 1024 for c in tile)
+        assert len(tile) <= 16
+    # Small neighbours are not scattered over more tiles than they need.
+    runs = [list(g) for small, g in itertools.groupby(lengths, lambda n: n <= 1024) if small]
+    small_tiles = sum(lengths[tile[0]] <= 1024 for tile in held)
+    assert small_tiles == sum(-(-len(run) // 16) for run in runs)
 
 
 def test_tables_beyond_2_to_the_31_elements() -> None:

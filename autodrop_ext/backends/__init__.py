@@ -11,14 +11,17 @@ import logging
 
 from .base import Backend, Operations, Sums
 from .cpu import CpuBackend
+from .cuda import CudaBackend
 from .pytorch import ReferenceBackend
 
 __all__ = ["BACKENDS", "Backend", "Operations", "Sums", "report", "select"]
 
 logger = logging.getLogger("autodrop_ext")
 
-PREFERENCE = ("cpu", "reference")
-BACKENDS: dict[str, Backend] = {b.name: b for b in (CpuBackend(), ReferenceBackend())}
+PREFERENCE = ("cpu", "cuda", "reference")
+BACKENDS: dict[str, Backend] = {
+    b.name: b for b in (CpuBackend(), CudaBackend(), ReferenceBackend())
+}
 
 
 def select(name: str, device_type: str) -> Backend:

@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
 from ..plan import Plan
+from . import native
 from .base import Sums
-
-# torch first: the extension then shares its OpenMP runtime and thread pool instead of a second one
-# whose idle threads would compete for the same cores.
-_C: ModuleType | None = None
-_import_error = ""
-try:
-    from .. import _C  # type: ignore[no-redef]
-except ImportError as error:
-    _import_error = str(error)
 
 
 class CpuBackend:
@@ -33,11 +23,8 @@ class CpuBackend:
     def missing(self, device_type: str) -> str | None:
         if device_type != "cpu":
             return f"it runs on cpu tensors, not on {device_type}"
-        if _C is None:
-            return (
-                f"the compiled core does not load ({_import_error}); reinstall the package with a "
-                "C++17 compiler at hand: pip install --force-reinstall --no-deps autodrop_ext"
-            )
+        if native.core is None:
+            return native.why_missing()
         return None
 
     def bind(self, plan: Plan) -> CpuOperations:
@@ -46,11 +33,11 @@ class CpuBackend:
 
 class CpuOperations:
     def __init__(self, plan: Plan, isa: str = "") -> None:
-        assert _C is not None, "checked by CpuBackend.missing"
+        assert native.core is not None, "checked by CpuBackend.missing"
         self._plan = plan
         self._partials = torch.empty(plan.num_chunks, 4, dtype=torch.float64)
         self.per_tensor = torch.zeros(len(plan.segments), 4, dtype=torch.float64)
-        self._native = _C.CpuPlan(
+        self._native = native.core.CpuPlan(
             plan.chunks.data_ptr(),
             plan.num_chunks,
             plan.tensor_chunks.data_ptr(),
@@ -64,7 +51,7 @@ class CpuOperations:
     ) -> None:
         self._plan.refresh()
         self._native.accumulate(
-            running.data_ptr(), _address(mean), first, weight, torch.get_num_threads()
+            running.data_ptr(), native.address(mean), first, weight, torch.get_num_threads()
         )
 
     def close_sum(self, running: Tensor, previous: Tensor, before: Tensor, window: int) -> Sums:
@@ -78,7 +65,9 @@ class CpuOperations:
         )
 
     def write_back(self, arena: Tensor, mean: Tensor | None, scale: float) -> None:
-        self._native.write_back(arena.data_ptr(), _address(mean), scale, torch.get_num_threads())
+        self._native.write_back(
+            arena.data_ptr(), native.address(mean), scale, torch.get_num_threads()
+        )
         self._plan.publish()
 
     def _close_arguments(
@@ -93,7 +82,3 @@ class CpuOperations:
             self.per_tensor.data_ptr(),
             torch.get_num_threads(),
         )
-
-
-def _address(arena: Tensor | None) -> int:
-    return 0 if arena is None else arena.data_ptr()

@@ -1,4 +1,19 @@
-"""Command line."""
+"""Command line: ``autodrop demo``, ``autodrop doctor`` and ``autodrop plot``."""
+
+from __future__ import annotations
+
+import sys
+
+__all__ = ["main"]
+
 
 def main() -> None:
-    raise SystemExit("not yet")
+    """Entry point of ``autodrop`` and of ``python -m autodrop_ext``."""
+    try:
+        import click  # noqa: F401
+        import rich  # noqa: F401
+    except ImportError as error:
+        sys.exit(f"autodrop: {error}; the commands need: pip install 'autodrop_ext[cli]'")
+    from .app import autodrop
+
+    autodrop(prog_name="autodrop")

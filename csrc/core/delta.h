@@ -20,24 +20,24 @@ constexpr double kResidualUnit = 0x1p-31;
 constexpr double kLargestCode = 127.0;
 
 // k s_{i-1}, from the upper 24 bits of a packed element.
-static inline float unpack_displacement(float packed) {
+AUTODROP_HD static inline float unpack_displacement(float packed) {
   const std::uint32_t bits = numeric::bit_cast<std::uint32_t>(packed);
   return numeric::bit_cast<float>(bits & 0xffffff00u);
 }
 
 // (M - m) / (|M| 2^-31), from its low byte.
-static inline double unpack_code(float packed) {
+AUTODROP_HD static inline double unpack_code(float packed) {
   const std::uint32_t bits = numeric::bit_cast<std::uint32_t>(packed);
   return static_cast<double>(static_cast<std::int32_t>(bits << 24) >> 24);
 }
 
-static inline float pack(float displacement, double code) {
+AUTODROP_HD static inline float pack(float displacement, double code) {
   const std::uint32_t bits = numeric::bit_cast<std::uint32_t>(displacement);
   const std::uint32_t low = static_cast<std::uint32_t>(static_cast<std::int32_t>(code)) & 0xffu;
   return numeric::bit_cast<float>(((bits + 0x80u) & 0xffffff00u) | low);
 }
 
-static inline double magnitude(float x) {
+AUTODROP_HD static inline double magnitude(float x) {
   return static_cast<double>(
       numeric::bit_cast<float>(numeric::bit_cast<std::uint32_t>(x) & 0x7fffffffu));
 }
@@ -50,8 +50,9 @@ struct ClosedElement {
 
 // `running` holds k s_i. Moves `mean` on, packs `running` for its life as the next `previous`, and
 // leaves in `previous` the start of the next running sum.
-static inline ClosedElement close_delta_element(float& running, float& previous, float& mean,
-                                                double window, double per_step) {
+AUTODROP_HD static inline ClosedElement close_delta_element(float& running, float& previous,
+                                                            float& mean, double window,
+                                                            double per_step) {
   const double d0 = static_cast<double>(running);
   const double d1 = static_cast<double>(unpack_displacement(previous));
   const double residual = unpack_code(previous) * (magnitude(mean) * kResidualUnit);

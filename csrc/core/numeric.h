@@ -6,6 +6,12 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__CUDACC__)
+#define AUTODROP_HD __host__ __device__
+#else
+#define AUTODROP_HD
+#endif
+
 namespace autodrop {
 
 struct Half {
@@ -18,19 +24,19 @@ struct BFloat16 {
 namespace numeric {
 
 template <class To, class From>
-static inline To bit_cast(From from) {
+AUTODROP_HD static inline To bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
   To to;
   std::memcpy(&to, &from, sizeof(to));
   return to;
 }
 
-static inline float to_float(float x) { return x; }
-static inline float to_float(double x) { return static_cast<float>(x); }
-static inline float to_float(BFloat16 x) {
+AUTODROP_HD static inline float to_float(float x) { return x; }
+AUTODROP_HD static inline float to_float(double x) { return static_cast<float>(x); }
+AUTODROP_HD static inline float to_float(BFloat16 x) {
   return bit_cast<float>(static_cast<std::uint32_t>(x.bits) << 16);
 }
-static inline float to_float(Half x) {
+AUTODROP_HD static inline float to_float(Half x) {
   const std::uint32_t magnitude = static_cast<std::uint32_t>(x.bits & 0x7fffu) << 13;
   const std::uint32_t sign = static_cast<std::uint32_t>(x.bits & 0x8000u) << 16;
   // 2^112 moves the exponent bias from 15 to 127 and normalises subnormals; both are exact.
@@ -39,10 +45,10 @@ static inline float to_float(Half x) {
   return bit_cast<float>((magnitude >= 0x0f800000u ? special : finite) | sign);
 }
 
-static inline void from_double(double x, float* out) { *out = static_cast<float>(x); }
-static inline void from_double(double x, double* out) { *out = x; }
+AUTODROP_HD static inline void from_double(double x, float* out) { *out = static_cast<float>(x); }
+AUTODROP_HD static inline void from_double(double x, double* out) { *out = x; }
 // Half precision is rounded from float32, as a cast in torch does.
-static inline void from_double(double x, BFloat16* out) {
+AUTODROP_HD static inline void from_double(double x, BFloat16* out) {
   const float value = static_cast<float>(x);
   std::uint32_t bits = bit_cast<std::uint32_t>(value);
   if (value != value) {
@@ -52,7 +58,7 @@ static inline void from_double(double x, BFloat16* out) {
   bits += 0x7fffu + ((bits >> 16) & 1u);
   out->bits = static_cast<std::uint16_t>(bits >> 16);
 }
-static inline void from_double(double x, Half* out) {
+AUTODROP_HD static inline void from_double(double x, Half* out) {
   const float value = static_cast<float>(x);
   const std::uint32_t bits = bit_cast<std::uint32_t>(value);
   const std::uint32_t sign = (bits >> 16) & 0x8000u;
@@ -73,10 +79,10 @@ static inline void from_double(double x, Half* out) {
 // x - mean, rounded once to float32. For float64 parameters the difference is taken in float64, so
 // that delta form keeps what float32 could not hold.
 template <class T>
-static inline float minus_mean(T x, float mean) {
+AUTODROP_HD static inline float minus_mean(T x, float mean) {
   return to_float(x) - mean;
 }
-static inline float minus_mean(double x, float mean) {
+AUTODROP_HD static inline float minus_mean(double x, float mean) {
   return static_cast<float>(x - static_cast<double>(mean));
 }
 

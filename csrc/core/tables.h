@@ -17,6 +17,15 @@ struct Chunk {
 };
 static_assert(sizeof(Chunk) == 32, "autodrop_ext/plan.py writes rows of four int64");
 
+// One row of the tile table of GPU plans, int64[num_tiles, 2]: what one block works on. A large
+// chunk is a tile of its own and all threads share it; small chunks come many to a tile, one to a
+// warp.
+struct Tile {
+  std::int64_t first_chunk;
+  std::int64_t num_chunks;
+};
+static_assert(sizeof(Tile) == 16, "autodrop_ext/plan.py writes rows of two int64");
+
 // What closing a window yields, for a chunk, for a tensor and in total: float64[4].
 struct Sums {
   double dot;            // <s_i, s_{i-1}>
