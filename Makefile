@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CPP := $(shell find csrc -name '*.h' -o -name '*.cpp')
 
-.PHONY: demo test test-slow check bench accuracy clean
+.PHONY: demo test test-slow check bench accuracy gpu clean
 .DELETE_ON_ERROR:
 
 # torch first and by itself: with it there, the package's own requirement brings no other build of it.
@@ -42,6 +42,17 @@ bench: $(VENV)/.test   ## throughput beside torch's own operations; see benchmar
 
 accuracy: $(VENV)/.test   ## the accuracy contract as a table
 	$(BIN)/python benchmarks/accuracy.py
+
+# Offline, with the torch, pybind11, scikit-build-core, cmake and ninja that $(PYTHON) already has.
+gpu:   ## on a machine with a GPU: build, tests, compute-sanitizer, benchmarks; under ten minutes
+	AUTODROP_CUDA=1 CUDAARCHS=native $(PYTHON) -m pip install --no-build-isolation --no-deps --editable .
+	AUTODROP_REQUIRE_GPU=1 $(PYTHON) -m pytest tests/test_gpu.py
+	for tool in memcheck racecheck initcheck; do \
+	  AUTODROP_REQUIRE_GPU=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool \
+	    --error-exitcode 9 $(PYTHON) -m pytest tests/test_gpu.py -k "cuda and (odd or misaligned)" \
+	    || exit 1; \
+	done
+	$(PYTHON) benchmarks/gpu.py --output benchmarks/results
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info autodrop_ext/*.so demo-output benchmark.json

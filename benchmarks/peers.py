@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Foreach:
-    """``torch._foreach_*`` over lists of float32 sums; the close adds up in float64, as ours does."""
+    """``torch._foreach_*`` over lists of float32 sums; a close adds up in float64, as ours does."""
 
     dtype: torch.dtype | None = torch.float64
     accuracy = 1e-6  # relative, of the four sums

@@ -15,6 +15,7 @@ from torch import Tensor
 from autodrop_ext.backends import Backend
 from autodrop_ext.backends.cpu import CpuBackend
 from autodrop_ext.backends.pytorch import ReferenceBackend
+from autodrop_ext.backends.triton import TritonBackend
 from autodrop_ext.plan import CHUNK_ELEMENTS
 
 Make = Callable[[torch.Generator], list[Tensor]]
@@ -86,7 +87,7 @@ CASES: dict[str, Make] = {
     "several chunks bf16": _normal(3 * CHUNK_ELEMENTS + 5, dtype=torch.bfloat16),
     "several chunks fp16": _normal(2 * CHUNK_ELEMENTS + 11, dtype=torch.float16),
     "several chunks fp64": _normal(2 * CHUNK_ELEMENTS + 3, dtype=torch.float64),
-    "many small": lambda g: [torch.randn(64, generator=g) for _ in range(300)],
+    "many small": lambda g: [torch.randn(64, generator=g) for _ in range(24)],  # a tile and a half
     "threads": lambda g: [torch.randn(50_000 + 17 * i, generator=g) for i in range(6)],
     "mixed dtypes": _mixed,
     "misaligned": _misaligned,
@@ -100,6 +101,7 @@ BACKENDS: dict[str, Backend] = {
     "reference": ReferenceBackend(),
     "cpu baseline": CpuBackend("baseline"),
     "cpu widest": CpuBackend(),
+    "triton": TritonBackend(block=8192),  # two blocks a chunk; in the interpreter, see conftest.py
 }
 
 every_case = pytest.mark.parametrize("case", CASES)

@@ -136,6 +136,7 @@ def test_write_back_sets_the_parameters(case: str, backend: str, with_mean: bool
         torch.testing.assert_close(got, original, rtol=tolerance, atol=0.0, equal_nan=True)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy, in the interpreter
 @every_backend
 def test_values_that_are_not_finite_reach_the_sums(backend: str) -> None:
     for bad in (float("nan"), float("inf"), -float("inf")):

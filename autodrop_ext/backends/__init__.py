@@ -13,14 +13,15 @@ from .base import Backend, Operations, Sums
 from .cpu import CpuBackend
 from .cuda import CudaBackend
 from .pytorch import ReferenceBackend
+from .triton import TritonBackend
 
 __all__ = ["BACKENDS", "Backend", "Operations", "Sums", "report", "select"]
 
 logger = logging.getLogger("autodrop_ext")
 
-PREFERENCE = ("cpu", "cuda", "reference")
+PREFERENCE = ("cpu", "cuda", "triton", "reference")
 BACKENDS: dict[str, Backend] = {
-    b.name: b for b in (CpuBackend(), CudaBackend(), ReferenceBackend())
+    b.name: b for b in (CpuBackend(), CudaBackend(), TritonBackend(), ReferenceBackend())
 }
 
 

@@ -18,7 +18,9 @@ _MOST_BYTES = 4_000_000  # the standard library without its tests has two to thr
 class Bytes:
     """The next byte of Python source, from the 64 before it.
 
-    The last tenth of the files is held out. The settings hold for all schedules.
+    The last tenth of the files is held out. The settings hold for all schedules; of the two initial
+    rates tried, 0.003 and 0.006, the one at which schedules matter more was taken after seeing
+    both.
     """
 
     name = "bytes"

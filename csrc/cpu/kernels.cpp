@@ -66,7 +66,7 @@ void accumulate_chunk(const Chunk& chunk, float* running, const float* mean, flo
   }
   // Asking for the lines ahead gains 5 to 7 % at memory speed over the hardware's own prefetching,
   // and a third for many small tensors, whose starts it cannot foresee.
-  constexpr std::int64_t kBlock = 64, kAhead = 256;  // elements
+  constexpr std::int64_t kBlock = 64, kAhead = 512;  // elements
   std::int64_t i = 0;
   for (; i + kBlock <= chunk.length; i += kBlock) {
     for (std::int64_t line = 0; line < kBlock; line += 16) {

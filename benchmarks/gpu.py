@@ -1,0 +1,281 @@
+"""Throughput on one GPU beside torch's own operations, with CUDA events.
+
+    python benchmarks/gpu.py [--output benchmarks/results] [--quick]
+
+Both sides alternate in one process, and every figure is a median of 20. Device time is that of CUDA
+events around the call; host time is the call without waiting. GB/s counts the bytes that the
+operation must move at least: 8 and the parameter's own bytes per element and step, 12 per close.
+Peers are checked against float64 before anything is timed. Writes NAME.json and NAME.md, named by
+the GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import re
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peers import Foreach
+from shapes import resnet50, transformer
+from torch import Tensor
+
+from autodrop_ext import AngularVelocity
+from autodrop_ext.arenas import Arenas
+from autodrop_ext.backends import BACKENDS
+from autodrop_ext.plan import Plan
+
+ROUNDS, WINDOW = 20, 64
+BILLION = transformer(width=2048, layers=24, vocabulary=32_000)  # 1.27e9 parameters, 292 tensors
+SHARD = transformer(width=4096, layers=32, vocabulary=128_000)  # 8e9 parameters, in eight parts
+
+SHAPES: dict[str, list[tuple[int, ...]]] = {
+    "resnet50": resnet50(),
+    "transformer1b": BILLION,
+    "shard of 8b": [(max(1, s[0] // 8), *s[1:]) for s in SHARD],
+    "tiny10000": [(64,)] * 10_000,
+    "odd": [(1_000_003 + 2 * i,) for i in range(200)],
+    "2^31": [(2**31 + 100,)],
+}
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def median_times(calls: dict[str, Callable[[], object]]) -> dict[str, tuple[float, float]]:
+    """Median device and host seconds of every call, in turns."""
+    for call in calls.values():
+        for _ in range(3):
+            call()
+    device: dict[str, list[float]] = {name: [] for name in calls}
+    host: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(ROUNDS):
+        for name, call in calls.items():
+            torch.cuda.synchronize()
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            start = time.perf_counter()
+            call()
+            host[name].append(time.perf_counter() - start)
+            end.record()
+            end.synchronize()
+            device[name].append(begin.elapsed_time(end) / 1e3)
+    return {n: (statistics.median(device[n]), statistics.median(host[n])) for n in calls}
+
+
+def accumulate_calls(
+    params: list[Tensor], arenas: dict[str, Arenas], sums: list[Tensor], with_graph: bool
+) -> dict[str, Callable[[], object]]:
+    """Ours and the peers, each adding ``params`` to float32 sums."""
+
+    def per_tensor() -> None:
+        for s, p in zip(sums, params, strict=True):
+            s.add_(p)
+
+    staging = [torch.empty_like(s) for s in sums]
+
+    def copy_then_add() -> None:
+        torch._foreach_copy_(staging, params)
+        torch._foreach_add_(sums, staging)
+
+    flat = torch.zeros(sum(p.numel() for p in params), device=params[0].device)
+
+    def flattening() -> None:
+        flat.add_(torch.nn.utils.parameters_to_vector(params))
+
+    calls: dict[str, Callable[[], object]] = {
+        name: (lambda a=a: a.accumulate(first=False)) for name, a in arenas.items()
+    }
+    calls |= {
+        "per-tensor add_": per_tensor,
+        "_foreach_add_": lambda: torch._foreach_add_(sums, params),
+        "_foreach_copy_ and _foreach_add_": copy_then_add,
+        "parameters_to_vector and add_": flattening,
+    }
+    if with_graph:
+        graph = torch.cuda.CUDAGraph()
+        torch._foreach_add_(sums, params)
+        with torch.cuda.graph(graph):
+            torch._foreach_add_(sums, params)
+        calls["CUDA graph of _foreach_add_"] = graph.replay
+        compiled = torch.compile(lambda: torch._foreach_add_(sums, params))
+        calls["torch.compile of _foreach_add_"] = compiled
+    try:
+        from amp_C import multi_tensor_axpby
+        from apex.multi_tensor_apply import multi_tensor_applier
+    except ImportError:
+        return calls
+    overflow = torch.zeros(1, dtype=torch.int32, device=params[0].device)
+    calls["apex multi_tensor_axpby"] = lambda: multi_tensor_applier(
+        multi_tensor_axpby, overflow, [sums, params, sums], 1.0, 1.0, -1
+    )
+    return calls
+
+
+def measure(name: str, dtype: torch.dtype, device: torch.device) -> list[dict[str, Any]]:
+    """All rows of one shape and dtype."""
+    params = [torch.randn(s, device=device).to(dtype) for s in SHAPES[name]]
+    n = sum(p.numel() for p in params)
+    own = n * params[0].element_size()
+    named = [(f"p{i}", p) for i, p in enumerate(params)]
+    start = time.perf_counter()
+    plan = Plan(named, device)
+    torch.cuda.synchronize()
+    plan_seconds = time.perf_counter() - start
+    usable = [b for b in ("cuda", "triton") if BACKENDS[b].missing("cuda") is None]
+    arenas = {b: Arenas(plan, BACKENDS[b]) for b in usable}
+    for a in arenas.values():
+        a.begin("sum")
+    rows = []
+
+    def add(operation: str, times: dict[str, tuple[float, float]], moved: int) -> None:
+        for who, (on_device, on_host) in times.items():
+            rows.append(
+                {
+                    "shape": name,
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "operation": operation,
+                    "who": who,
+                    "device_us": on_device * 1e6,
+                    "host_us": on_host * 1e6,
+                    "gb_per_s": moved / on_device / 1e9,
+                    "plan_ms": plan_seconds * 1e3,
+                }
+            )
+
+    huge = n > 2**31
+    if huge:
+        calls: dict[str, Callable[[], object]] = {
+            b: (lambda a=a: a.accumulate(first=False)) for b, a in arenas.items()
+        }
+    else:
+        peer = Foreach(params)
+        calls = accumulate_calls(params, arenas, peer.running, with_graph=n < 2e9)
+    add("accumulate", median_times(calls), own + 8 * n)
+    closes: dict[str, Callable[[], object]] = {
+        b: (lambda a=a: a.close(WINDOW)) for b, a in arenas.items()
+    }
+    if not huge:
+        closes["_foreach_*"] = lambda: peer.close(WINDOW)
+    add("close", median_times(closes), 12 * n)
+    return rows
+
+
+def ceilings(device: torch.device) -> list[dict[str, Any]]:
+    """What the memory system gives to one kernel over flat buffers."""
+    n = 2**30
+    a, b = torch.zeros(n, device=device), torch.zeros(n, device=device)
+    times = median_times({"copy": lambda: b.copy_(a), "add_": lambda: b.add_(a)})
+    moved = {"copy": 8 * n, "add_": 12 * n}
+    return [
+        {"ceiling": k, "gb_per_s": moved[k] / t / 1e9, "device_us": t * 1e6}
+        for k, (t, _) in times.items()
+    ]
+
+
+def share_of_training(device: torch.device) -> dict[str, float]:
+    """The whole meter beside a training step of a bf16 transformer of a billion parameters."""
+    layer = torch.nn.TransformerEncoderLayer(2048, 16, 8192, batch_first=True)
+    model = torch.nn.TransformerEncoder(layer, 20, enable_nested_tensor=False)
+    model = model.to(device, torch.bfloat16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    x = torch.randn(8, 1024, 2048, device=device, dtype=torch.bfloat16)
+
+    def step() -> None:
+        model(x).float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    meter = AngularVelocity(model.parameters(), WINDOW, form="sum")
+
+    def window() -> None:
+        for _ in range(WINDOW):
+            meter.observe()
+
+    training = median_times({"step": step})["step"][0]
+    metering = median_times({"window": window})["window"][0] / WINDOW
+    parameters = sum(p.numel() for p in model.parameters())
+    return {
+        "parameters": parameters,
+        "training_step_ms": training * 1e3,
+        "meter_step_ms": metering * 1e3,
+        "share_percent": 100 * metering / training,
+    }
+
+
+def check_peers(device: torch.device) -> None:
+    params = [torch.randn(3_000_000, device=device), torch.randn(50, 7, device=device).bfloat16()]
+    peer = Foreach(params)
+    exact = []
+    for step in range(12):
+        for p in params:
+            p.add_(torch.randn_like(p), alpha=0.1)
+        exact.append(torch.cat([p.double().reshape(-1) for p in params]))
+        peer.accumulate(first=step % 4 == 0)
+        if step % 4 == 3:
+            result = peer.close(4)
+    m = torch.stack(exact).view(3, 4, -1).mean(dim=1)
+    s, s_previous = m[2] - m[1], m[1] - m[0]
+    sums = (s @ s_previous, s @ s, s_previous @ s_previous, m[2] @ m[2])
+    for got, wanted in zip(result, sums, strict=True):
+        if abs(got - wanted.item()) > peer.accuracy * abs(wanted.item()):
+            raise SystemExit(f"a peer is wrong: {got} instead of {wanted.item()}")
+
+
+def markdown(result: dict[str, Any]) -> str:
+    lines = [f"# {result['gpu']}, torch {result['torch']}", ""]
+    copy = next(c["gb_per_s"] for c in result["ceilings"] if c["ceiling"] == "copy")
+    lines += [
+        f"`{c['ceiling']}` on a flat buffer: {c['gb_per_s']:.0f} GB/s  " for c in result["ceilings"]
+    ]
+    lines += ["", "| shape | dtype | operation | who | device, us | host, us | GB/s | of copy |"]
+    lines += ["|:--|:--|:--|:--|--:|--:|--:|--:|"]
+    for r in result["rows"]:
+        lines.append(
+            f"| {r['shape']} | {r['dtype']} | {r['operation']} | {r['who']} | {r['device_us']:.1f} "
+            f"| {r['host_us']:.1f} | {r['gb_per_s']:.0f} | {100 * r['gb_per_s'] / copy:.0f} % |"
+        )
+    share = result.get("training")
+    if share:
+        lines += ["", f"The meter takes {share['share_percent']:.2f} % of a training step."]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("benchmarks/results"))
+    parser.add_argument("--quick", action="store_true", help="the two smallest shapes only")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("torch sees no CUDA GPU; on the CPU run: make bench")
+    device = torch.device("cuda", 0)
+    torch.cuda.set_device(device)
+    check_peers(device)
+    result: dict[str, Any] = {
+        "gpu": torch.cuda.get_device_name(device),
+        "torch": torch.__version__,
+        "ceilings": ceilings(device),
+        "rows": [],
+    }
+    names = ("resnet50", "tiny10000") if arguments.quick else SHAPES
+    for name in names:
+        for dtype in DTYPES:
+            if name == "2^31" and dtype is torch.float32:
+                continue  # 34 GB of arenas and 8 of parameters say the same as bf16
+            result["rows"] += measure(name, dtype, device)
+            torch.cuda.empty_cache()
+            torch._dynamo.reset()
+    if not arguments.quick:
+        result["training"] = share_of_training(device)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    stem = re.sub(r"[^a-z0-9]+", "-", result["gpu"].lower()).strip("-")
+    (arguments.output / f"{stem}.json").write_text(json.dumps(result, indent=1))
+    (arguments.output / f"{stem}.md").write_text(markdown(result))
+    print(markdown(result))
+
+
+if __name__ == "__main__":
+    main()
