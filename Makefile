@@ -47,6 +47,7 @@ accuracy: $(VENV)/.test   ## the accuracy contract as a table
 gpu:   ## on a machine with a GPU: build, tests, compute-sanitizer, benchmarks; under ten minutes
 	AUTODROP_CUDA=1 CUDAARCHS=native $(PYTHON) -m pip install --no-build-isolation --no-deps --editable .
 	AUTODROP_REQUIRE_GPU=1 $(PYTHON) -m pytest tests/test_gpu.py
+	$(PYTHON) -m autodrop_ext doctor || true  # needs click and rich, which the machine may lack
 	for tool in memcheck racecheck initcheck; do \
 	  AUTODROP_REQUIRE_GPU=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool \
 	    --error-exitcode 9 $(PYTHON) -m pytest tests/test_gpu.py -k "cuda and (odd or misaligned)" \

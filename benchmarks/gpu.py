@@ -40,36 +40,68 @@ SHAPES: dict[str, list[tuple[int, ...]]] = {
     "shard of 8b": [(max(1, s[0] // 8), *s[1:]) for s in SHARD],
     "tiny10000": [(64,)] * 10_000,
     "odd": [(1_000_003 + 2 * i,) for i in range(200)],
+    "misaligned": [(1_000_003 + 2 * i,) for i in range(200)],  # views that start at element 1
     "2^31": [(2**31 + 100,)],
 }
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-def median_times(calls: dict[str, Callable[[], object]]) -> dict[str, tuple[float, float]]:
-    """Median device and host seconds of every call, in turns."""
+def device_seconds(device: torch.device, call: Callable[[], object]) -> tuple[float, float]:
+    """Seconds of a call on the device, and on the host without waiting."""
+    if device.type == "cpu":  # only to try this script where there is no GPU
+        start = time.perf_counter()
+        call()
+        return (time.perf_counter() - start,) * 2
+    torch.cuda.synchronize()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    start = time.perf_counter()
+    call()
+    on_host = time.perf_counter() - start
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3, on_host
+
+
+def median_times(
+    device: torch.device, calls: dict[str, Callable[[], object]]
+) -> dict[str, dict[str, float]]:
+    """Medians of every call, in turns; and its launches and extra memory, once."""
     for call in calls.values():
         for _ in range(3):
             call()
-    device: dict[str, list[float]] = {name: [] for name in calls}
-    host: dict[str, list[float]] = {name: [] for name in calls}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     for _ in range(ROUNDS):
         for name, call in calls.items():
-            torch.cuda.synchronize()
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            start = time.perf_counter()
-            call()
-            host[name].append(time.perf_counter() - start)
-            end.record()
-            end.synchronize()
-            device[name].append(begin.elapsed_time(end) / 1e3)
-    return {n: (statistics.median(device[n]), statistics.median(host[n])) for n in calls}
+            times[name].append(device_seconds(device, call))
+    result = {}
+    for name, call in calls.items():
+        on_device, on_host = (statistics.median(t) for t in zip(*times[name], strict=True))
+        result[name] = {"device_us": on_device * 1e6, "host_us": on_host * 1e6}
+        if device.type == "cuda":
+            result[name] |= launches_and_memory(call)
+    return result
 
 
-def accumulate_calls(
-    params: list[Tensor], arenas: dict[str, Arenas], sums: list[Tensor], with_graph: bool
+def launches_and_memory(call: Callable[[], object]) -> dict[str, float]:
+    """Kernels and copies that a call starts, and bytes it allocates at its peak."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    events = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return {
+        "launches": len(events),
+        "peak_bytes": torch.cuda.max_memory_allocated() - before,
+    }
+
+
+def peer_calls(
+    params: list[Tensor], sums: list[Tensor], with_graph: bool
 ) -> dict[str, Callable[[], object]]:
-    """Ours and the peers, each adding ``params`` to float32 sums."""
+    """The peers, each adding ``params`` to float32 sums."""
 
     def per_tensor() -> None:
         for s, p in zip(sums, params, strict=True):
@@ -86,14 +118,14 @@ def accumulate_calls(
     def flattening() -> None:
         flat.add_(torch.nn.utils.parameters_to_vector(params))
 
+    model = torch.nn.ParameterList(params)
+    averaged = torch.optim.swa_utils.AveragedModel(model)  # a running mean in the params' dtype
     calls: dict[str, Callable[[], object]] = {
-        name: (lambda a=a: a.accumulate(first=False)) for name, a in arenas.items()
-    }
-    calls |= {
         "per-tensor add_": per_tensor,
         "_foreach_add_": lambda: torch._foreach_add_(sums, params),
         "_foreach_copy_ and _foreach_add_": copy_then_add,
         "parameters_to_vector and add_": flattening,
+        "AveragedModel": lambda: averaged.update_parameters(model),
     }
     if with_graph:
         graph = torch.cuda.CUDAGraph()
@@ -118,61 +150,79 @@ def accumulate_calls(
 def measure(name: str, dtype: torch.dtype, device: torch.device) -> list[dict[str, Any]]:
     """All rows of one shape and dtype."""
     params = [torch.randn(s, device=device).to(dtype) for s in SHAPES[name]]
+    if name == "misaligned":
+        params = [torch.cat([p[:1], p])[1:] for p in params]
     n = sum(p.numel() for p in params)
     own = n * params[0].element_size()
     named = [(f"p{i}", p) for i, p in enumerate(params)]
     start = time.perf_counter()
     plan = Plan(named, device)
-    torch.cuda.synchronize()
+    synchronize(device)
     plan_seconds = time.perf_counter() - start
-    usable = [b for b in ("cuda", "triton") if BACKENDS[b].missing("cuda") is None]
+    wanted = ("cuda", "triton") if device.type == "cuda" else ("cpu",)
+    usable = [b for b in wanted if BACKENDS[b].missing(device.type) is None]
     arenas = {b: Arenas(plan, BACKENDS[b]) for b in usable}
     for a in arenas.values():
         a.begin("sum")
-    rows = []
+    rows: list[dict[str, Any]] = []
 
-    def add(operation: str, times: dict[str, tuple[float, float]], moved: int) -> None:
-        for who, (on_device, on_host) in times.items():
-            rows.append(
-                {
-                    "shape": name,
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "operation": operation,
-                    "who": who,
-                    "device_us": on_device * 1e6,
-                    "host_us": on_host * 1e6,
-                    "gb_per_s": moved / on_device / 1e9,
-                    "plan_ms": plan_seconds * 1e3,
-                }
-            )
+    def add(operation: str, calls: dict[str, Callable[[], object]], moved: int) -> None:
+        for who, figures in median_times(device, calls).items():
+            row = {"shape": name, "dtype": str(dtype).removeprefix("torch.")}
+            row |= {"operation": operation, "who": who, **figures}
+            row["gb_per_s"] = moved / figures["device_us"] / 1e3
+            rows.append(row)
 
     huge = n > 2**31
-    if huge:
-        calls: dict[str, Callable[[], object]] = {
-            b: (lambda a=a: a.accumulate(first=False)) for b, a in arenas.items()
-        }
-    else:
-        peer = Foreach(params)
-        calls = accumulate_calls(params, arenas, peer.running, with_graph=n < 2e9)
-    add("accumulate", median_times(calls), own + 8 * n)
+    calls: dict[str, Callable[[], object]] = {
+        b: (lambda a=a: a.accumulate(first=False)) for b, a in arenas.items()
+    }
     closes: dict[str, Callable[[], object]] = {
         b: (lambda a=a: a.close(WINDOW)) for b, a in arenas.items()
     }
     if not huge:
+        peer = Foreach(params)
+        calls |= peer_calls(params, peer.running, with_graph=device.type == "cuda" and n < 2e9)
         closes["_foreach_*"] = lambda: peer.close(WINDOW)
-    add("close", median_times(closes), 12 * n)
+    add("accumulate", calls, own + 8 * n)
+    add("close", closes, 12 * n)
+
+    # After how many steps the plan has paid for itself beside _foreach_add_, host and device.
+    times = {r["who"]: r["device_us"] for r in rows if r["operation"] == "accumulate"}
+    for row in rows:
+        row["plan_ms"] = plan_seconds * 1e3
+        gain = times.get("_foreach_add_", 0.0) - times.get(row["who"], 0.0)
+        if row["operation"] == "accumulate" and row["who"] in arenas and gain > 0:
+            row["plan_paid_after_steps"] = plan_seconds * 1e6 / gain
+    for b, a in arenas.items():
+        same = len({tuple(a.close(WINDOW)) for _ in range(10) if rewind(a)}) == 1
+        rows.append(
+            {"shape": name, "who": b, "operation": "ten closes give the same bits", "same": same}
+        )
     return rows
+
+
+def rewind(arenas: Arenas) -> bool:
+    """Give the arenas the same contents as before, so that a close can be repeated."""
+    generator = torch.Generator(arenas.plan.device).manual_seed(0)
+    for role in Arenas.ROLES:
+        getattr(arenas, role).normal_(generator=generator)
+    return True
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def ceilings(device: torch.device) -> list[dict[str, Any]]:
     """What the memory system gives to one kernel over flat buffers."""
-    n = 2**30
+    n = 2**30 if device.type == "cuda" else 2**24
     a, b = torch.zeros(n, device=device), torch.zeros(n, device=device)
-    times = median_times({"copy": lambda: b.copy_(a), "add_": lambda: b.add_(a)})
+    times = median_times(device, {"copy": lambda: b.copy_(a), "add_": lambda: b.add_(a)})
     moved = {"copy": 8 * n, "add_": 12 * n}
     return [
-        {"ceiling": k, "gb_per_s": moved[k] / t / 1e9, "device_us": t * 1e6}
-        for k, (t, _) in times.items()
+        {"ceiling": k, "gb_per_s": moved[k] / t["device_us"] / 1e3, **t} for k, t in times.items()
     ]
 
 
@@ -195,13 +245,12 @@ def share_of_training(device: torch.device) -> dict[str, float]:
         for _ in range(WINDOW):
             meter.observe()
 
-    training = median_times({"step": step})["step"][0]
-    metering = median_times({"window": window})["window"][0] / WINDOW
-    parameters = sum(p.numel() for p in model.parameters())
+    training = median_times(device, {"step": step})["step"]["device_us"]
+    metering = median_times(device, {"window": window})["window"]["device_us"] / WINDOW
     return {
-        "parameters": parameters,
-        "training_step_ms": training * 1e3,
-        "meter_step_ms": metering * 1e3,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "training_step_us": training,
+        "meter_step_us": metering,
         "share_percent": 100 * metering / training,
     }
 
@@ -234,10 +283,17 @@ def markdown(result: dict[str, Any]) -> str:
     lines += ["", "| shape | dtype | operation | who | device, us | host, us | GB/s | of copy |"]
     lines += ["|:--|:--|:--|:--|--:|--:|--:|--:|"]
     for r in result["rows"]:
-        lines.append(
-            f"| {r['shape']} | {r['dtype']} | {r['operation']} | {r['who']} | {r['device_us']:.1f} "
-            f"| {r['host_us']:.1f} | {r['gb_per_s']:.0f} | {100 * r['gb_per_s'] / copy:.0f} % |"
-        )
+        if "device_us" in r:
+            lines.append(
+                f"| {r['shape']} | {r['dtype']} | {r['operation']} | {r['who']} "
+                f"| {r['device_us']:.1f} | {r['host_us']:.1f} | {r['gb_per_s']:.0f} "
+                f"| {100 * r['gb_per_s'] / copy:.0f} % |"
+            )
+    unequal = [r for r in result["rows"] if r.get("same") is False]
+    lines += [
+        "",
+        f"Ten closes gave the same bits: {'no, ' + str(unequal) if unequal else 'always'}.",
+    ]
     share = result.get("training")
     if share:
         lines += ["", f"The meter takes {share['share_percent']:.2f} % of a training step."]
@@ -248,14 +304,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("benchmarks/results"))
     parser.add_argument("--quick", action="store_true", help="the two smallest shapes only")
+    parser.add_argument("--device", default="cuda", help="cpu tries the script without a GPU")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
+    if arguments.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("torch sees no CUDA GPU; on the CPU run: make bench")
-    device = torch.device("cuda", 0)
-    torch.cuda.set_device(device)
+    device = torch.device(arguments.device, 0 if arguments.device == "cuda" else None)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     check_peers(device)
     result: dict[str, Any] = {
-        "gpu": torch.cuda.get_device_name(device),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU",
         "torch": torch.__version__,
         "ceilings": ceilings(device),
         "rows": [],
@@ -266,8 +324,9 @@ def main() -> None:
             if name == "2^31" and dtype is torch.float32:
                 continue  # 34 GB of arenas and 8 of parameters say the same as bf16
             result["rows"] += measure(name, dtype, device)
-            torch.cuda.empty_cache()
-            torch._dynamo.reset()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+                torch._dynamo.reset()
     if not arguments.quick:
         result["training"] = share_of_training(device)
     arguments.output.mkdir(parents=True, exist_ok=True)

@@ -441,6 +441,7 @@ def test_auto_falls_back_to_the_reference_and_says_so(
     from autodrop_ext import backends
     from autodrop_ext.backends import native
 
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(native, "core", None)
     monkeypatch.setattr(native, "import_error", "libfoo.so not found")
     backends._best.cache_clear()
@@ -462,3 +463,39 @@ def test_an_unknown_instruction_set_is_refused() -> None:
     plan = Plan([("x", torch.zeros(3))], torch.device("cpu"))
     with pytest.raises(ValueError, match="does not run 'mmx'"):
         CpuBackend("mmx").bind(plan)
+
+
+def test_a_gpu_without_machine_code_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    from autodrop_ext.backends import cuda, native
+
+    core = SimpleNamespace(cuda_built=True, cuda_architectures="80-real 90-real")
+    monkeypatch.setattr(native, "core", core)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    reason = cuda.explain("probe: cudaErrorNoKernelImageForDevice (no kernel image ...)", 0)
+    assert "built for the architectures 80-real 90-real" in reason
+    assert "GPU 0 (Tesla T4) is sm_75" in reason
+    assert "reinstall with CUDAARCHS=75" in reason
+    other = cuda.explain("probe: cudaErrorLaunchFailure (unspecified launch failure)", 1)
+    assert other.startswith("a test launch on GPU 1 failed: probe: cudaErrorLaunchFailure")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_backends_that_need_a_gpu_say_why_they_are_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    from autodrop_ext.backends import BACKENDS, native, report
+
+    reason = BACKENDS["cuda"].missing("cuda")
+    assert reason is not None
+    if native.core is not None and native.core.cuda_built:
+        assert "torch sees no CUDA GPU" in reason
+    else:
+        assert "AUTODROP_CUDA=1" in reason
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    on_cpu = report("cpu")
+    assert on_cpu["cuda"] == "it runs on cuda tensors, not on cpu"
+    assert on_cpu["triton"] == "it runs on GPUs, not on cpu"
+    assert on_cpu["cpu"] is None
+    with pytest.raises(RuntimeError, match="backend 'cuda' cannot be used for cpu parameters"):
+        AngularVelocity([torch.zeros(3)], backend="cuda").observe()

@@ -1,8 +1,8 @@
 """The three operations in Triton, over the tables of a plan.
 
-Installed as ``autodrop_ext.triton_kernels``, for machines without nvcc and for AMD GPUs. One source,
-specialised by dtype and alignment; offsets are int64. The kernels have no validation: :mod:`autodrop_ext.backends.triton` checks and launches.
-Importing this package imports triton.
+Installed as ``autodrop_ext.triton_kernels``, for machines without nvcc and for AMD GPUs. One
+source, specialised by dtype and alignment; offsets are int64. The kernels have no validation:
+:mod:`autodrop_ext.backends.triton` checks and launches. Importing this package imports triton.
 """
 
 from .kernels import (

@@ -40,6 +40,15 @@ def _chunk(chunks: Any, c: Any, DTYPE: tl.constexpr, ALIGNED: tl.constexpr) -> A
 
 
 @triton.jit
+def _store_sums(row: Any, dot: Any, norm: Any, previous_norm: Any, mean_norm: Any) -> None:
+    """Fold the lanes of the four sums in a fixed tree."""
+    tl.store(row, tl.sum(dot))
+    tl.store(row + 1, tl.sum(norm))
+    tl.store(row + 2, tl.sum(previous_norm))
+    tl.store(row + 3, tl.sum(mean_norm))
+
+
+@triton.jit
 def accumulate_kernel(
     chunks: Any,
     rows: Any,
@@ -99,10 +108,7 @@ def close_sum_kernel(
         norm += d0 * d0
         previous_norm += d1 * d1
         mean_norm += m * m
-    tl.store(partials + 4 * c, tl.sum(dot))
-    tl.store(partials + 4 * c + 1, tl.sum(norm))
-    tl.store(partials + 4 * c + 2, tl.sum(previous_norm))
-    tl.store(partials + 4 * c + 3, tl.sum(mean_norm))
+    _store_sums(partials + 4 * c, dot, norm, previous_norm, mean_norm)
 
 
 @triton.jit
@@ -160,10 +166,7 @@ def close_delta_kernel(
         norm += d0 * d0
         previous_norm += d1 * d1
         mean_norm += m * m
-    tl.store(partials + 4 * c, tl.sum(dot))
-    tl.store(partials + 4 * c + 1, tl.sum(norm))
-    tl.store(partials + 4 * c + 2, tl.sum(previous_norm))
-    tl.store(partials + 4 * c + 3, tl.sum(mean_norm))
+    _store_sums(partials + 4 * c, dot, norm, previous_norm, mean_norm)
 
 
 @triton.jit

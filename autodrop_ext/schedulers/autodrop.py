@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from ..reading import Decision, Reading
 from ..velocity import HISTORY, AngularVelocity
-from .base import OptimizerStepScheduler, as_floats
+from .base import OptimizerStepScheduler, as_floats, check_optimizer
 from .saturation import Kernel, SaturationDetector
 
 if TYPE_CHECKING:
@@ -99,10 +99,7 @@ class AutoDrop(OptimizerStepScheduler):
         for name, callback in (("on_reading", on_reading), ("on_drop", on_drop)):
             if callback is not None and not callable(callback):
                 raise TypeError(f"{name}: expected a function or None, got {callback!r}")
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(
-                f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}"
-            )
+        check_optimizer(optimizer)
         self.window = window
         self.factor = float(factor)
         self.min_lrs = _min_lrs(min_lr, len(optimizer.param_groups))

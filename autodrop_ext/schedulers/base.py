@@ -35,13 +35,7 @@ class OptimizerStepScheduler(LRScheduler):
     """
 
     def __init__(self, optimizer: Optimizer, *, warmup_steps: int, last_epoch: int) -> None:
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(
-                f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}"
-            )
-        for i, group in enumerate(optimizer.param_groups):
-            if "lr" not in group:
-                raise ValueError(f"optimizer: param_groups[{i}] has no 'lr' to change")
+        check_optimizer(optimizer)
         self.warmup_steps = warmup_steps
         self._optimizer_steps = 0  # consumed marks
         self._stepped = False
@@ -198,6 +192,17 @@ class OptimizerStepScheduler(LRScheduler):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._ensure_hook()
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Raises TypeError or ValueError unless ``optimizer`` has learning rates to change."""
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}"
+        )
+    for i, group in enumerate(optimizer.param_groups):
+        if "lr" not in group:
+            raise ValueError(f"optimizer: param_groups[{i}] has no 'lr' to change")
 
 
 def _set_lr(group: dict[str, Any], lr: float) -> None:
