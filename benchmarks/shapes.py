@@ -24,7 +24,7 @@ def resnet50() -> list[tuple[int, ...]]:
 def transformer(
     width: int = 512, layers: int = 14, vocabulary: int = 32_000
 ) -> list[tuple[int, ...]]:
-    """A decoder-only transformer; by default 170 tensors, 60.8 million parameters."""
+    """A decoder-only transformer; by default 172 tensors, 60.8 million parameters."""
     shapes: list[tuple[int, ...]] = [(vocabulary, width), (512, width)]
     for _ in range(layers):
         shapes += [(width,), (width,), (3 * width, width), (3 * width,), (width, width), (width,)]
