@@ -120,8 +120,18 @@ class Arenas:
             for segment in self.plan.segments
         }
 
+    def misfit(self, named: Mapping[str, Mapping[str, Tensor]]) -> str | None:
+        """Why :meth:`load` cannot take these arenas, or None."""
+        for segment in self.plan.segments:
+            if segment.name not in named:
+                return f"{segment.name} is not in it"
+            shape, now = named[segment.name]["running"].shape, segment.alias.shape
+            if shape != now:
+                return f"{segment.name} was {tuple(shape)}, now it is {tuple(now)}"
+        return None
+
     def load(self, form: Form, named: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Restore what :meth:`named` returned; the caller has checked names and shapes."""
+        """Restore what :meth:`named` returned, unless :meth:`misfit` objects to it."""
         self.form = form
         self._used = True
         for segment in self.plan.segments:

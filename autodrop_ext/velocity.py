@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from . import rounding
 from .arenas import Arenas, Form
 from .backends import Sums, check_name, select
+from .faults import Faults
 from .parameters import Named, ParameterSource, signature
 from .plan import Plan
 from .reading import Reading, angle_of
@@ -23,9 +23,7 @@ HISTORY = 10_000
 CONVERT_TO_DELTA = 0.01  # degrees of rounding error in sum form
 CONVERT_TO_SUM = 0.005  # half of it, so that the form does not swing from window to window
 
-_WINDOWS_FOR_ANGLE = 3  # two displacements need three means
-_STILL_WINDOWS = 5  # windows without displacement before a warning
-_HALF_DTYPES = (torch.float16, torch.bfloat16)
+WINDOWS_FOR_ANGLE = 3  # two displacements need three means
 
 
 class AngularVelocity:
@@ -98,7 +96,7 @@ class AngularVelocity:
         self._arenas: list[Arenas] | None = None
         self._signature: list[list[Any]] = []
         self._restore: dict[str, Any] | None = None
-        self._warned: set[str] = set()
+        self._faults = Faults()
         self._fresh = True
         self._forget()
 
@@ -154,11 +152,7 @@ class AngularVelocity:
         self._signature = signature(tensors)
 
     def _discard(self) -> None:
-        self._warn_once(
-            "changed",
-            "the watched parameters were moved, replaced, added or frozen; the window is discarded "
-            f"and the next angle comes after {_WINDOWS_FOR_ANGLE} windows",
-        )
+        self._faults.parameters_changed(WINDOWS_FOR_ANGLE)
         self._arenas = None
         self._forget()
 
@@ -168,7 +162,7 @@ class AngularVelocity:
         self._fresh = True
         self._usable = 0  # windows since the start over
         self._variances = (0.0, 0.0)  # of the means before and at the last close
-        self._still = 0
+        self._faults.still_windows = 0
 
     def _build(self) -> None:
         named = self._source.named()
@@ -203,17 +197,17 @@ class AngularVelocity:
         self.windows += 1
         self._position = 0
         if not all(map(math.isfinite, sums)):
-            self._warn_nonfinite()
+            self._faults.not_finite(self._arenas, self.windows - 1, WINDOWS_FOR_ANGLE)
             self._forget()
             return self._keep(self._undefined())
         self._usable += 1
         if self._usable >= 2:
-            self._watch_for_still_parameters(sums)
+            self._faults.watch_displacement(sums, self._arenas)
 
         oldest, shared = self._variances
         newest = rounding.mean_variance(self.window, sums, self.form or "delta")
         self._variances = (shared, newest)
-        if self._usable < _WINDOWS_FOR_ANGLE:
+        if self._usable < WINDOWS_FOR_ANGLE:
             return self._keep(self._undefined())
         error = rounding.angle_error(sums, (oldest, shared, newest), self._num_elements)
         self._choose_form(sums, error)
@@ -236,7 +230,7 @@ class AngularVelocity:
         return Reading(self.steps, self.windows - 1, None, None, math.nan, math.nan)
 
     def _keep(self, reading: Reading) -> Reading | None:
-        if self.windows < _WINDOWS_FOR_ANGLE:
+        if self.windows < WINDOWS_FOR_ANGLE:
             return None
         self.history.append(reading)
         del self.history[:-HISTORY]
@@ -264,65 +258,6 @@ class AngularVelocity:
     def _num_elements(self) -> int:
         return sum(arenas.plan.num_elements for arenas in self._arenas or ())
 
-    # ---- faults -----------------------------------------------------------------------------
-
-    def _warn_once(self, kind: str, message: str) -> None:
-        if kind not in self._warned:
-            self._warned.add(kind)
-            warnings.warn(f"AngularVelocity: {message}", RuntimeWarning, stacklevel=2)
-
-    def _warn_nonfinite(self) -> None:
-        for arenas in self._arenas or ():
-            finite = arenas.per_tensor.isfinite().all(dim=1).tolist()
-            for segment, good in zip(arenas.plan.segments, finite, strict=True):
-                if not good:
-                    self._warn_once(
-                        "nonfinite",
-                        f"{segment.name} held NaN or infinity during window {self.windows - 1}; "
-                        "the angle is undefined and no learning rate is dropped until three "
-                        "windows are finite again",
-                    )
-                    return
-
-    def _watch_for_still_parameters(self, sums: Sums) -> None:
-        self._still = self._still + 1 if sums.norm == 0 else 0
-        if self._still == _STILL_WINDOWS:
-            self._warn_once(
-                "still",
-                f"no parameter moved during the last {_STILL_WINDOWS} windows, so the angle is "
-                "undefined and no learning rate is dropped; is this the optimizer that trains the "
-                "watched parameters, and is its learning rate above zero?",
-            )
-        self._watch_half_precision()
-
-    def _watch_half_precision(self) -> None:
-        """Warn where steps are smaller than half-precision parameters resolve."""
-        if "half" in self._warned:
-            return
-        lost = total = 0
-        for arenas in self._arenas or ():
-            half = [s.alias.dtype in _HALF_DTYPES for s in arenas.plan.segments]
-            if not any(half):
-                continue
-            per_tensor = arenas.per_tensor.tolist()
-            for segment, sums in zip(
-                arenas.plan.segments, map(Sums._make, per_tensor), strict=True
-            ):
-                if segment.alias.dtype in _HALF_DTYPES:
-                    # An element that moves at all moves by about eps / 2 of itself, and on average
-                    # half of the window has passed by then: 0.003 eps^2 is one element in twenty.
-                    eps = torch.finfo(segment.alias.dtype).eps
-                    total += segment.flat.numel()
-                    if sums.norm < 0.003 * eps**2 * sums.mean_norm:
-                        lost += segment.flat.numel()
-        if lost > total / 2:
-            self._warn_once(
-                "half",
-                f"{lost:,} of {total:,} half-precision parameters hardly moved during a window: "
-                "their steps are smaller than the format resolves, and the angle is that of "
-                "roundings; pass the float32 master weights as params=",
-            )
-
     # ---- state ------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -339,7 +274,7 @@ class AngularVelocity:
             "position": self._position,
             "usable": self._usable,
             "fresh": self._fresh,
-            "still": self._still,
+            "still": self._faults.still_windows,
             "variances": list(self._variances),
             "form": self.form,
             "arenas": {},
@@ -371,40 +306,26 @@ class AngularVelocity:
         if state_dict["fresh"]:
             return
         if not state_dict["arenas"]:
-            self._warn_rewarm("it was saved without the arenas")
+            self._faults.cannot_continue("it was saved without the arenas", WINDOWS_FOR_ANGLE)
         else:
             self._restore = {"form": state_dict["form"], "arenas": state_dict["arenas"]}
             self._fresh = False
             self._position = state_dict["position"]
             self._usable = state_dict["usable"]
-            self._still = state_dict["still"]
+            self._faults.still_windows = state_dict["still"]
             before, last = state_dict["variances"]
             self._variances = (before, last)
 
     def _load_arenas(self, restore: dict[str, Any]) -> None:
         saved: Mapping[str, Mapping[str, Tensor]] = restore["arenas"]
         for arenas in self._arenas or ():
-            for segment in arenas.plan.segments:
-                if segment.name not in saved:
-                    self._warn_rewarm(f"{segment.name} is not in it")
-                    self._forget()
-                    return
-                shape = saved[segment.name]["running"].shape
-                if shape != segment.alias.shape:
-                    self._warn_rewarm(
-                        f"{segment.name} was {tuple(shape)}, now it is {tuple(segment.alias.shape)}"
-                    )
-                    self._forget()
-                    return
+            problem = arenas.misfit(saved)
+            if problem is not None:
+                self._faults.cannot_continue(problem, WINDOWS_FOR_ANGLE)
+                self._forget()
+                return
         for arenas in self._arenas or ():
             arenas.load(restore["form"], saved)
-
-    def _warn_rewarm(self, reason: str) -> None:
-        self._warn_once(
-            "rewarm",
-            f"the saved sums cannot be continued ({reason}); the meter warms up again and the next "
-            f"angle comes after {_WINDOWS_FOR_ANGLE} windows",
-        )
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
