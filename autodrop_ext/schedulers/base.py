@@ -172,7 +172,7 @@ class OptimizerStepScheduler(LRScheduler):
         for i, group in enumerate(self.optimizer.param_groups):
             lr = float(group["lr"])
             floor = min_lrs[i] if i < len(min_lrs) else 0.0
-            dropped = min(lr, max(floor, factor * lr))
+            dropped = max(floor, factor * lr)
             if dropped < lr:
                 _set_lr(group, dropped)
                 changed = True
