@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 # Scheduler calls, or optimizer steps between two calls, after which a wrong wiring is pointed out.
-_CALLS_WITHOUT_STEP = 100
+_CALLS_WITHOUT_STEP = 1000  # more micro-batches than anyone accumulates
 _STEPS_WITHOUT_CALL = 20
 _KNOWN_LRS = 64  # tensor learning rates whose value is remembered
 
