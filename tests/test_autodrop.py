@@ -394,6 +394,24 @@ def test_a_compiled_step_before_the_scheduler_is_made_works() -> None:
         drop_three_times(optimizer)
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch's compiler
+@pytest.mark.parametrize("before", [False, True])
+def test_compiled_steps_are_counted(before: bool) -> None:
+    """Compiled: optimizer.step itself, before the scheduler is made, or a caller of it."""
+    parameter = torch.nn.Parameter(torch.ones(4))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    if before:
+        optimizer.step = torch.compile(optimizer.step, backend="eager")  # type: ignore[method-assign]
+    scheduler = AutoDrop(optimizer, window=2, **SMALL)
+    step = optimizer.step if before else torch.compile(lambda: optimizer.step(), backend="eager")
+    for i in range(12):
+        parameter.grad = torch.full((4,), math.sin(i))
+        step()
+        scheduler.step()
+    assert scheduler._meter.steps == 12
+    assert len(scheduler.history) == 4
+
+
 def test_gradient_accumulation_counts_optimizer_steps() -> None:
     optimizer = Given(turning([90.0] * 9))
     scheduler = AutoDrop(optimizer, window=1, factor=0.5, **SMALL)

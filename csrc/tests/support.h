@@ -16,6 +16,7 @@
 #include "core/delta.h"
 #include "core/numeric.h"
 #include "core/tables.h"
+#include "cpu/parallel.h"
 
 namespace autodrop::testing {
 
@@ -197,6 +198,12 @@ inline void check_sums(const Sums& got, const Expected& wanted, const char* what
   close(got.norm, wanted.norm, wanted.norm, "norm");
   close(got.previous_norm, wanted.previous_norm, wanted.previous_norm, "previous_norm");
   close(got.mean_norm, wanted.mean_norm, wanted.mean_norm, "mean_norm");
+}
+
+inline cpu::Plan plan_of(const Model& model) {
+  return {model.chunks.data(), static_cast<std::int64_t>(model.chunks.size()),
+          model.tensor_chunks.data(), model.weights.data(),
+          static_cast<std::int64_t>(model.tensors.size())};
 }
 
 }  // namespace autodrop::testing

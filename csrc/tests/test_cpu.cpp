@@ -15,12 +15,6 @@ namespace {
 using namespace autodrop;
 using namespace autodrop::testing;
 
-cpu::Plan plan_of(const Model& model) {
-  return {model.chunks.data(), static_cast<std::int64_t>(model.chunks.size()),
-          model.tensor_chunks.data(), model.weights.data(),
-          static_cast<std::int64_t>(model.tensors.size())};
-}
-
 void test_model(const cpu::Kernels* kernels, Model& model, int threads) {
   const cpu::Plan plan = plan_of(model);
   const double window = 4.0;

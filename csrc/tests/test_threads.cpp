@@ -66,12 +66,6 @@ void accumulate(Model& model, float weight) {
   });
 }
 
-cpu::Plan plan_of(const Model& model) {
-  return {model.chunks.data(), static_cast<std::int64_t>(model.chunks.size()),
-          model.tensor_chunks.data(), model.weights.data(),
-          static_cast<std::int64_t>(model.tensors.size())};
-}
-
 void compare(Model& got, Model& wanted, const char* what) {
   got.each([&](Tensor&, std::int64_t i, std::int64_t at) {
     const float* pairs[3][2] = {{got.running.get(), wanted.running.get()},
