@@ -91,7 +91,6 @@ class AngularVelocity:
         self._source = ParameterSource(params)
         self._source.named()  # wrong arguments fail here, not at the first step
         self._backend = backend
-        self._seed = seed
         self._fixed_form: Form | None = None if form == "auto" else form
         self._arenas: list[Arenas] | None = None
         self._signature: list[list[Any]] = []

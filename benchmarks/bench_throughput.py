@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from peers import Flattening, Foreach, ForeachFloat32
+from peers import Flattening, Foreach, ForeachFloat32, against_float64
 from shapes import tensors
 
 from autodrop_ext import AngularVelocity
@@ -133,18 +133,5 @@ def test_whole_window(benchmark: Any, model: str, dtype: torch.dtype, peer: Any)
 @pytest.mark.parametrize("peer", [Foreach, ForeachFloat32, Flattening])
 def test_peers_are_right(benchmark: Any, peer: Any) -> None:
     """What is timed above gives the numbers of float64, as precisely as it claims to."""
-    params = [torch.randn(3_000_000), torch.randn(50, 7).bfloat16()]
-    other = peer(params)
-    flat = []
-    for step in range(12):
-        for p in params:
-            p.add_(torch.randn(p.shape).to(p.dtype), alpha=0.1)
-        flat.append(torch.cat([p.double().reshape(-1) for p in params]))
-        other.accumulate(first=step % 4 == 0)
-        if step % 4 == 3:
-            result = other.close(4)
-    m = torch.stack(flat).view(3, 4, -1).mean(dim=1)
-    s, s_previous = m[2] - m[1], m[1] - m[0]
-    wanted = [s @ s_previous, s @ s, s_previous @ s_previous, m[2] @ m[2]]
-    assert result == pytest.approx([x.item() for x in wanted], rel=peer.accuracy)
-    benchmark.pedantic(other.close, args=(4,), rounds=1)
+    result, wanted = benchmark.pedantic(against_float64, args=(peer,), rounds=1)
+    assert result == pytest.approx(wanted, rel=peer.accuracy)

@@ -71,3 +71,24 @@ class Flattening:
         result = (s @ s_previous, s @ s, s_previous @ s_previous, self.running @ self.running)
         self.running, self.previous, self.before = self.before, self.running, self.previous
         return tuple(x.item() / window**2 for x in result)
+
+
+Peer = Foreach | ForeachFloat32 | Flattening
+
+
+def against_float64(peer: type[Peer], device: str = "cpu") -> tuple[list[float], list[float]]:
+    """A peer's four sums after three windows of a random walk, and those of float64."""
+    params = [torch.randn(3_000_000, device=device), torch.randn(50, 7, device=device).bfloat16()]
+    other = peer(params)
+    iterates = []
+    for step in range(12):
+        for p in params:
+            p.add_(torch.randn_like(p), alpha=0.1)
+        iterates.append(torch.cat([p.double().reshape(-1) for p in params]))
+        other.accumulate(first=step % 4 == 0)
+        if step % 4 == 3:
+            result = other.close(4)
+    m = torch.stack(iterates).view(3, 4, -1).mean(dim=1)
+    s, s_previous = m[2] - m[1], m[1] - m[0]
+    exact = (s @ s_previous, s @ s, s_previous @ s_previous, m[2] @ m[2])
+    return list(result), [x.item() for x in exact]
