@@ -14,12 +14,18 @@ from rich.table import Table
 
 from ..log import JsonLinesLog
 from ..plotting import plot_comparison
+from . import theory_tasks
 from .digits import Digits
 from .text import Bytes
 from .training import SCHEDULES, Run, Task, train
 
 _TASKS: dict[str, type[Digits] | type[Bytes]] = {"digits": Digits, "bytes": Bytes}
-_NEEDS = {"digits": ("matplotlib", "sklearn"), "bytes": ("matplotlib",)}
+_NEEDS = {
+    "digits": ("matplotlib", "sklearn"),
+    "bytes": ("matplotlib",),
+    "nqm": ("matplotlib",),
+    "theory": ("matplotlib",),
+}
 _FACTOR = 0.95  # AutoDrop's defaults, for the note below the table
 _WINDOWS_PER_DROP = 11
 _THRESHOLD = 0.1
@@ -29,20 +35,26 @@ _THRESHOLD = 0.1
 @click.option(
     "--task",
     "name",
-    type=click.Choice(list(_TASKS)),
+    type=click.Choice(list(_NEEDS)),
     default="digits",
     show_default=True,
     help="digits: a convolutional network on handwritten digits, SGD, under 2 minutes. "
-    "bytes: a transformer on Python's source text, AdamW, under 3 minutes.",
+    "bytes: a transformer on Python's source text, AdamW, under 3 minutes. "
+    "nqm: the papers' noisy quadratic model, under a minute. "
+    "theory: the velocity model and Algorithm 2, seconds.",
 )
 @click.option(
-    "--seeds", type=click.IntRange(1), help="Runs per schedule.  [default: digits 3, bytes 1]"
+    "--seeds",
+    type=click.IntRange(1),
+    help="Runs per schedule.  [default: digits 3, bytes 1, nqm 32]",
 )
 @click.option(
     "--first-seed", type=click.IntRange(0), default=0, show_default=True, help="The others follow."
 )
 @click.option(
-    "--steps", type=click.IntRange(1), help="Optimizer steps.  [default: digits 3000, bytes 1500]"
+    "--steps",
+    type=click.IntRange(1),
+    help="Optimizer steps.  [default: digits 3000, bytes 1500, nqm 4000, theory 1000]",
 )
 @click.option(
     "--window",
@@ -66,6 +78,8 @@ def demo(
 ) -> None:
     """Train under AutoDrop, a constant rate and cosine annealing, and compare.
 
+    The tasks nqm and theory draw the papers' figures instead.
+
     Nothing is downloaded, and no GPU is needed.
     """
     missing = [module for module in _NEEDS[name] if importlib.util.find_spec(module) is None]
@@ -73,14 +87,14 @@ def demo(
         raise click.ClickException(
             f"the demo needs {' and '.join(missing)}: pip install 'autodrop_ext[demo]'"
         )
+    if name not in _TASKS:
+        _without_data(name, seeds, first_seed, steps, window, output)
+        return
     task = _TASKS[name]()
     seeds = seeds or task.seeds
     steps = steps or task.steps
     window = window or task.window
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise click.ClickException(f"--output: {error}") from error
+    _make(output)
     console = Console()
     console.print(f"Training {task.description}:")
     console.print(
@@ -98,6 +112,41 @@ def demo(
     _explain(console, task, runs, steps, window)
     console.print(f"Took {time.perf_counter() - start:.0f} s.")
     _write_picture(console, output / f"{name}.png", task, runs, log)
+
+
+def _without_data(
+    name: str,
+    seeds: int | None,
+    first_seed: int,
+    steps: int | None,
+    window: int | None,
+    output: Path,
+) -> None:
+    """The tasks that draw the papers' theory: no schedules, no log."""
+    unused = {"--window": window}
+    if name == "theory":
+        unused |= {"--seeds": seeds, "--first-seed": first_seed or None}
+    for option, value in unused.items():
+        if value is not None:
+            raise click.UsageError(f"{option}: expected none with --task {name}, got {value}")
+    _make(output)
+    console = Console()
+    if name == "theory":
+        steps = steps or theory_tasks.ALGORITHM_ITERATIONS
+        theory_tasks.theory(console, output, iterations=steps)
+        return
+    steps = steps or theory_tasks.NQM_ITERATIONS
+    if steps < theory_tasks.NQM_LEAST:
+        raise click.UsageError(f"--steps: expected at least {theory_tasks.NQM_LEAST}, got {steps}")
+    last = first_seed + (seeds or theory_tasks.NQM_SEEDS)
+    theory_tasks.nqm(console, output, iterations=steps, seeds=range(first_seed, last))
+
+
+def _make(output: Path) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise click.ClickException(f"--output: {error}") from error
 
 
 def _train_all(

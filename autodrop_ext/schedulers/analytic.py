@@ -1,0 +1,316 @@
+"""AnalyticAutoDrop, UAI 2024, Algorithm 2 (2021, Algorithm 2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch.optim import Optimizer
+
+from ..theory.checks import count, number
+from ..theory.velocity_model import (
+    Phase,
+    RateSequence,
+    VelocityModel,
+    check_tau0,
+    learning_rate,
+)
+from ..velocity import HISTORY
+from .base import OptimizerStepScheduler, as_floats, check_optimizer
+
+if TYPE_CHECKING:
+    import matplotlib.figure
+
+_SETTINGS = ("gamma", "epsilon", "tau0", "rates", "warmup_steps")
+_ENTRIES = (
+    "settings",
+    "last_epoch",
+    "step_count",
+    "base_lrs",
+    "last_lr",
+    "optimizer_steps",
+    "stepped",
+    "num_drops",
+    "since_drop",
+    "history",
+)
+
+
+@dataclass(frozen=True)
+class AnalyticDrop:
+    """One drop of :class:`AnalyticAutoDrop`.
+
+    Attributes:
+        step: real optimizer steps until then, the warm-up included.
+        index: ``i`` of the rate that was left.
+        gap: ``k_i``, steps since the model last started at 0.
+        angle: modelled velocity at the drop, degrees.
+        lr: learning rate of each param group after it.
+    """
+
+    step: int
+    index: int
+    gap: int
+    angle: float
+    lr: tuple[float, ...]
+
+
+class AnalyticAutoDrop(OptimizerStepScheduler):
+    """Drops the learning rate where a *model* of the angular velocity saturates; measures nothing.
+
+    Between drops the model (equation (12)) says how the velocity grows at a constant rate
+    ``alpha_i``. Where its derivative has fallen to ``min(tau0, gamma alpha_i / 2)``, the next rate
+    of a given sequence takes over and the model starts again at 0 (Algorithm 2). The steps at which
+    this happens follow from the arguments alone; see :func:`~autodrop_ext.theory.algorithm_2`.
+
+    Every param group runs at ``base_lr * r_i / r_0``, with the sequence ``r_i`` below, so that
+    training starts at the rates that the optimizer was given. The model's ``alpha_i`` is the first
+    group's rate, ``base_lr[0] * r_i / r_0``. With a base rate of 1, or of 1/2 under
+    ``rates="proof"``, this is Algorithm 2 as printed. As printed, a step updates first and tests
+    afterwards: ``alpha_0`` serves one step more than its gap.
+
+    A rate that something else has changed in the meantime is multiplied by ``r_{i+1} / r_i``.
+
+    Args:
+        optimizer: any ``torch.optim.Optimizer``; learning rates may be floats or tensors. The
+            papers analyse :class:`~autodrop_ext.theory.UnifiedMomentum`.
+        gamma: curvature of the model: ``1 / (gamma alpha)`` steps bring the velocity half way up.
+        epsilon: the model's limit is ``90 (1 + epsilon alpha)`` degrees; above 0 and below
+            ``1 / (3 alpha_0)``.
+        tau0: initial threshold of the derivative, radians per step, in (0, 2).
+        rates: ``r_i``: "theorem" for ``(i + 1)^(-2/3)`` of Theorem 5.2, "proof" for
+            ``(i + 2)^(-1)`` of its proof (the two contradict each other), or decreasing numbers,
+            the last of which stays.
+        warmup_steps: optimizer steps of linear warm-up, before the model's first.
+        on_drop: called with every :class:`AnalyticDrop`.
+        last_epoch: as in torch's schedulers.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong; the message gives it, what was expected and
+            what came.
+
+    Attributes:
+        history: the last 10,000 :class:`AnalyticDrop` objects.
+        num_drops: ``i``, how often the rate was lowered.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        gamma: float,
+        epsilon: float,
+        tau0: float,
+        *,
+        rates: RateSequence | Sequence[float] = "theorem",
+        warmup_steps: int = 0,
+        on_drop: Callable[[AnalyticDrop], object] | None = None,
+        last_epoch: int = -1,
+    ) -> None:
+        count("warmup_steps", warmup_steps, 0)
+        if on_drop is not None and not callable(on_drop):
+            raise TypeError(f"on_drop: expected a function or None, got {on_drop!r}")
+        check_optimizer(optimizer)
+        self.model = VelocityModel(number("gamma", gamma), number("epsilon", epsilon))
+        self.tau0 = check_tau0(tau0)
+        self.rates: RateSequence | list[float] = _checked_rates(rates)
+        self.num_drops = 0
+        self.history: list[AnalyticDrop] = []
+        self.on_drop = on_drop
+        self._since_drop = -1  # t - t_i of the last step; Algorithm 2's first step is t = 0
+        first = optimizer.param_groups[0]
+        self._gap = self._next_gap(float(first.get("initial_lr", first["lr"])))
+        super().__init__(optimizer, warmup_steps=warmup_steps, last_epoch=last_epoch)
+
+    # ---- deciding ---------------------------------------------------------------------------
+
+    def _on_optimizer_step(self) -> None:
+        self._since_drop += 1
+        if self._gap is not None and self._since_drop >= self._gap:
+            self._drop()
+
+    def _drop(self) -> None:
+        angle = math.degrees(self.model.velocity(float(self._since_drop), self._alpha()))
+        before, after = self._scale(self.num_drops), self._scale(self.num_drops + 1)
+        lrs = []
+        for i, group in enumerate(self.optimizer.param_groups):
+            lr = float(group["lr"])
+            base = float(self.base_lrs[i]) if i < len(self.base_lrs) else math.nan
+            # 1e-6 for float32 tensors. A product of ratios would drift from the printed sequence.
+            ours = math.isclose(lr, base * before, rel_tol=1e-6)
+            lrs.append(base * after if ours else lr * after / before)
+        self._set_lrs(lrs)
+        drop = AnalyticDrop(
+            step=self._optimizer_steps,
+            index=self.num_drops,
+            gap=self._since_drop,
+            angle=angle,
+            lr=tuple(as_floats(self.get_lr())),
+        )
+        self.num_drops += 1
+        self._since_drop = 0
+        self._gap = self._next_gap(float(self.base_lrs[0]))
+        self.history.append(drop)
+        del self.history[:-HISTORY]
+        if self.on_drop is not None:
+            self.on_drop(drop)
+
+    def _scale(self, i: int) -> float:
+        """``r_i / r_0``."""
+        if isinstance(self.rates, list):
+            return self.rates[i] / self.rates[0]
+        return learning_rate(i, self.rates) / learning_rate(0, self.rates)
+
+    def _alpha(self) -> float:
+        """``alpha_i``, the model's rate."""
+        return float(self.base_lrs[0]) * self._scale(self.num_drops)
+
+    def _next_gap(self, base_lr: float) -> int | None:
+        """Steps until the next drop; None at the end of given rates."""
+        if isinstance(self.rates, list) and self.num_drops + 1 >= len(self.rates):
+            return None
+        return self.model.drop_gap(base_lr * self._scale(self.num_drops), self.tau0)
+
+    def _get_closed_form_lr(self) -> list[float]:
+        """Rates after all drops so far: what ``SequentialLR`` asks for at a milestone."""
+        scale = self._scale(self.num_drops)
+        return [lr * scale for lr in self._warmed(self.base_lrs)]
+
+    # ---- looking ----------------------------------------------------------------------------
+
+    def get_metrics(self) -> dict[str, float]:
+        """The newest values for a logger, plain floats.
+
+        ``lr`` (of the first param group), ``num_drops``, ``angular_velocity``, the model's
+        [degrees], and ``steps_to_drop``, left out where no lower rate follows.
+        """
+        since = max(self._since_drop, 0)
+        metrics = {
+            "lr": float(self.optimizer.param_groups[0]["lr"]),
+            "num_drops": float(self.num_drops),
+            "angular_velocity": math.degrees(self.model.velocity(float(since), self._alpha())),
+        }
+        if self._gap is not None:
+            metrics["steps_to_drop"] = float(self._gap - self._since_drop)
+        return metrics
+
+    def plot(self, path: Any = None) -> matplotlib.figure.Figure:
+        """Draw the modelled velocity and its rate over the steps so far, drops marked.
+
+        Args:
+            path: where to save the picture, if anywhere.
+
+        Raises:
+            ImportError: matplotlib is not installed; it comes with ``autodrop_ext[plot]``.
+        """
+        from ..theory.figures import plot_algorithm_2
+
+        base = float(self.base_lrs[0])
+        phases = [
+            Phase(drop.index, base * self._scale(drop.index), drop.step - drop.gap, drop.gap)
+            for drop in self.history
+        ]
+        since = max(self._since_drop, 0)
+        phases.append(
+            Phase(self.num_drops, self._alpha(), max(self._optimizer_steps - since, 0), since)
+        )
+        return plot_algorithm_2(self.model, phases, path=path)
+
+    # ---- state ------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on exactly, in plain values.
+
+        Learning rates are restored by the *optimizer's* ``load_state_dict``, as with torch's
+        schedulers.
+        """
+        return {
+            "version": 1,
+            "scheduler": type(self).__name__,
+            "settings": self._settings(),
+            "last_epoch": self.last_epoch,
+            "step_count": self._step_count,
+            "base_lrs": as_floats(self.base_lrs),
+            "last_lr": as_floats(self._last_lr),
+            "optimizer_steps": self._optimizer_steps,
+            "stepped": self._stepped,
+            "num_drops": self.num_drops,
+            "since_drop": self._since_drop,
+            "history": [vars(drop) | {"lr": list(drop.lr)} for drop in self.history],
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue where :meth:`state_dict` was taken. Settings are restored too, as in torch.
+
+        Raises:
+            ValueError: not a state of this class; nothing has been changed then.
+        """
+        _check_state(state_dict, type(self).__name__)
+        settings = dict(state_dict["settings"])
+        changed = {k: v for k, v in self._settings().items() if settings[k] != v}
+        if changed:
+            self._warn(
+                "the checkpoint's settings replace those given: "
+                + ", ".join(f"{k}={settings[k]!r} (was {v!r})" for k, v in changed.items())
+            )
+        model = VelocityModel(settings["gamma"], settings["epsilon"])
+        tau0, rates = check_tau0(settings["tau0"]), _checked_rates(settings["rates"])
+        self.model, self.tau0, self.rates = model, tau0, rates
+        self.warmup_steps = settings["warmup_steps"]
+        self.last_epoch = state_dict["last_epoch"]
+        self._step_count = state_dict["step_count"]
+        self.base_lrs = list(state_dict["base_lrs"])
+        self._last_lr = list(state_dict["last_lr"])
+        self._optimizer_steps = state_dict["optimizer_steps"]
+        self._stepped = state_dict["stepped"]
+        self.num_drops = state_dict["num_drops"]
+        self._since_drop = state_dict["since_drop"]
+        self.history = [
+            AnalyticDrop(**(dict(drop) | {"lr": tuple(drop["lr"])}))
+            for drop in state_dict["history"]
+        ]
+        self._gap = self._next_gap(float(self.base_lrs[0]))
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "gamma": self.model.gamma,
+            "epsilon": self.model.epsilon,
+            "tau0": self.tau0,
+            "rates": list(self.rates) if isinstance(self.rates, list) else self.rates,
+            "warmup_steps": self.warmup_steps,
+        }
+
+
+def _checked_rates(rates: Any) -> RateSequence | list[float]:
+    if isinstance(rates, str):
+        if rates not in ("theorem", "proof"):
+            raise ValueError(f"rates: expected 'theorem', 'proof' or numbers, got {rates!r}")
+        return "theorem" if rates == "theorem" else "proof"
+    if not isinstance(rates, Sequence):
+        raise TypeError(f"rates: expected 'theorem', 'proof' or numbers, got {rates!r}")
+    values = [number(f"rates[{i}]", rate) for i, rate in enumerate(rates)]
+    if not values:
+        raise ValueError("rates: expected at least one number, got none")
+    for i in range(1, len(values)):
+        if values[i] >= values[i - 1]:
+            raise ValueError(
+                f"rates[{i}]: expected a number below the one before, {values[i - 1]!r}, "
+                f"got {values[i]!r}"
+            )
+    return values
+
+
+def _check_state(state: Any, name: str) -> None:
+    problem = None
+    if not isinstance(state, Mapping):
+        problem = type(state).__name__
+    elif state.get("version") != 1 or state.get("scheduler") != name:
+        problem = f"version {state.get('version')!r} of {state.get('scheduler')!r}"
+    else:
+        missing = [entry for entry in _ENTRIES if entry not in state]
+        missing += [f"settings[{s!r}]" for s in _SETTINGS if s not in state.get("settings", ())]
+        if missing:
+            problem = f"no entry {', '.join(missing)}"
+    if problem is not None:
+        raise ValueError(f"state_dict: expected a state of {name}, version 1, got {problem}")

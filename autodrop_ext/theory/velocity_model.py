@@ -1,0 +1,230 @@
+"""The angular velocity model and Algorithm 2's drops (UAI 2024, Section 5.2; 2021, Section 5.2).
+
+The model is in radians and iterations: velocities in radians, derivatives and thresholds in radians
+per iteration. Everything else in this package speaks of degrees.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+from torch import Tensor
+
+from .checks import count, number
+
+RateSequence = Literal["theorem", "proof"]
+"""Theorem 5.2's ``(i + 1)^(-2/3)``, or ``(i + 2)^(-1)`` of its proof."""
+
+_Time = TypeVar("_Time", float, Tensor)
+
+# From here on float64 does not tell all integers apart, and a closed form is all there is.
+_EXACT_INTEGERS = 2.0**52
+
+
+@dataclass(frozen=True)
+class VelocityModel:
+    """``v_lr(t)``, equation (12) of UAI 2024 and (10) of 2021, for a constant rate.
+
+    ``v_lr(t) = (pi / 2) (1 + epsilon lr) (1 - 1 / (gamma lr (t + 1 / (gamma lr))))``, printed
+    without the inner parentheses; it grows from 0 at ``t = 0`` to ``(pi / 2) (1 + epsilon lr)``.
+
+    Args:
+        gamma: curvature; ``1 / (gamma lr)`` iterations bring the velocity half way up.
+        epsilon: how far the limit lies above 90 degrees. The papers take it from
+            ``(0, 1 / (3 lr))`` for the largest rate, which keeps the limit below 120 degrees; every
+            method below raises ValueError for a rate at which it is larger.
+
+    Raises:
+        TypeError, ValueError: not finite numbers above 0.
+    """
+
+    gamma: float
+    epsilon: float
+
+    def __post_init__(self) -> None:
+        number("gamma", self.gamma)
+        number("epsilon", self.epsilon)
+
+    def velocity(self, t: _Time, lr: float) -> _Time:
+        """``v_lr(t)`` in radians, ``t`` iterations after the rate was last changed."""
+        slope = self.gamma * self._checked(lr)
+        return self.limit(lr) * (1 - 1 / (slope * t + 1))
+
+    def derivative(self, t: _Time, lr: float) -> _Time:
+        """``v'_lr(t)`` in radians per iteration, as the proof of Theorem 5.2 begins."""
+        slope = self.gamma * self._checked(lr)
+        return self.limit(lr) * slope / (slope * t + 1) ** 2
+
+    def limit(self, lr: float) -> float:
+        """``(pi / 2) (1 + epsilon lr)``, radians."""
+        return math.pi / 2 * (1 + self.epsilon * self._checked(lr))
+
+    def threshold(self, lr: float, tau0: float) -> float:
+        """``min(tau0, gamma lr / 2)`` of Algorithm 2, radians per iteration."""
+        return min(check_tau0(tau0), self.gamma * self._checked(lr) / 2)
+
+    def gap_length(self, lr: float, tau0: float) -> float:
+        """The real ``k`` with ``v'_lr(k)`` at the threshold, in closed form.
+
+        ``k = (gamma lr)^(-1/2) (sqrt(pi (1 + epsilon lr) / (2 tau)) - (gamma lr)^(-1/2))``, as the
+        proof of Theorem 5.2 has it, always above 0.
+        """
+        slope = self.gamma * self._checked(lr)
+        return (math.sqrt(self.limit(lr) * slope / self.threshold(lr, tau0)) - 1) / slope
+
+    def drop_gap(self, lr: float, tau0: float) -> int:
+        """The first integer ``k`` with ``v'_lr(k)`` at or below the threshold, at least 1.
+
+        The proof takes the real :meth:`gap_length` for an integer; Algorithm 2 tests integers. The
+        result is the one that a loop over :meth:`derivative` finds, up to gaps of 2^52.
+        """
+        length = self.gap_length(lr, tau0)
+        threshold = self.threshold(lr, tau0)
+        gap = max(1, math.ceil(length))
+        if gap < _EXACT_INTEGERS:
+            while gap > 1 and self.derivative(float(gap - 1), lr) <= threshold:
+                gap -= 1
+            while self.derivative(float(gap), lr) > threshold:
+                gap += 1
+        return gap
+
+    def _checked(self, lr: float) -> float:
+        # Names the argument that a caller with a fixed rate would change.
+        if not 0 < lr < math.inf:
+            raise ValueError(f"lr: expected a finite number above 0, got {lr!r}")
+        if not self.epsilon * lr < 1 / 3:
+            raise ValueError(
+                f"epsilon: expected a number below 1 / (3 lr) = {1 / (3 * lr):g}, got "
+                f"{self.epsilon!r}; the velocity would settle above 120 degrees"
+            )
+        return lr
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One learning rate of Algorithm 2.
+
+    Attributes:
+        index: ``i``.
+        lr: ``alpha_i``.
+        start: ``t_i``, the iteration that the model counts from.
+        gap: ``k_i = t_{i+1} - t_i``, iterations.
+    """
+
+    index: int
+    lr: float
+    start: int
+    gap: int
+
+
+def learning_rate(i: int, sequence: RateSequence = "theorem") -> float:
+    """``alpha_i`` of Theorem 5.2, ``(i + 1)^(-2/3)``, or of its proof, ``(i + 2)^(-1)``.
+
+    The two contradict each other: the proof applies Theorem 5.1, whose condition
+    ``alpha_i <= (i + 2)^(-1)`` the theorem's own sequence breaks at every ``i`` (and its
+    ``alpha_{-1}`` is infinite). The bounds of this module and of ``bounds`` hold for the proof's.
+
+    Raises:
+        ValueError: ``i`` is negative, or the sequence has no such name.
+    """
+    count("i", i, 0)
+    if sequence == "theorem":
+        return float((i + 1) ** (-2 / 3))
+    if sequence == "proof":
+        return 1 / (i + 2)
+    raise ValueError(f"sequence: expected 'theorem' or 'proof', got {sequence!r}")
+
+
+def algorithm_2(model: VelocityModel, tau0: float, rates: Iterable[float]) -> Iterator[Phase]:
+    """Where Algorithm 2 drops, from the closed form; a training run plays no part in it.
+
+    As printed, iteration ``t`` updates first and tests afterwards, so that ``alpha_{i+1}`` is used
+    from iteration ``t_{i+1} + 1`` on, and ``alpha_0`` for one iteration more than its gap. Equation
+    (11) has each rate begin at ``t_i``, one iteration earlier.
+
+    Args:
+        model: of the angular velocity.
+        tau0: initial threshold, radians per iteration, in (0, 2).
+        rates: ``alpha_0``, ``alpha_1``, and so on; may be endless.
+    """
+    start = 0
+    for index, lr in enumerate(rates):
+        gap = model.drop_gap(lr, tau0)
+        yield Phase(index, lr, start, gap)
+        start += gap
+
+
+def kappa_1(gamma: float) -> float:
+    """``(sqrt(pi) - 1) / gamma``: ``k_i >= kappa_1 / alpha_i``, (37) and (38).
+
+    UAI 2024 prints ``sqrt(pi - 1) / gamma`` in Theorem 5.2 itself; its proof and the 2021 paper
+    have this one. The larger constant is no lower bound.
+    """
+    return (math.sqrt(math.pi) - 1) / number("gamma", gamma)
+
+
+def kappa_2(gamma: float, tau0: float) -> float:
+    """``max(sqrt(2 pi / (3 tau0)), sqrt(4 pi / 3)) / gamma``: ``k_i <= kappa_2 / alpha_i``, (38).
+
+    The papers keep only the first term. It is the larger one up to ``tau0 = 1/2``; for the rest of
+    the range that Theorem 5.2 allows, ``tau0 < 2``, the printed constant is no upper bound, and the
+    second term of the proof's own maximum is needed.
+    """
+    largest = max(2 * math.pi / (3 * check_tau0(tau0)), 4 * math.pi / 3)
+    return math.sqrt(largest) / number("gamma", gamma)
+
+
+def gap_bounds(lr: float, gamma: float, tau0: float) -> tuple[float, float]:
+    """``(kappa_1 / lr, kappa_2 / lr)``, between which the gap of a rate lies: (38), Lemma 12.1.
+
+    They hold for the integer :meth:`VelocityModel.drop_gap` too: the proof drops a term of
+    ``1 / (gamma lr)``, at least 1, which rounding up stays within.
+
+    Raises:
+        ValueError: ``gamma * lr > 1``, where the last step before (38) fails; the papers do not
+            state this condition.
+    """
+    number("lr", lr)
+    number("gamma", gamma)
+    if gamma * lr > 1:
+        raise ValueError(f"gamma: expected at most 1 / lr = {1 / lr:g}, got {gamma!r}")
+    return kappa_1(gamma) / lr, kappa_2(gamma, tau0) / lr
+
+
+def iteration_count_bounds(n: int, kappa1: float, kappa2: float) -> tuple[float, float]:
+    """Bounds on ``T``, the sum of the first ``n`` gaps: (36), Lemma 12.1.
+
+    ``kappa n (n + 3) / 2`` for either constant. For the rates ``(i + 2)^(-1)`` of the proof; the
+    printed remark that the sum is treated as an integral for large ``n`` is not needed.
+    """
+    count("n", n, 1)
+    _check_kappas(kappa1, kappa2)
+    return kappa1 * n * (n + 3) / 2, kappa2 * n * (n + 3) / 2
+
+
+def drop_count_bounds(iterations: int, kappa1: float, kappa2: float) -> tuple[float, float]:
+    """Bounds on ``n``, the number of rates used in ``T`` iterations: (41).
+
+    ``sqrt(2 T / kappa_2) - 3`` and ``sqrt(2 T / kappa_1)``, for the rates of the proof.
+    """
+    count("iterations", iterations, 1)
+    _check_kappas(kappa1, kappa2)
+    return math.sqrt(2 * iterations / kappa2) - 3, math.sqrt(2 * iterations / kappa1)
+
+
+def check_tau0(tau0: float) -> float:
+    """The initial threshold; raises unless it lies in (0, 2), as in Theorem 5.2."""
+    return number("tau0", tau0, "a number between 0 and 2", lambda x: 0 < x < 2)
+
+
+def _check_kappas(kappa1: float, kappa2: float) -> None:
+    number("kappa1", kappa1)
+    number(
+        "kappa2",
+        kappa2,
+        f"a finite number of at least kappa1 = {kappa1!r}",
+        lambda x: kappa1 <= x < math.inf,
+    )

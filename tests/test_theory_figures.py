@@ -1,0 +1,165 @@
+"""theory.figures and the demo's tasks nqm and theory, in small."""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from autodrop_ext.cli.app import autodrop
+from autodrop_ext.theory import (
+    AutomaticDrop,
+    NoisyQuadratic,
+    VelocityModel,
+    algorithm_2,
+    learning_rate,
+)
+from autodrop_ext.theory.figures import (
+    plot_algorithm_2,
+    plot_automatic_drop,
+    plot_constant_rates,
+    plot_velocity_model,
+)
+
+MODEL = VelocityModel(gamma=0.1, epsilon=0.3)
+
+
+def run(*arguments):
+    return CliRunner(env={"COLUMNS": "80"}).invoke(autodrop, ["demo", *map(str, arguments)])
+
+
+def labels(figure):
+    return [(axes.get_xlabel(), axes.get_ylabel()) for axes in figure.axes]
+
+
+def line(axes, label):
+    return next(each for each in axes.lines if each.get_label() == label)
+
+
+# ---- figures --------------------------------------------------------------------------------
+
+
+def test_constant_rates_beside_their_limits():
+    quadratic = NoisyQuadratic([0.5, 1.0])
+    runs = {lr: quadratic.run(lr, 40, [0, 1]) for lr in (0.5, 0.1)}
+    figure = plot_constant_rates(quadratic, runs)
+    assert labels(figure) == [("", "loss"), ("iteration", "degrees")]
+    loss, angle = figure.axes
+    drawn = line(loss, "rate 0.1").get_ydata()
+    assert drawn == pytest.approx(runs[0.1].loss.mean(dim=0))
+    levels = {float(each.get_ydata()[0]) for each in angle.lines if len(each.get_ydata()) == 2}
+    assert levels == {quadratic.limits(lr).angle for lr in runs}
+    curves = [each for each in angle.lines if len(each.get_ydata()) > 2]
+    assert curves[0].get_xdata()[0] == 20  # the newest of the first 20 angles
+    assert curves[0].get_ydata() == pytest.approx(runs[0.5].smoothed_angle(20).mean(dim=0))
+
+
+def test_automatic_drops_are_marked_where_they_are():
+    quadratic = NoisyQuadratic([1.0], sigma=0.0)
+    dropped = quadratic.run(0.06, 40, [0], drop=AutomaticDrop(min_lr=0.03, average=3))
+    figure = plot_automatic_drop(dropped, {0.06: quadratic.run(0.06, 40, [0])})
+    assert labels(figure) == [("", "loss"), ("", "degrees"), ("iteration", "learning rate")]
+    # The rate of iteration 5 is the first lower one; see where_drops_happen in the tests of runs.
+    for axes in figure.axes:
+        assert [path.vertices[0][0] for path in axes.collections[-1].get_paths()] == [5]
+    legend = [text.get_text() for text in figure.axes[2].get_legend().get_texts()]
+    assert legend == ["rate dropped once (red lines, all panels)"]
+
+
+def test_the_velocity_model_in_degrees():
+    figure = plot_velocity_model(MODEL, [1.0, 0.1], 100)
+    (axes,) = figure.axes
+    assert labels(figure) == [("iterations since the rate was changed", "degrees")]
+    curve = line(axes, "rate 1")
+    assert curve.get_xdata()[-1] == 100
+    assert curve.get_ydata()[-1] == pytest.approx(math.degrees(MODEL.velocity(100.0, 1.0)))
+
+
+def test_algorithm_2_starts_over_at_every_drop(tmp_path):
+    phases = list(algorithm_2(MODEL, 0.05, [learning_rate(i) for i in range(3)]))
+    figure = plot_algorithm_2(MODEL, phases, path=tmp_path / "a.svg")
+    assert (tmp_path / "a.svg").read_text().startswith("<?xml")
+    angle, rate = figure.axes
+    assert labels(figure) == [("", "degrees"), ("iteration", "learning rate")]
+    for phase, curve in zip(phases, angle.lines, strict=True):
+        assert curve.get_xdata()[0] == phase.start
+        assert curve.get_ydata()[0] == 0
+        end = math.degrees(MODEL.velocity(float(phase.gap), phase.lr))
+        assert curve.get_ydata()[-1] == pytest.approx(end)
+    assert list(rate.lines[0].get_ydata()[:3]) == [phase.lr for phase in phases]
+    with pytest.raises(ValueError, match="phases: expected at least one"):
+        plot_algorithm_2(MODEL, [])
+
+
+def test_without_matplotlib_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"pip install 'autodrop_ext\[plot\]'"):
+        plot_velocity_model(MODEL, [1.0], 10)
+
+
+# ---- the demo -------------------------------------------------------------------------------
+
+
+def test_demo_nqm_sets_angles_beside_the_theorem(tmp_path):
+    result = run("--task", "nqm", "--seeds", 3, "--steps", 300, "--output", tmp_path)
+    assert result.exit_code == 0, result.output
+    rows = [row.split("│")[1:-1] for row in result.output.splitlines() if row.startswith("│")]
+    cells = {name: values for name, *values in ([c.strip() for c in row] for row in rows)}
+    assert list(cells) == ["0.06", "0.03", "0.01", "0.001", "automatic"]
+    assert cells["0.06"][1] == "118.23°"
+    for rate in ("0.06", "0.03"):
+        angle, theorem = (float(cells[rate][i].rstrip("°")) for i in (0, 1))
+        assert abs(angle - theorem) < 1.5  # 450 angles that scatter by 5.4 degrees: 0.25
+    assert all(len(text) <= 80 for text in result.output.splitlines() if "Picture" not in text)
+    for name in ("nqm.png", "nqm-drops.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+        assert str(tmp_path / name) in result.output
+
+
+def test_demo_theory_prints_algorithm_2s_drops(tmp_path):
+    result = run("--task", "theory", "--steps", 2000, "--output", tmp_path)
+    assert result.exit_code == 0, result.output
+    rows = [row.split("│")[1:-1] for row in result.output.splitlines() if row.startswith("│")]
+    cells = [[c.strip() for c in row] for row in rows]
+    assert [row[0] for row in cells] == [str(i) for i in range(15)]
+    # tau0 = 0.01 binds: k = (sqrt(1.3 pi 0.05 / 0.02) - 1) / 0.05 = 43.9, rounded up
+    assert cells[0][1:4] == ["1.0000", "0", "44"]
+    assert cells[1][2] == "44"
+    assert "more rates follow" in result.output
+    assert all(len(text) <= 80 for text in result.output.splitlines() if "Picture" not in text)
+    for name in ("velocity-model.png", "algorithm-2.png"):
+        assert (tmp_path / name).stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("task", "option", "value"),
+    [
+        ("nqm", "--window", 3),
+        ("theory", "--window", 3),
+        ("theory", "--seeds", 2),
+        ("theory", "--first-seed", 1),
+    ],
+)
+def test_demo_refuses_options_that_a_task_does_not_read(task, option, value, tmp_path):
+    result = run("--task", task, option, value, "--output", tmp_path / "new")
+    assert result.exit_code == 2
+    assert f"{option}: expected none with --task {task}, got {value}" in result.output
+    assert not (tmp_path / "new").exists()
+
+
+def test_demo_nqm_needs_a_mean_of_angles(tmp_path):
+    result = run("--task", "nqm", "--steps", 21, "--output", tmp_path)
+    assert result.exit_code == 2
+    assert "--steps: expected at least 22, got 21" in result.output
+    assert not list(tmp_path.iterdir())
+    few = NoisyQuadratic([1.0]).run(0.1, 22, [0], drop=AutomaticDrop())
+    assert few.smoothed_angle(20).shape == (1, 2)
+
+
+def test_demo_without_matplotlib_names_it(monkeypatch, tmp_path):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    result = run("--task", "theory", "--output", tmp_path / "new")
+    assert result.exit_code == 1
+    assert "the demo needs matplotlib: pip install" in result.output
