@@ -10,13 +10,16 @@ from typing import Any
 
 from .log import JsonLinesLog, read_log
 from .reading import Decision, Reading
-from .schedulers import AutoDrop
+from .schedulers import AnalyticAutoDrop, AutoDrop, EpochAutoDrop, EpochDecision
 from .velocity import AngularVelocity
 
 __all__ = [
+    "AnalyticAutoDrop",
     "AngularVelocity",
     "AutoDrop",
     "Decision",
+    "EpochAutoDrop",
+    "EpochDecision",
     "JsonLinesLog",
     "Reading",
     "read_log",

@@ -94,6 +94,21 @@ class Arenas:
             self.running, self.previous, self.third = self.third, self.running, self.previous
         return sums
 
+    def rebase(self, window: int) -> None:
+        """Measure the next displacement from the parameters as they are now, not from the mean.
+
+        In delta form, right after a close. The last displacement stays, in the upper 24 bits of
+        ``previous``.
+        """
+        self.plan.refresh()
+        for segment in self.plan.segments:
+            parts = [segment.flat, *(segment.in_arena(getattr(self, r)) for r in self.ROLES)]
+            slices = (torch.split(part, _SLICE) for part in parts)
+            for x, running, previous, third in zip(*slices, strict=True):
+                previous.copy_(reference.displacement(previous))
+                exact = x.double()
+                running.copy_(reference.round_mean(exact, out=third, packed=previous, k=window))
+
     def to_delta(self, window: int) -> None:
         """From sum to delta form, right after a close."""
         for running, previous, third in self._slices():
@@ -110,14 +125,18 @@ class Arenas:
             previous.copy_(newest)
         self.form = "sum"
 
+    def views(self) -> dict[str, dict[str, Tensor]]:
+        """The live arenas by parameter name and role, in the parameters' shapes."""
+        return {
+            segment.name: {role: segment.shaped(getattr(self, role)) for role in self.ROLES}
+            for segment in self.plan.segments
+        }
+
     def named(self) -> dict[str, dict[str, Tensor]]:
         """Clones on the CPU by parameter name and role, in the parameters' shapes."""
         return {
-            segment.name: {
-                role: segment.shaped(getattr(self, role)).to("cpu", copy=True)
-                for role in self.ROLES
-            }
-            for segment in self.plan.segments
+            name: {role: view.to("cpu", copy=True) for role, view in views.items()}
+            for name, views in self.views().items()
         }
 
     def misfit(self, named: Mapping[str, Mapping[str, Tensor]]) -> str | None:

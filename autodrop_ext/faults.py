@@ -9,6 +9,7 @@ import torch
 
 from .arenas import Arenas
 from .backends import Sums
+from .distributed import Ranks
 
 _STILL_WINDOWS = 5  # windows without displacement before a warning
 _HALF_DTYPES = (torch.float16, torch.bfloat16)
@@ -41,18 +42,33 @@ class Faults:
             f"angle comes after {windows} windows",
         )
 
-    def not_finite(self, all_arenas: Sequence[Arenas], window: int, windows: int) -> None:
-        """The sums of ``window`` are not finite: name the first tensor to blame."""
+    def not_finite(
+        self,
+        all_arenas: Sequence[Arenas],
+        window: int,
+        windows: int,
+        ranks: Ranks | None,
+        guilty: Sequence[int],
+    ) -> None:
+        """The sums of ``window`` are not finite: name the first tensor to blame, or the rank.
+
+        Args:
+            guilty: ranks whose sums are not finite. Said on those, and on the first of all ranks.
+        """
+        consequence = (
+            f"held NaN or infinity during window {window}; the angle is undefined and no learning "
+            f"rate is dropped until {windows} windows are finite again"
+        )
+        if ranks is not None and ranks.rank not in guilty:
+            if ranks.rank == 0:
+                self._say("nonfinite", f"rank {', '.join(map(str, guilty))} {consequence}")
+            return
+        where = "" if ranks is None else f" on rank {ranks.rank}"
         for arenas in all_arenas:
             finite = arenas.per_tensor.isfinite().all(dim=1).tolist()
             for segment, good in zip(arenas.plan.segments, finite, strict=True):
                 if not good:
-                    self._say(
-                        "nonfinite",
-                        f"{segment.name} held NaN or infinity during window {window}; the angle is "
-                        f"undefined and no learning rate is dropped until {windows} windows are "
-                        "finite again",
-                    )
+                    self._say("nonfinite", f"{segment.name}{where} {consequence}")
                     return
 
     def watch_displacement(self, sums: Sums, all_arenas: Sequence[Arenas]) -> None:

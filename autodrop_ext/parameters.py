@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import reference
+from .distributed import LocalShard, deepspeed, local_shards, local_tensor, unwrap_optimizer
 
 Named = tuple[str, Tensor]
 _TRACKED_DTYPES = (*reference.DTYPES, torch.complex64, torch.complex128, torch.complex32)
@@ -19,17 +20,20 @@ class ParameterSource:
     """The parameters of an optimizer, or given ones, as they are now.
 
     An optimizer's ``param_groups`` are never cached: ``load_state_dict``, ``add_param_group`` and
-    wrappers replace them.
+    wrappers replace them. Of sharded parameters it gives what lies on this rank.
 
     Args:
-        params: an optimizer; or an iterable of tensors, of ``(name, tensor)`` pairs or of param
-            groups; or a function without arguments that returns such an iterable.
+        params: an optimizer, also one wrapped by accelerate or DeepSpeed; or an iterable of
+            tensors, of ``(name, tensor)`` pairs or of param groups; or a function without arguments
+            that returns such an iterable.
     """
 
     def __init__(self, params: Any) -> None:
         self._optimizer: Optimizer | None = None
+        self._zero: Any = None  # the DeepSpeed optimizer that steps ours
         self._read: Callable[[], Iterable[Any]] | None = None
         self._fixed: list[Named] = []
+        params = unwrap_optimizer(params)
         if isinstance(params, Optimizer):
             self._optimizer = params
         elif callable(params) and not isinstance(params, nn.Module):
@@ -37,23 +41,54 @@ class ParameterSource:
         else:
             self._fixed = _named(params)
 
-    def named(self) -> list[Named]:
-        """Names and tensors of all trainable parameters.
+    def check(self) -> None:
+        """Raises TypeError where a parameter cannot be watched, as :meth:`shards` would.
+
+        To be called early. Parameters may be sharded, replaced and filled later.
+        """
+        for name, parameter in self._trainable():
+            _check_trackable(name, parameter)
+
+    def shards(self) -> list[LocalShard]:
+        """What this rank holds of all trainable parameters.
 
         Raises:
-            TypeError: a trainable parameter is sparse, quantised, sharded or not floating-point.
+            TypeError: a trainable parameter is sparse, quantised or not floating-point; or a
+                DTensor with a pending sum.
+            RuntimeError: an engine keeps the parameters where they cannot be read.
         """
-        named = [(name, p) for name, p in self._all() if not self._frozen(p)]
+        if self._optimizer is not None:
+            self._zero = deepspeed.zero_optimizer_of(self._optimizer)
+            if self._zero is not None:
+                return deepspeed.zero_shards(self._zero)
+        self.check()
+        named = self._trainable()
         for name, parameter in named:
-            _check_trackable(name, parameter)
-        return named
+            if deepspeed.is_partitioned(parameter):
+                raise RuntimeError(
+                    f"{name}: expected a parameter with data, got one that DeepSpeed ZeRO-3 has "
+                    "partitioned; give the scheduler engine.optimizer, or params=engine.optimizer"
+                )
+        return local_shards(named)
+
+    def named(self) -> list[Named]:
+        """Names and local tensors of all trainable parameters; raises as :meth:`shards`."""
+        return [(shard.name, shard.tensor) for shard in self.shards()]
 
     def tensors(self) -> list[Tensor]:
-        """The trainable parameters without names or checks, for cheap comparison."""
+        """The local tensors without names or checks, for cheap comparison."""
+        if self._zero is not None:
+            return deepspeed.zero_tensors(self._zero)
         if self._optimizer is not None:
             groups = self._optimizer.param_groups
-            return [p for group in groups for p in group["params"] if p.requires_grad]
-        return [p for _, p in self._all() if not self._frozen(p)]
+            return [local_tensor(p) for group in groups for p in group["params"] if p.requires_grad]
+        return [local_tensor(p) for _, p in self._trainable()]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_zero": None}
+
+    def _trainable(self) -> list[Named]:
+        return [(name, p) for name, p in self._all() if not self._frozen(p)]
 
     def _all(self) -> list[Named]:
         if self._optimizer is not None:
@@ -98,12 +133,14 @@ def _named_group(g: int, group: dict[str, Any]) -> list[Named]:
 
 def _check_trackable(name: str, parameter: Tensor) -> None:
     problem = None
+    parameter = local_tensor(parameter)
     if parameter.layout != torch.strided:
         problem = f"layout {parameter.layout}"
     elif parameter.is_quantized or parameter.dtype not in _TRACKED_DTYPES:
         problem = f"dtype {parameter.dtype}"
-    elif hasattr(parameter, "placements") and hasattr(parameter, "device_mesh"):
-        problem = "a DTensor, and this version does not support sharded parameters yet"
+    elif parameter.numel() and not parameter.is_meta and parameter.data_ptr() == 0:
+        # Address 0 of something that has elements: a wrapper, such as torchao's tensors.
+        problem = f"a {type(parameter).__name__} without memory of its own"
     if problem is not None:
         raise TypeError(
             f"{name}: expected a dense floating-point or complex parameter, got {problem}; "

@@ -52,6 +52,7 @@ class Segment:
 
     Attributes:
         name: for messages.
+        index: of the tensor among those that the plan was made of.
         alias: the parameter's own memory, detached (complex: as real), so that it stays valid.
         flat: ``[n]``, the elements in memory order: a view of ``alias``, or a staging buffer.
         offset: of its first element in every arena.
@@ -60,6 +61,7 @@ class Segment:
     """
 
     name: str
+    index: int
     alias: Tensor
     flat: Tensor
     offset: int
@@ -82,6 +84,7 @@ class Plan:
     Args:
         named: names and tensors, all on ``device``; identical views count once.
         device: where the tables go.
+        weights: of each tensor's sums in the total; None for 1 each.
         chunk_elements: elements per chunk, a multiple of 32; by default what suits the device.
 
     Raises:
@@ -92,6 +95,7 @@ class Plan:
         self,
         named: Sequence[Named],
         device: torch.device,
+        weights: Sequence[float] | None = None,
         *,
         chunk_elements: int | None = None,
     ) -> None:
@@ -111,7 +115,8 @@ class Plan:
         if device.type != "cpu":
             self.tiles = torch.from_numpy(tile_table(tables.chunks[:, 2])).to(device)
         self.tensor_chunks = torch.from_numpy(tables.tensor_chunks).to(device)
-        self.weights = torch.ones(len(self.segments), dtype=torch.float64, device=device)
+        kept = [1.0 if weights is None else weights[s.index] for s in self.segments]
+        self.weights = torch.tensor(kept, dtype=torch.float64, device=device)
         self._staged = [s for s in self.segments if s.staged]
 
     def refresh(self) -> None:
@@ -209,13 +214,15 @@ def is_dense(tensor: Tensor) -> bool:
 def _segments(named: Sequence[Named]) -> list[Segment]:
     segments = []
     offset = 0
-    for name, alias in _distinct([(name, _real(tensor)) for name, tensor in named]):
+    named = [(name, _real(tensor)) for name, tensor in named]
+    for i in _distinct(named):
+        name, alias = named[i]
         staged = alias.is_conj() or alias.is_neg() or not is_dense(alias)
         if staged:
             flat = torch.empty(alias.numel(), dtype=alias.dtype, device=alias.device)
         else:
             flat = alias.as_strided((alias.numel(),), (1,), alias.storage_offset())
-        segments.append(Segment(name, alias, flat, offset, staged))
+        segments.append(Segment(name, i, alias, flat, offset, staged))
         offset += -(-alias.numel() // ALIGN_ELEMENTS) * ALIGN_ELEMENTS
     return segments
 
@@ -230,31 +237,29 @@ def _real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor)
 
 
-def _distinct(named: list[Named]) -> list[Named]:
-    """Drop repeated views; refuse tensors that share only part of their memory."""
-    kept: list[Named] = []
+def _distinct(named: list[Named]) -> list[int]:
+    """Which to keep of repeated views; refuses tensors that share only part of their memory."""
     by_device: dict[torch.device, list[tuple[int, int, int]]] = {}
-    for name, tensor in named:
+    for i, (_, tensor) in enumerate(named):
         begin = tensor.data_ptr()
         end = begin + _span(tensor) * tensor.element_size()
-        by_device.setdefault(tensor.device, []).append((begin, end, len(kept)))
-        kept.append((name, tensor))
+        by_device.setdefault(tensor.device, []).append((begin, end, i))
     repeated = set()
     for spans in by_device.values():
         open_spans: list[tuple[int, int, int]] = []
         for begin, end, i in sorted(s for s in spans if s[0] < s[1]):
             open_spans = [s for s in open_spans if s[1] > begin]
             for _, _, other in open_spans:
-                if _same_elements(kept[i][1], kept[other][1]):
+                if _same_elements(named[i][1], named[other][1]):
                     repeated.add(max(i, other))
-                elif _share_elements(kept[i][1], kept[other][1]):
-                    first, second = sorted((i, other))
+                elif _share_elements(named[i][1], named[other][1]):
+                    first, second = (named[j][0] for j in sorted((i, other)))
                     raise ValueError(
-                        f"params: {kept[first][0]} and {kept[second][0]} overlap in memory without "
-                        "being the same tensor; expected separate or identical parameters"
+                        f"params: {first} and {second} overlap in memory without being "
+                        "the same tensor; expected separate or identical parameters"
                     )
             open_spans.append((begin, end, i))
-    return [item for i, item in enumerate(kept) if i not in repeated]
+    return [i for i in range(len(named)) if i not in repeated]
 
 
 def _span(tensor: Tensor) -> int:

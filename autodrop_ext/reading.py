@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 
@@ -59,6 +60,23 @@ class Decision(Reading):
     rise: float | None = None
     lr: tuple[float, ...] = ()
     dropped: bool = False
+
+
+def to_columns(records: Sequence[Any], kind: type) -> dict[str, list[Any]]:
+    """A history as one list for each field of its dataclass ``kind``; tuples become lists.
+
+    Not a list of dicts: ``torch.distributed.checkpoint`` would take that apart into an entry for
+    each value, which a shorter or empty history could not load.
+    """
+    columns = {field.name: [getattr(r, field.name) for r in records] for field in fields(kind)}
+    return {k: [list(x) if isinstance(x, tuple) else x for x in v] for k, v in columns.items()}
+
+
+def from_columns(columns: Mapping[str, Sequence[Any]], kind: type[Any]) -> list[Any]:
+    """The records of :func:`to_columns`."""
+    rows = zip(*columns.values(), strict=True)
+    plain = ((tuple(x) if isinstance(x, list) else x for x in row) for row in rows)
+    return [kind(**dict(zip(columns, row, strict=True))) for row in plain]
 
 
 def angle_of(dot: float, norm: float, previous_norm: float) -> tuple[float, float] | None:

@@ -37,7 +37,7 @@ def mean_variance(window: int, sums: Sums, form: str) -> float:
     return (additions + 2.0**-35) * sums.norm + 2.0**-65 * sums.mean_norm
 
 
-def angle_error(sums: Sums, variances: tuple[float, float, float], elements: int) -> float:
+def angle_error(sums: Sums, variances: tuple[float, float, float], elements: float) -> float:
     """Bound in degrees on the error of the angle of ``sums``.
 
     Args:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 
+from ..reading import from_columns, to_columns
 from ..theory.checks import count, number
 from ..theory.velocity_model import (
     Phase,
@@ -111,7 +112,7 @@ class AnalyticAutoDrop(OptimizerStepScheduler):
         count("warmup_steps", warmup_steps, 0)
         if on_drop is not None and not callable(on_drop):
             raise TypeError(f"on_drop: expected a function or None, got {on_drop!r}")
-        check_optimizer(optimizer)
+        optimizer = check_optimizer(optimizer)
         self.model = VelocityModel(number("gamma", gamma), number("epsilon", epsilon))
         self.tau0 = check_tau0(tau0)
         self.rates: RateSequence | list[float] = _checked_rates(rates)
@@ -237,7 +238,7 @@ class AnalyticAutoDrop(OptimizerStepScheduler):
             "stepped": self._stepped,
             "num_drops": self.num_drops,
             "since_drop": self._since_drop,
-            "history": [vars(drop) | {"lr": list(drop.lr)} for drop in self.history],
+            "history": to_columns(self.history, AnalyticDrop),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -266,10 +267,7 @@ class AnalyticAutoDrop(OptimizerStepScheduler):
         self._stepped = state_dict["stepped"]
         self.num_drops = state_dict["num_drops"]
         self._since_drop = state_dict["since_drop"]
-        self.history = [
-            AnalyticDrop(**(dict(drop) | {"lr": tuple(drop["lr"])}))
-            for drop in state_dict["history"]
-        ]
+        self.history = from_columns(state_dict["history"], AnalyticDrop)
         self._gap = self._next_gap(float(self.base_lrs[0]))
 
     def _settings(self) -> dict[str, Any]:

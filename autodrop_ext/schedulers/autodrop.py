@@ -3,33 +3,23 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 
 from ..reading import Decision, Reading
-from ..velocity import HISTORY, AngularVelocity
-from .base import OptimizerStepScheduler, as_floats, check_optimizer
+from ..velocity import HISTORY
+from .arguments import check_count, check_number
+from .base import as_floats
+from .measuring import MeasuringScheduler
 from .saturation import Kernel, SaturationDetector
 
 if TYPE_CHECKING:
     import matplotlib.figure
 
-_SETTINGS = (
-    "window",
-    "factor",
-    "threshold",
-    "buffer_size",
-    "min_samples",
-    "kernel",
-    "min_lr",
-    "warmup_steps",
-)
 
-
-class AutoDrop(OptimizerStepScheduler):
+class AutoDrop(MeasuringScheduler):
     """Drops the learning rate whenever the angular velocity of the parameters saturates.
 
     Once per window of optimizer steps the angle between the last two displacements of the mean
@@ -55,7 +45,7 @@ class AutoDrop(OptimizerStepScheduler):
             master weights; forms as in :class:`AngularVelocity`.
         sample: None; reading a random part of the parameters is not in this version.
         backend: "auto", or the name of one (``autodrop doctor`` lists them).
-        process_group: None; sharded parameters are not in this version.
+        process_group: as in :class:`AngularVelocity`.
         on_reading: called with every :class:`Decision`, such as a :class:`JsonLinesLog`.
         on_drop: called with those decisions that lowered a rate.
         last_epoch: as in torch's schedulers.
@@ -68,6 +58,8 @@ class AutoDrop(OptimizerStepScheduler):
         history: the last 10,000 :class:`Decision` objects.
         num_drops: how often a learning rate was lowered.
     """
+
+    _progress_entries = ("detector",)
 
     def __init__(
         self,
@@ -89,38 +81,34 @@ class AutoDrop(OptimizerStepScheduler):
         on_drop: Callable[[Decision], object] | None = None,
         last_epoch: int = -1,
     ) -> None:
-        _check_number("factor", factor, "a number between 0 and 1", lambda x: 0 < x < 1)
-        _check_number("threshold", threshold, "a finite number of degrees", math.isfinite)
-        _check_count("buffer_size", buffer_size, 1)
-        _check_count("min_samples", min_samples, 1)
-        _check_count("warmup_steps", warmup_steps, 0)
+        check_number("threshold", threshold, "a finite number of degrees", math.isfinite)
+        check_count("buffer_size", buffer_size, 1)
+        check_count("min_samples", min_samples, 1)
+        check_count("warmup_steps", warmup_steps, 0)
         if kernel not in ("value", "time"):
             raise ValueError(f"kernel: expected 'value' or 'time', got {kernel!r}")
-        for name, callback in (("on_reading", on_reading), ("on_drop", on_drop)):
-            if callback is not None and not callable(callback):
-                raise TypeError(f"{name}: expected a function or None, got {callback!r}")
-        check_optimizer(optimizer)
         self.window = window
-        self.factor = float(factor)
-        self.min_lrs = _min_lrs(min_lr, len(optimizer.param_groups))
-        self.num_drops = 0
-        self.history: list[Decision] = []
-        self.on_reading = on_reading
-        self.on_drop = on_drop
         self._detector = SaturationDetector(float(threshold), buffer_size, min_samples, kernel)
-        self._meter = AngularVelocity(
-            optimizer if params is None else params,
+        super().__init__(
+            optimizer,
             window,
+            factor,
+            min_lr=min_lr,
+            params=params,
             sample=sample,
             backend=backend,
             process_group=process_group,
+            form="auto",
+            on_reading=on_reading,
+            on_drop=on_drop,
+            warmup_steps=warmup_steps,
+            last_epoch=last_epoch,
         )
-        super().__init__(optimizer, warmup_steps=warmup_steps, last_epoch=last_epoch)
 
     # ---- deciding ---------------------------------------------------------------------------
 
     def _on_optimizer_step(self) -> None:
-        reading = self._meter.observe()
+        reading = self._meter.observe(calls=self._step_count)
         if reading is not None:
             self._decide(reading)
 
@@ -139,23 +127,7 @@ class AutoDrop(OptimizerStepScheduler):
             lr=tuple(as_floats(self.get_lr())),
             dropped=dropped,
         )
-        self.history.append(decision)
-        del self.history[:-HISTORY]
-        if self.on_reading is not None:
-            self.on_reading(decision)
-        if dropped and self.on_drop is not None:
-            self.on_drop(decision)
-
-    def _get_closed_form_lr(self) -> list[float]:
-        """Base rates after all drops so far: what ``SequentialLR`` asks for at a milestone."""
-        lrs = self._warmed(self.base_lrs)
-        for _ in range(self.num_drops):
-            floors = self.min_lrs + [0.0] * (len(lrs) - len(self.min_lrs))
-            lrs = [
-                min(lr, max(floor, self.factor * lr))
-                for lr, floor in zip(lrs, floors, strict=False)
-            ]
-        return lrs
+        self._keep(decision, HISTORY)
 
     # ---- looking ----------------------------------------------------------------------------
 
@@ -166,20 +138,16 @@ class AutoDrop(OptimizerStepScheduler):
         ``angular_velocity``, ``angular_velocity_smoothed``, ``angular_velocity_rise`` and
         ``rounding_error`` [degrees], and ``displacement``, the length ``|s_i|``.
         """
-        metrics: dict[str, float | None] = {
-            "lr": float(self.optimizer.param_groups[0]["lr"]),
-            "num_drops": self.num_drops,
-        }
-        if self.history:
-            last = self.history[-1]
-            metrics |= {
-                "angular_velocity": last.angle,
-                "angular_velocity_smoothed": last.smoothed,
-                "angular_velocity_rise": last.rise,
-                "rounding_error": last.rounding_error,
-                "displacement": last.norm,
-            }
-        return {k: float(v) for k, v in metrics.items() if v is not None and math.isfinite(v)}
+        if not self.history:
+            return self._metrics()
+        last = self.history[-1]
+        return self._metrics(
+            angular_velocity=last.angle,
+            angular_velocity_smoothed=last.smoothed,
+            angular_velocity_rise=last.rise,
+            rounding_error=last.rounding_error,
+            displacement=last.norm,
+        )
 
     def plot(self, path: Any = None) -> matplotlib.figure.Figure:
         """Draw angular velocity, its rise and the learning rate over the steps, drops marked.
@@ -195,69 +163,7 @@ class AutoDrop(OptimizerStepScheduler):
         records = [decision.as_dict() for decision in self.history]
         return plot_run(records, threshold=self._detector.threshold, path=path)
 
-    def close(self) -> None:
-        """Take the hook off the optimizer and free the arenas. The learning rates stay."""
-        super().close()
-        self._meter.close()
-
     # ---- state ------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on bit for bit: settings, decisions, history and arenas.
-
-        Plain values and tensors only, so that ``torch.load(weights_only=True)`` reads it. Learning
-        rates are restored by the *optimizer's* ``load_state_dict``, as with torch's schedulers.
-        """
-        return {
-            "version": 1,
-            "scheduler": type(self).__name__,
-            "settings": self._settings(),
-            "last_epoch": self.last_epoch,
-            "step_count": self._step_count,
-            "base_lrs": as_floats(self.base_lrs),
-            "last_lr": as_floats(self._last_lr),
-            "optimizer_steps": self._optimizer_steps,
-            "stepped": self._stepped,
-            "num_drops": self.num_drops,
-            "detector": self._detector.state_dict(),
-            "history": [vars(d) | {"lr": list(d.lr)} for d in self.history],
-            "meter": self._meter.state_dict(),
-        }
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue where :meth:`state_dict` was taken. Settings are restored too, as in torch.
-
-        Raises:
-            ValueError: not a state of this class; nothing has been changed then.
-        """
-        _check_state(state_dict, type(self).__name__)
-        self._meter.load_state_dict(state_dict["meter"])
-        settings = dict(state_dict["settings"])
-        changed = {k: v for k, v in self._settings().items() if settings[k] != v}
-        if changed:
-            self._warn(
-                "the checkpoint's settings replace those given: "
-                + ", ".join(f"{k}={settings[k]!r} (was {v!r})" for k, v in changed.items())
-            )
-        self.window = settings["window"]
-        self.factor = settings["factor"]
-        self.min_lrs = list(settings["min_lr"])
-        self.warmup_steps = settings["warmup_steps"]
-        self._detector = SaturationDetector(
-            settings["threshold"],
-            settings["buffer_size"],
-            settings["min_samples"],
-            settings["kernel"],
-        )
-        self._detector.load_state_dict(state_dict["detector"])
-        self.last_epoch = state_dict["last_epoch"]
-        self._step_count = state_dict["step_count"]
-        self.base_lrs = list(state_dict["base_lrs"])
-        self._last_lr = list(state_dict["last_lr"])
-        self._optimizer_steps = state_dict["optimizer_steps"]
-        self._stepped = state_dict["stepped"]
-        self.num_drops = state_dict["num_drops"]
-        self.history = [Decision(**(d | {"lr": tuple(d["lr"])})) for d in state_dict["history"]]
 
     def _settings(self) -> dict[str, Any]:
         return {
@@ -271,44 +177,18 @@ class AutoDrop(OptimizerStepScheduler):
             "warmup_steps": self.warmup_steps,
         }
 
-
-def _check_number(name: str, value: Any, expected: str, accepted: Callable[[float], bool]) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name}: expected {expected}, got {value!r}")
-    if not accepted(float(value)):
-        raise ValueError(f"{name}: expected {expected}, got {value!r}")
-
-
-def _check_count(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected an int, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name}: expected at least {least}, got {value}")
-
-
-def _min_lrs(min_lr: float | Iterable[float], groups: int) -> list[float]:
-    values = list(min_lr) if isinstance(min_lr, Iterable) else [min_lr] * groups
-    if len(values) != groups:
-        raise ValueError(
-            f"min_lr: expected one number or {groups}, one per param group, got {len(values)}"
+    def _restore_settings(self, settings: Mapping[str, Any]) -> None:
+        self.window = settings["window"]
+        self.warmup_steps = settings["warmup_steps"]
+        self._detector = SaturationDetector(
+            settings["threshold"],
+            settings["buffer_size"],
+            settings["min_samples"],
+            settings["kernel"],
         )
-    for value in values:
-        _check_number("min_lr", value, "a finite number of at least 0", lambda x: 0 <= x < math.inf)
-    return [float(value) for value in values]
 
+    def _progress(self) -> dict[str, Any]:
+        return {"detector": self._detector.state_dict()}
 
-def _check_state(state: Any, name: str) -> None:
-    problem = None
-    if not isinstance(state, Mapping):
-        problem = type(state).__name__
-    elif state.get("version") != 1 or state.get("scheduler") != name:
-        problem = f"version {state.get('version')!r} of {state.get('scheduler')!r}"
-    else:
-        expected = {"settings", "last_epoch", "step_count", "base_lrs", "last_lr", "meter"}
-        expected |= {"optimizer_steps", "stepped", "num_drops", "detector", "history"}
-        missing = sorted(expected - set(state))
-        missing += [f"settings[{s!r}]" for s in _SETTINGS if s not in state.get("settings", ())]
-        if missing:
-            problem = f"no entry {', '.join(missing)}"
-    if problem is not None:
-        raise ValueError(f"state_dict: expected a state of {name}, version 1, got {problem}")
+    def _restore_progress(self, state: Mapping[str, Any]) -> None:
+        self._detector.load_state_dict(state["detector"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-# Scheduler calls, or optimizer steps between two calls, after which a wrong wiring is pointed out.
-_CALLS_WITHOUT_STEP = 1000  # more micro-batches than anyone accumulates
-_STEPS_WITHOUT_CALL = 20
+from ..distributed import unwrap_optimizer
+
+_STEPS_WITHOUT_CALL = 20  # optimizer steps between two calls that point to a wrong wiring
 _KNOWN_LRS = 64  # tensor learning rates whose value is remembered
 
 
@@ -25,7 +25,9 @@ class OptimizerStepScheduler(LRScheduler):
     mark. Calling :meth:`step` twice, or after a step that GradScaler skipped, therefore counts
     nothing twice. Steps at a learning rate of zero, which checkpoint helpers run, are not counted.
 
-    Subclasses implement :meth:`_on_optimizer_step`.
+    Subclasses implement :meth:`_on_optimizer_step`, which :meth:`step` calls where there is a mark.
+    Those with ``_looks_before_steps`` get a pre-step hook too, which calls
+    :meth:`_before_optimizer_step` where :meth:`_awaits_step` says so.
 
     Args:
         optimizer: whose learning rates are changed.
@@ -34,15 +36,20 @@ class OptimizerStepScheduler(LRScheduler):
         last_epoch: as in torch; -1 starts anew.
     """
 
+    _looks_before_steps = False
+    _calls_without_step_allowed = 1000  # more micro-batches than anyone accumulates
+
     def __init__(self, optimizer: Optimizer, *, warmup_steps: int, last_epoch: int) -> None:
-        check_optimizer(optimizer)
+        optimizer = check_optimizer(optimizer)
         self.warmup_steps = warmup_steps
         self._optimizer_steps = 0  # consumed marks
         self._stepped = False
+        self._real_steps = 0  # marks, consumed or not
         self._steps_since_call = 0
         self._late_calls = 0
         self._calls_without_step = 0
         self._hook: Any = None
+        self._pre_hook: Any = None
         self._lr_versions: dict[int, tuple[Tensor, int, bool]] = {}
         if not hasattr(optimizer.step, "__func__"):
             # optimizer.step was replaced, by torch.compile for example. torch's base class would
@@ -54,13 +61,23 @@ class OptimizerStepScheduler(LRScheduler):
     # ---- the optimizer's steps --------------------------------------------------------------
 
     def _ensure_hook(self) -> bool:
-        """Register the hook unless it is there; whether it was there.
+        """Register the hooks unless they are there; whether they were there.
 
         Copying or unpickling an optimizer loses its hooks.
         """
-        hooks = self.optimizer._optimizer_step_post_hooks
-        if self._hook is not None and self._hook.id in hooks:
-            return True
+        there = True
+        if self._hook is None or self._hook.id not in self.optimizer._optimizer_step_post_hooks:
+            self._hook = self.optimizer.register_step_post_hook(self._make_hook())
+            there = False
+        if self._looks_before_steps and (
+            self._pre_hook is None
+            or self._pre_hook.id not in self.optimizer._optimizer_step_pre_hooks
+        ):
+            self._pre_hook = self.optimizer.register_step_pre_hook(self._make_pre_hook())
+            there = False
+        return there
+
+    def _make_hook(self) -> Callable[[Optimizer, Any, Any], None]:
         this = weakref.ref(self)
 
         def mark(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -68,17 +85,43 @@ class OptimizerStepScheduler(LRScheduler):
             if scheduler is not None and optimizer is scheduler.optimizer:
                 scheduler._mark(optimizer)
 
-        self._hook = self.optimizer.register_step_post_hook(mark)
-        return False
+        return mark
+
+    def _make_pre_hook(self) -> Callable[[Optimizer, Any, Any], None]:
+        this = weakref.ref(self)
+        # Where optimizer.step is compiled, its hooks are traced; this one would be for ten seconds.
+        # What disable() imports has been imported by the optimizer's constructor.
+        disable: Callable[..., Callable[[OptimizerStepScheduler], None]] = torch.compiler.disable
+        look_untraced = disable(type(self)._before_optimizer_step)
+
+        def look(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            scheduler = this()
+            if scheduler is None or optimizer is not scheduler.optimizer:
+                return
+            if scheduler._awaits_step() and scheduler._moves(optimizer):
+                look_untraced(scheduler)
+
+        return look
 
     def _mark(self, optimizer: Optimizer) -> None:
+        if self._moves(optimizer):
+            self._stepped = True
+            self._real_steps += 1
+            self._steps_since_call += 1
+
+    def _awaits_step(self) -> bool:
+        """Whether :meth:`_before_optimizer_step` is to be called before the next step."""
+        return False
+
+    def _before_optimizer_step(self) -> None:
+        """The parameters are about to be moved."""
+
+    def _moves(self, optimizer: Optimizer) -> bool:
+        """Whether the optimizer step at hand moves parameters."""
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and bool(found_inf):
-            return  # a fused optimizer under GradScaler was called but moved nothing
-        if all(self._is_zero(group["lr"]) for group in optimizer.param_groups):
-            return
-        self._stepped = True
-        self._steps_since_call += 1
+            return False  # a fused optimizer under GradScaler is called but moves nothing
+        return not all(self._is_zero(group["lr"]) for group in optimizer.param_groups)
 
     def _is_zero(self, lr: float | Tensor) -> bool:
         if not isinstance(lr, Tensor):
@@ -92,7 +135,7 @@ class OptimizerStepScheduler(LRScheduler):
         return known[2]
 
     def step(self, epoch: int | None = None) -> None:
-        """Call after every ``optimizer.step()``.
+        """Call after every ``optimizer.step()``; of an ``EpochAutoDrop``, at the end of each epoch.
 
         Args:
             epoch: torch's deprecated argument; sets ``last_epoch`` and has no other effect.
@@ -105,6 +148,8 @@ class OptimizerStepScheduler(LRScheduler):
                 "registered again and this call is not counted"
             )
         self._watch_wiring()
+        self._watch_steps_between_calls()
+        self._steps_since_call = 0
         if self._stepped:
             self._stepped = False
             self._optimizer_steps += 1
@@ -119,11 +164,13 @@ class OptimizerStepScheduler(LRScheduler):
 
     def _watch_wiring(self) -> None:
         self._calls_without_step = 0 if self._stepped else self._calls_without_step + 1
-        if self._calls_without_step == _CALLS_WITHOUT_STEP:
+        if self._calls_without_step == self._calls_without_step_allowed:
             self._warn(
-                f"step() was called {_CALLS_WITHOUT_STEP} times without an optimizer step in "
+                f"step() was called {self._calls_without_step} times without an optimizer step in "
                 "between; was this scheduler made for the optimizer that is stepped?"
             )
+
+    def _watch_steps_between_calls(self) -> None:
         # The first call may come late by design: SequentialLR hands over at a milestone.
         self._late_calls += self._steps_since_call >= _STEPS_WITHOUT_CALL
         if self._late_calls == 2 and self._steps_since_call >= _STEPS_WITHOUT_CALL:
@@ -131,7 +178,6 @@ class OptimizerStepScheduler(LRScheduler):
                 f"{self._steps_since_call} optimizer steps passed since the last step(); call it "
                 "after every optimizer.step(), not once an epoch (Lightning: 'interval': 'step')"
             )
-        self._steps_since_call = 0
 
     def _warn(self, message: str) -> None:
         warnings.warn(f"{type(self).__name__}: {message}", RuntimeWarning, stacklevel=4)
@@ -179,23 +225,29 @@ class OptimizerStepScheduler(LRScheduler):
         return changed
 
     def close(self) -> None:
-        """Take the hook off the optimizer. The learning rates stay as they are."""
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+        """Take the hooks off the optimizer. The learning rates stay as they are."""
+        for hook in (self._hook, self._pre_hook):
+            if hook is not None:
+                hook.remove()
+        self._hook = self._pre_hook = None
 
     # ---- copies -----------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_hook": None, "_lr_versions": {}}
+        return {**self.__dict__, "_hook": None, "_pre_hook": None, "_lr_versions": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._ensure_hook()
 
 
-def check_optimizer(optimizer: Any) -> None:
-    """Raises TypeError or ValueError unless ``optimizer`` has learning rates to change."""
+def check_optimizer(optimizer: Any) -> Optimizer:
+    """The optimizer itself, taken out of accelerate's and DeepSpeed's wrappers.
+
+    Raises:
+        TypeError, ValueError: it has no learning rates to change.
+    """
+    optimizer = unwrap_optimizer(optimizer)
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
             f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}"
@@ -203,6 +255,7 @@ def check_optimizer(optimizer: Any) -> None:
     for i, group in enumerate(optimizer.param_groups):
         if "lr" not in group:
             raise ValueError(f"optimizer: param_groups[{i}] has no 'lr' to change")
+    return optimizer
 
 
 def _set_lr(group: dict[str, Any], lr: float) -> None:

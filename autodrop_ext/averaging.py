@@ -1,0 +1,298 @@
+"""Weighted average of parameters over snapshots, 4 bytes a parameter (2021, Algorithm 1)."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import Operations, check_name, select
+from .parameters import Named, ParameterSource, signature
+from .plan import Plan
+
+_DOUBLES = (torch.float64, torch.complex128)
+_SLICE = 1 << 24  # elements looked at for NaN at a time: 16 MiB of booleans
+
+
+class ParameterAverage:
+    """The mean ``sum_j w_j x_j / sum_j w_j`` of parameters ``x_j``, without a list of them.
+
+    One float32 arena holds the mean of the snapshots so far, and a snapshot moves it by
+    ``a += (w_j / sum_{i<=j} w_i) (x_j - a)``: one accumulate operation with the arena in both
+    places. Against the weighted sum that Algorithm 1 prints (``z += k x``, divided at the end) this
+    costs nothing more, keeps parameters that do not move to the bit (but for the sign of a zero),
+    and cannot overflow where the mean does not. Float64 parameters are averaged in float64 by
+    torch, 8 bytes a parameter: through float32 they would lose half their digits.
+
+    The arena is taken at the first :meth:`add` and freed by :meth:`write_back`.
+
+    Args:
+        params: whose average is taken; forms as in :class:`AngularVelocity`.
+        backend: "auto", or the name of one (``autodrop doctor`` lists them).
+
+    Raises:
+        ValueError, TypeError: an argument is wrong; the message names it.
+
+    Attributes:
+        snapshots: how many have been added since the last :meth:`write_back`.
+    """
+
+    def __init__(self, params: Any, backend: str = "auto") -> None:
+        check_name(backend)
+        self._source = ParameterSource(params)
+        self._source.check()  # wrong arguments fail here, not at the first snapshot
+        self._backend = backend
+        self._said: set[str] = set()
+        self._restore: Mapping[str, Tensor] | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all snapshots and free the arena."""
+        self.snapshots = 0
+        self._total = 0.0
+        self._parts: list[_Part] | None = None
+        self._sharded = False
+        self._signature: list[list[Any]] = []
+        self._restore = None
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of the arenas on all devices together; 0 between two averages."""
+        return sum(part.arena.nbytes for part in self._parts or ())
+
+    def add(self, weight: float = 1.0) -> None:
+        """Take a snapshot of the parameters as they are now.
+
+        Where they are not the tensors of the last snapshot, the average starts over with this one,
+        and a warning says so once.
+
+        Args:
+            weight: ``w_j``, beside those of the other snapshots.
+
+        Raises:
+            ValueError: the weight is not a positive number.
+            RuntimeError: no memory for the arena.
+        """
+        if not 0 < weight < math.inf:
+            raise ValueError(f"weight: expected a positive number, got {weight!r}")
+        self._follow_parameters()
+        if self._parts is None:
+            self._build()
+        self.snapshots += 1
+        self._total += weight
+        for part in self._parts or ():
+            part.add(weight / self._total)
+
+    def write_back(self) -> bool:
+        """Set the parameters to their average, in place, and start anew.
+
+        Returns:
+            Whether it was done. An average that is not finite is not written: the parameters stay
+            as they are, and a warning names the first tensor. Without snapshots nothing happens.
+        """
+        self._follow_parameters()
+        parts = self._parts
+        self.reset()
+        if parts is None:
+            return False
+        for part in parts:
+            name = part.not_finite()
+            if name is not None:
+                self._say(
+                    "nonfinite",
+                    f"the average of {name} is not finite; the parameters stay as they are",
+                )
+                return False
+        for part in parts:
+            part.write_back()
+        return True
+
+    # ---- following the parameters -----------------------------------------------------------
+
+    def _follow_parameters(self) -> None:
+        """Continue a restored average; drop the average of tensors that are watched no longer."""
+        if self._restore is not None:
+            self._continue(self._restore)
+        if self._parts is not None and signature(self._source.tensors()) != self._signature:
+            self._say(
+                "changed",
+                "the averaged parameters were moved, replaced, added or frozen; the average starts "
+                "over",
+            )
+            self.reset()
+
+    def _build(self) -> None:
+        self._signature = signature(self._source.tensors())
+        groups: dict[tuple[torch.device, bool], list[Named]] = {}
+        shards = self._source.shards()
+        self._sharded = any(shard.split for shard in shards)
+        for shard in shards:
+            key = (shard.tensor.device, shard.tensor.dtype in _DOUBLES)
+            groups.setdefault(key, []).append((shard.name, shard.tensor))
+        parts = []
+        for (device, doubles), named in groups.items():
+            plan = Plan(named, device)
+            operations = None if doubles else select(self._backend, device.type).bind(plan)
+            parts.append(_Part(plan, operations))
+        self._parts = parts
+
+    def _continue(self, saved: Mapping[str, Tensor]) -> None:
+        self._build()
+        self._restore = None
+        problems = [part.misfit(saved) for part in self._parts or ()]
+        problem = next((p for p in problems if p is not None), None)
+        if problem is None:
+            for part in self._parts or ():
+                part.load(saved)
+        else:
+            self._cannot_continue(problem)
+
+    def _cannot_continue(self, problem: str) -> None:
+        self._say("restart", f"the saved average cannot be continued ({problem}); it starts over")
+        self.reset()
+
+    def _say(self, kind: str, message: str) -> None:
+        if kind not in self._said:
+            self._said.add(kind)
+            warnings.warn(f"ParameterAverage: {message}", RuntimeWarning, stacklevel=4)
+
+    # ---- state ------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Number and total weight of the snapshots and their mean, by parameter name on the CPU.
+
+        Plain values and tensors only, so that ``torch.load(weights_only=True)`` reads it. Of
+        sharded parameters the mean is not part of it: the other ranks' parts would be missing.
+        """
+        return {
+            "version": 1,
+            "snapshots": self.snapshots,
+            "total": self._total,
+            "means": self._named_means(),
+        }
+
+    def _named_means(self) -> dict[str, Tensor]:
+        if self._restore is not None:
+            return dict(self._restore)
+        if self._sharded:
+            return {}
+        return {name: mean for part in self._parts or () for name, mean in part.named().items()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue where :meth:`state_dict` was taken, bit for bit.
+
+        Where the means do not fit the parameters, the average starts over, and a warning says so.
+
+        Raises:
+            ValueError: not a state of this class; nothing has been changed then.
+        """
+        problem = problem_of(state_dict)
+        if problem is not None:
+            raise ValueError(f"state_dict: expected a state of ParameterAverage, got {problem}")
+        self.reset()
+        if state_dict["snapshots"] == 0:
+            return
+        if not state_dict["means"]:
+            self._cannot_continue("it was saved without the means")
+            return
+        self.snapshots = state_dict["snapshots"]
+        self._total = state_dict["total"]
+        # The tensors are looked for at the next call: they may yet be moved or loaded.
+        self._restore = dict(state_dict["means"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy finds its own tensors: the plan's addresses are those of the original.
+        means = self._named_means() if self.snapshots else None
+        return {**self.__dict__, "_parts": None, "_signature": [], "_restore": means}
+
+
+class _Part:
+    """The running mean of one plan: all dtypes but float64 in float32, or all of it float64."""
+
+    def __init__(self, plan: Plan, operations: Operations | None) -> None:
+        self.plan = plan
+        self._operations = operations
+        dtype = torch.float64 if operations is None else torch.float32
+        try:
+            self.arena = torch.zeros(plan.arena_elements, dtype=dtype, device=plan.device)
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            raise RuntimeError(
+                f"no memory for the average: {dtype.itemsize * plan.arena_elements:,} bytes were "
+                f"needed on {plan.device} ({dtype.itemsize} for each of {plan.num_elements:,} "
+                "parameters); EpochAutoDrop does without it where average=False"
+            ) from error
+
+    def add(self, share: float) -> None:
+        """Move the mean by ``share`` of its distance from the parameters; 1 sets it to them."""
+        if self._operations is None:
+            self.plan.refresh()
+            for segment in self.plan.segments:
+                segment.in_arena(self.arena).lerp_(segment.flat, share)
+        elif share == 1.0:
+            self._operations.accumulate(self.arena, None, first=True)
+        else:
+            self._operations.accumulate(self.arena, self.arena, first=False, weight=share)
+
+    def write_back(self) -> None:
+        if self._operations is None:
+            for segment in self.plan.segments:
+                segment.flat.copy_(segment.in_arena(self.arena))
+            self.plan.publish()
+        else:
+            self._operations.write_back(self.arena, None, 1.0)
+        for segment in self.plan.segments:
+            # Kernels write past autograd, which tells by the version that saved tensors are stale.
+            if not segment.alias.is_inference():
+                torch.autograd.graph.increment_version(segment.alias)
+
+    def not_finite(self) -> str | None:
+        """Name of the first tensor whose mean holds NaN or infinity, or None."""
+        if _all_finite(self.arena):
+            return None
+        bad = (s.name for s in self.plan.segments if not _all_finite(s.in_arena(self.arena)))
+        return next(bad, None)
+
+    def named(self) -> dict[str, Tensor]:
+        """Clones on the CPU by parameter name, in the parameters' shapes."""
+        return {s.name: s.shaped(self.arena).to("cpu", copy=True) for s in self.plan.segments}
+
+    def misfit(self, named: Mapping[str, Tensor]) -> str | None:
+        """Why :meth:`load` cannot take these means, or None."""
+        for segment in self.plan.segments:
+            if segment.name not in named:
+                return f"{segment.name} is not in it"
+            saved, now = named[segment.name], segment.alias
+            if saved.shape != now.shape:
+                return f"{segment.name} was {tuple(saved.shape)}, now it is {tuple(now.shape)}"
+            if saved.dtype != self.arena.dtype:
+                return f"{segment.name} was averaged in {saved.dtype}, not in {self.arena.dtype}"
+        return None
+
+    def load(self, named: Mapping[str, Tensor]) -> None:
+        """Restore what :meth:`named` returned, unless :meth:`misfit` objects to it."""
+        for segment in self.plan.segments:
+            segment.shaped(self.arena).copy_(named[segment.name])
+
+
+def _all_finite(arena: Tensor) -> bool:
+    pieces: Sequence[Tensor] = torch.split(arena, _SLICE)
+    return all(bool(piece.isfinite().all()) for piece in pieces)
+
+
+def problem_of(state: Any) -> str | None:
+    """Why :meth:`ParameterAverage.load_state_dict` cannot take a state, or None."""
+    if not isinstance(state, Mapping):
+        return type(state).__name__
+    if state.get("version") != 1:
+        return f"version {state.get('version')!r} (this release reads version 1)"
+    kinds: dict[str, type] = {"snapshots": int, "total": float, "means": Mapping}
+    for key, kind in kinds.items():
+        if key not in state:
+            return f"no entry {key!r}"
+        if not isinstance(state[key], kind):
+            return f"{key}={state[key]!r}"
+    return None

@@ -1,0 +1,223 @@
+"""One row per rank, one verdict for all: sums that agree, or words that say who does not.
+
+Every rank gathers the same rows and calls :func:`agree` on them, so that all of them add the same
+numbers in the same order, start over together, or raise together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+REPLICA_TOLERANCE = 1e-6
+"""Relative. Replicas of a parameter are equal to the bit, and kernels for different processors sum
+them to 1e-12; two stages of a pipeline that are taken for replicas differ by far more."""
+
+COUNT_TOLERANCE = 1e-9
+"""Relative: weights such as 1/3 are rounded, once a tensor."""
+
+
+class Row(NamedTuple):
+    """What a rank says at the end of a window; every entry is a float64.
+
+    Attributes:
+        steps: optimizer steps observed.
+        windows: windows closed before this one.
+        window: steps per window.
+        calls: of the scheduler's ``step()``; 0 without a scheduler.
+        usable: windows since the meter started over; negative: this rank has to start over.
+        layout: hash of names, shapes, dtypes and placements of the parameters.
+        held: hash of which elements lie here.
+        stage: of the pipeline.
+        num_stages: of the pipeline.
+        elements: weighted number of those that lie here.
+        model_elements: of the whole model, or of this stage; NaN where the engine does not tell.
+        replicated: sum of ``|m|^2`` over parameters of which every rank has all.
+        dot, norm, previous_norm, mean_norm: weighted sums.
+    """
+
+    steps: float
+    windows: float
+    window: float
+    calls: float
+    usable: float
+    layout: float
+    held: float
+    stage: float
+    num_stages: float
+    elements: float
+    model_elements: float
+    replicated: float
+    dot: float
+    norm: float
+    previous_norm: float
+    mean_norm: float
+
+    @property
+    def finite(self) -> bool:
+        """Whether the sums are."""
+        return all(map(math.isfinite, self[-4:]))
+
+
+class DisagreementError(RuntimeError):
+    """Ranks that should have measured the same did not; raised on all of them alike."""
+
+
+class Agreement(NamedTuple):
+    """What all ranks conclude.
+
+    Attributes:
+        sums: ``dot``, ``norm``, ``previous_norm``, ``mean_norm`` over all ranks, in rank order.
+        elements: that they run over.
+        start_over: some rank cannot use this window, so none does.
+        not_finite: ranks whose sums are not finite.
+    """
+
+    sums: tuple[float, float, float, float]
+    elements: float
+    start_over: bool
+    not_finite: list[int]
+
+
+def agree(rows: Sequence[Row]) -> Agreement:
+    """The verdict on the rows of all ranks, in rank order.
+
+    Raises:
+        DisagreementError: the ranks did not measure the same; the message names them.
+    """
+    _check_counting(rows)
+    _check_layouts(rows)
+    start_over = len({row.usable for row in rows}) > 1 or rows[0].usable < 0
+    not_finite = [rank for rank, row in enumerate(rows) if not row.finite]
+    if not start_over and not not_finite:
+        _check_elements(rows)
+        _check_replicas(rows)
+    dot, norm, previous_norm, mean_norm = (_in_order(row[i] for row in rows) for i in range(-4, 0))
+    count = _in_order(row.elements for row in rows)
+    return Agreement((dot, norm, previous_norm, mean_norm), count, start_over, not_finite)
+
+
+def _in_order(values: Iterable[float]) -> float:
+    """The sum in rank order (Python's own ``sum`` compensates from 3.12 on)."""
+    total = 0.0
+    for value in values:
+        total += value
+    return total
+
+
+def _check_counting(rows: Sequence[Row]) -> None:
+    _same(rows, lambda r: r.window, "expected the same window on all ranks", "window={:.0f}")
+    _same(
+        rows,
+        lambda r: r.windows,
+        "expected all ranks to end the same window; did one start late or load another checkpoint?",
+        "window number {:.0f}",
+    )
+    _same(
+        rows,
+        lambda r: r.steps,
+        "expected all ranks to have observed as many optimizer steps",
+        "{:.0f} steps",
+    )
+    _same(
+        rows,
+        lambda r: r.calls,
+        "a rank skipped optimizer steps: as many were taken over different numbers of calls of "
+        "the scheduler's step()",
+        "{:.0f} calls",
+    )
+
+
+def _check_layouts(rows: Sequence[Row]) -> None:
+    _same(
+        rows,
+        lambda r: r.num_stages,
+        "expected the same number of pipeline stages on all ranks",
+        "{:.0f} stages",
+    )
+    stages = sorted({row.stage for row in rows})
+    if len(stages) != rows[0].num_stages:
+        raise DisagreementError(
+            f"expected ranks in each of {rows[0].num_stages:.0f} pipeline stages, got stages "
+            + ", ".join(f"{stage:.0f}" for stage in stages)
+        )
+    for stage in stages:
+        _same(
+            rows,
+            lambda r: (r.layout, r.model_elements),
+            "expected the same parameters on all ranks"
+            + (f" of stage {stage:.0f}" if len(stages) > 1 else "")
+            + "; declare the stages of a pipeline with process_group=PipelineStages(stage, "
+            "num_stages), and freeze or thaw parameters on all ranks alike",
+            "{1:,.0f} elements (layout {0:012x})",
+            members=[rank for rank, row in enumerate(rows) if row.stage == stage],
+        )
+
+
+def _check_elements(rows: Sequence[Row]) -> None:
+    """The weights must count every element of the model exactly once."""
+    totals = {row.stage: row.model_elements for row in rows}
+    expected = sum(totals.values())
+    count = _in_order(row.elements for row in rows)
+    if math.isnan(expected) or abs(count - expected) <= COUNT_TOLERANCE * max(expected, 1.0):
+        return
+    raise DisagreementError(
+        f"expected the ranks to hold {expected:,.0f} elements together, weighted counts give "
+        f"{count:,.1f} of {len(rows)} ranks; expected every rank of process_group= to hold part of "
+        "the model, and the same parameters to lie on equally many ranks of each stage"
+    )
+
+
+def _check_replicas(rows: Sequence[Row]) -> None:
+    """Ranks that hold the same elements must have the same sums."""
+    holders: dict[tuple[float, float], list[int]] = {}
+    for rank, row in enumerate(rows):
+        holders.setdefault((row.stage, row.held), []).append(rank)
+    for members in holders.values():
+        _close(rows, members, lambda r: r.mean_norm, "their parameters")
+        _close(rows, members, lambda r: r.norm, "the displacement of their parameters")
+    for stage in {row.stage for row in rows}:
+        members = [rank for rank, row in enumerate(rows) if row.stage == stage]
+        _close(rows, members, lambda r: r.replicated, "their unsharded parameters")
+
+
+def _close(rows: Sequence[Row], members: list[int], of: Callable[[Row], float], what: str) -> None:
+    values = {rank: of(rows[rank]) for rank in members}
+    low, high = min(values.values()), max(values.values())
+    if high - low > REPLICA_TOLERANCE * high:
+        lowest, highest = min(values, key=values.__getitem__), max(values, key=values.__getitem__)
+        raise DisagreementError(
+            f"ranks {_listed(members)} hold copies of the same parameters, but {what} differ in "
+            f"squared length: {low:.9g} on rank {lowest}, {high:.9g} on rank {highest}; either the "
+            "copies ran apart (gradients that are not reduced over these ranks), or they are no "
+            "copies: declare pipeline stages with process_group=PipelineStages(stage, num_stages), "
+            "give ranks that train models of their own a process group of their own"
+        )
+
+
+def _same(
+    rows: Sequence[Row],
+    of: Callable[[Row], object],
+    message: str,
+    form: str,
+    members: Sequence[int] | None = None,
+) -> None:
+    groups: dict[object, list[int]] = {}
+    for rank in range(len(rows)) if members is None else members:
+        # NaN, for what is not known, equals itself here.
+        groups.setdefault(str(of(rows[rank])), []).append(rank)
+    if len(groups) > 1:
+        who = []
+        for ranks in groups.values():
+            value = of(rows[ranks[0]])
+            parts = value if isinstance(value, tuple) else (value,)
+            parts = tuple(int(p) if isinstance(p, float) and p.is_integer() else p for p in parts)
+            who.append(f"{form.format(*parts)} on rank{'s' * (len(ranks) > 1)} {_listed(ranks)}")
+        raise DisagreementError(f"{message}; got " + ", ".join(who))
+
+
+def _listed(ranks: Sequence[int]) -> str:
+    """The first few of possibly thousands."""
+    shown = ", ".join(map(str, ranks[:8]))
+    return shown if len(ranks) <= 8 else f"{shown} and {len(ranks) - 8} more"

@@ -1,0 +1,342 @@
+"""AutoDrop once per epoch, with averaged parameters: 2021, Algorithm 1."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch.optim import Optimizer
+
+from ..averaging import ParameterAverage
+from ..averaging import problem_of as problem_of_average
+from ..reading import Decision, Reading
+from ..velocity import HISTORY
+from .arguments import check_callback, check_count, check_number
+from .base import as_floats
+from .measuring import MeasuringScheduler
+
+if TYPE_CHECKING:
+    import matplotlib.figure
+
+_SINGLE_STEP_EPOCHS = 1000  # in a row, before a wrong wiring is pointed out
+
+
+@dataclass(frozen=True)
+class EpochDecision(Decision):
+    """What :class:`EpochAutoDrop` made of one epoch.
+
+    ``step`` counts the optimizer steps so far, ``window`` is the epoch ``t``, counted from 1;
+    ``smoothed`` and ``rise`` stay None.
+
+    Attributes:
+        change: ``|w_t - w_{t-1}|``, degrees; None where one of the two angles is undefined.
+        threshold: ``theta`` that the change is compared with, degrees.
+        waited: epochs since the one that met the condition, which has 0; None where no drop is
+            pending.
+        averaged: whether the parameters were set to their average at the end of this epoch.
+    """
+
+    change: float | None = None
+    threshold: float = math.nan
+    waited: int | None = None
+    averaged: bool = False
+
+
+class EpochAutoDrop(MeasuringScheduler):
+    """Drops the learning rate some epochs after the angular velocity has stopped changing.
+
+    Call :meth:`step` once per epoch. The displacement ``s_t`` of epoch ``t`` runs from the
+    parameters before its first update to those after its last one, and ``w_t`` is the angle between
+    ``s_t`` and ``s_{t-1}``. Where ``|w_t - w_{t-1}| < theta`` and ``t > 2``, training goes on for
+    another ``delay`` epochs at the same rate, the parameters are set to their average over these
+    epochs with the weights 1, 2, ..., ``delay``, and then every param group's learning rate is
+    multiplied by ``factor`` and ``theta`` divided by it (Teng, Wang, Choromanska 2021, Algorithm
+    1). A drop never raises a rate. Where all rates are at ``min_lr``, averages are still taken, as
+    printed.
+
+    Where Algorithm 1 contradicts itself or its text:
+
+    * It adds ``delay + 1`` terms and divides by the weights of ``delay``, so that parameters grow
+      by 10 % at a delay of 20. Here the average runs over the ``delay`` epochs after the one that
+      met the condition, and its weights add up to one.
+    * It checks the condition during the delay too and starts the average over each time it holds,
+      so that with a wide ``theta`` the rate would never drop. Here a pending drop is waited for:
+      the text says "another n_d epochs".
+    * After the averages are written back, the next displacement is measured from them. The
+      difference of two angles across a drop counts like any other.
+
+    After a write-back the statistics of batch normalisation belong to other parameters; torch
+    measures them anew in one line::
+
+        EpochAutoDrop(optimizer, on_average=lambda decision: update_bn(loader, model))
+
+    with ``torch.optim.swa_utils.update_bn``. Momentum and other state of the optimizer stay as they
+    are, as in the paper.
+
+    Memory: 12 bytes per parameter, during a delay 16 (float64 parameters: 20).
+
+    Args:
+        optimizer: any ``torch.optim.Optimizer``; learning rates may be floats or tensors.
+        factor: ``rho``, in (0, 1).
+        threshold: ``theta`` until the first drop, degrees.
+        max_threshold: upper bound of ``theta``, degrees.
+        delay: ``n_d``, epochs between the condition and the drop; 0 drops at once.
+        average: whether the parameters are averaged over the delay.
+        min_lr: lower bound of the rate, one for all param groups or one for each. The paper
+            recommends 1e-4 for its SGD runs.
+        params: what is measured and averaged instead of the optimizer's trainable parameters, such
+            as float32 master weights; forms as in :class:`AngularVelocity`. ``on_average`` is the
+            place to copy averaged master weights to the model.
+        backend: "auto", or the name of one (``autodrop doctor`` lists them).
+        process_group: as in :class:`AngularVelocity`.
+        on_reading: called with the :class:`EpochDecision` of every epoch, such as a
+            :class:`JsonLinesLog`.
+        on_drop: called with those that lowered a rate.
+        on_average: called, before the two others, with those at which the parameters were set to
+            their average.
+        last_epoch: as in torch's schedulers.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong; the message gives it, what was expected and
+            what came.
+
+    Attributes:
+        history: the last 10,000 :class:`EpochDecision` objects, one for each epoch.
+        num_drops: how often a learning rate was lowered.
+        current_threshold: ``theta``, degrees.
+    """
+
+    _decision_type = EpochDecision
+    _progress_entries = ("real_steps", "current_threshold", "last_angle", "waited", "mean")
+    _looks_before_steps = True
+    _calls_without_step_allowed = 10  # epochs
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        factor: float = 0.2,
+        *,
+        threshold: float = 0.01,
+        max_threshold: float = 1.0,
+        delay: int = 20,
+        average: bool = True,
+        min_lr: float | Iterable[float] = 0.0,
+        params: Any = None,
+        backend: str = "auto",
+        process_group: Any = None,
+        on_reading: Callable[[EpochDecision], object] | None = None,
+        on_drop: Callable[[EpochDecision], object] | None = None,
+        on_average: Callable[[EpochDecision], object] | None = None,
+        last_epoch: int = -1,
+    ) -> None:
+        degrees = "a finite number of degrees above 0"
+        check_number("threshold", threshold, degrees, lambda x: 0 < x < math.inf)
+        check_number(
+            "max_threshold",
+            max_threshold,
+            f"a finite number of degrees, at least threshold={threshold!r}",
+            lambda x: threshold <= x < math.inf,
+        )
+        check_count("delay", delay, 0)
+        if not isinstance(average, bool):
+            raise TypeError(f"average: expected a bool, got {average!r}")
+        check_callback("on_average", on_average)
+        if isinstance(params, Iterator):
+            params = list(params)  # it is read twice
+        self.threshold = self.current_threshold = float(threshold)
+        self.max_threshold = float(max_threshold)
+        self.delay = delay
+        self.average = average
+        self.on_average = on_average
+        self._last_angle: float | None = None
+        self._waited: int | None = None  # epochs of a pending drop's delay
+        self._single_step_epochs = 0
+        super().__init__(
+            optimizer,
+            1,
+            factor,
+            min_lr=min_lr,
+            params=params,
+            sample=None,
+            backend=backend,
+            process_group=process_group,
+            form="delta",  # after a write-back only this form can be measured from elsewhere
+            on_reading=on_reading,
+            on_drop=on_drop,
+            warmup_steps=0,
+            last_epoch=last_epoch,
+        )
+        self._mean = ParameterAverage(optimizer if params is None else params, backend)
+
+    # ---- deciding ---------------------------------------------------------------------------
+
+    def _awaits_step(self) -> bool:
+        return not self._meter.started
+
+    def _before_optimizer_step(self) -> None:
+        # The reference point x_0 of the first epoch, or of the first one after NaN.
+        self._meter.rebase()
+
+    def _on_optimizer_step(self) -> None:
+        reading = self._meter.observe(calls=self._step_count)
+        if reading is None:  # the first epoch, or the parameters are others than at its start
+            reading = Reading(0, 0, None, None, math.nan, math.nan)
+            finite = True
+        else:
+            finite = self._meter.started  # it starts over after NaN
+        self._decide(
+            dataclasses.replace(reading, step=self._real_steps, window=self._optimizer_steps),
+            finite,
+        )
+
+    def _decide(self, reading: Reading, finite: bool) -> None:
+        change = None
+        if reading.angle is not None and self._last_angle is not None:
+            change = abs(reading.angle - self._last_angle)
+        self._last_angle = reading.angle
+        threshold = self.current_threshold
+        if self._waited is not None:
+            self._wait(finite)
+        elif change is not None and change < threshold:
+            self._waited = 0
+        waited = self._waited
+        averaged = dropped = False
+        if waited == self.delay:
+            self._waited = None
+            averaged = self._write_average()
+            dropped = self._drop_lrs(self.factor, self.min_lrs)
+            self.num_drops += dropped
+            self.current_threshold = min(self.max_threshold, threshold / self.factor)
+        decision = EpochDecision(
+            **vars(reading),
+            lr=tuple(as_floats(self.get_lr())),
+            dropped=dropped,
+            change=change,
+            threshold=threshold,
+            waited=waited,
+            averaged=averaged,
+        )
+        try:
+            if averaged and self.on_average is not None:
+                self.on_average(decision)
+        finally:
+            self._keep(decision, HISTORY)
+
+    def _wait(self, finite: bool) -> None:
+        """One epoch of the delay is over."""
+        assert self._waited is not None
+        if not finite:
+            # No rate drops on NaN; the next angles decide anew.
+            self._waited = None
+            self._mean.reset()
+            return
+        self._waited += 1
+        if self.average:
+            self._mean.add(self._waited)
+
+    def _write_average(self) -> bool:
+        written = self._mean.write_back()
+        if written:
+            self._meter.rebase()
+        return written
+
+    def _update_lr(self, epoch: int | None = None) -> None:
+        # SequentialLR calls this in place of step() where it hands over: the epoch that begins now
+        # is the first one, and what the meter saw of the epochs before must not be measured.
+        super()._update_lr(epoch)
+        self._stepped = False
+        self._last_angle = self._waited = None
+        self._mean.reset()
+        self._meter.close()
+
+    def _watch_steps_between_calls(self) -> None:
+        single = self._steps_since_call == 1
+        self._single_step_epochs = self._single_step_epochs + 1 if single else 0
+        if self._single_step_epochs == _SINGLE_STEP_EPOCHS:
+            self._warn(
+                f"step() was called after every single optimizer step {_SINGLE_STEP_EPOCHS} times; "
+                "call it once per epoch (unless an epoch has one batch)"
+            )
+
+    # ---- looking ----------------------------------------------------------------------------
+
+    def get_metrics(self) -> dict[str, float]:
+        """The newest values for a logger: plain floats, those that are undefined left out.
+
+        ``lr`` (of the first param group), ``num_drops``, and from the last epoch
+        ``angular_velocity``, ``angular_velocity_change``, ``threshold`` and ``rounding_error``
+        [degrees], and ``displacement``, the length ``|s_t|``.
+        """
+        if not self.history:
+            return self._metrics()
+        last = self.history[-1]
+        return self._metrics(
+            angular_velocity=last.angle,
+            angular_velocity_change=last.change,
+            threshold=last.threshold,
+            rounding_error=last.rounding_error,
+            displacement=last.norm,
+        )
+
+    def plot(self, path: Any = None) -> matplotlib.figure.Figure:
+        """Draw angular velocity, its change beside the threshold, and the learning rate.
+
+        Args:
+            path: where to save the picture, if anywhere.
+
+        Raises:
+            ImportError: matplotlib is not installed; it comes with ``autodrop_ext[plot]``.
+            ValueError: no epoch has been measured.
+        """
+        from ..epoch_plotting import plot_epochs
+
+        return plot_epochs([decision.as_dict() for decision in self.history], path=path)
+
+    def close(self) -> None:
+        """Take the hooks off the optimizer and free the arenas. The learning rates stay."""
+        super().close()
+        self._mean.reset()
+        self._waited = None
+
+    # ---- state ------------------------------------------------------------------------------
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "factor": self.factor,
+            "threshold": self.threshold,
+            "max_threshold": self.max_threshold,
+            "delay": self.delay,
+            "average": self.average,
+            "min_lr": list(self.min_lrs),
+        }
+
+    def _restore_settings(self, settings: Mapping[str, Any]) -> None:
+        self.threshold = settings["threshold"]
+        self.max_threshold = settings["max_threshold"]
+        self.delay = settings["delay"]
+        self.average = settings["average"]
+
+    def _progress(self) -> dict[str, Any]:
+        return {
+            "real_steps": self._real_steps,
+            "current_threshold": self.current_threshold,
+            "last_angle": self._last_angle,
+            "waited": self._waited,
+            "mean": self._mean.state_dict(),
+        }
+
+    def _restore_progress(self, state: Mapping[str, Any]) -> None:
+        self._real_steps = state["real_steps"]
+        self.current_threshold = state["current_threshold"]
+        self._last_angle = state["last_angle"]
+        self._waited = state["waited"]
+        self._mean.load_state_dict(state["mean"])
+
+    def _problem_of(self, state: Any) -> str | None:
+        problem = super()._problem_of(state)
+        if problem is None:
+            problem = problem_of_average(state["mean"])
+        return problem

@@ -1,0 +1,206 @@
+"""DeepSpeed and accelerate, as their users set them up."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from driven import SETTINGS, STEPS, WINDOW, Driven, Seen, alone, assert_same, optimizer_of, seen
+from launch import run
+from torch import nn
+
+from autodrop_ext import AngularVelocity, AutoDrop
+from autodrop_ext.distributed import deepspeed as zero
+
+
+def needs(name: str) -> pytest.MarkDecorator:
+    missing = importlib.util.find_spec(name) is None
+    return pytest.mark.skipif(missing, reason=f"{name} is not installed")
+
+
+def start_deepspeed(model: nn.Module, optimizer: Any, stage: int, **options: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import deepspeed
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    # Collectives through shared memory would be compiled first, for a minute.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    config = {
+        "train_batch_size": int(os.environ["WORLD_SIZE"]),
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": 1_000_000},
+        "zero_allow_untested_optimizer": True,
+    }
+    return deepspeed.initialize(
+        model=model, optimizer=optimizer, config=config, dist_init_required=False, **options
+    )
+
+
+def two_groups(model: Driven) -> torch.optim.SGD:
+    """ZeRO steps the inner optimizer once for each of them."""
+    first, *others = model.parameters()
+    return torch.optim.SGD([{"params": [first]}, {"params": others}], lr=2.0**-5)
+
+
+def zero_run(rank: int, stage: int, given: str) -> Seen:
+    model = Driven()
+    optimizer = two_groups(model)
+    scheduler = AutoDrop(optimizer, **SETTINGS) if given == "before" else None
+    engine, wrapped, _, _ = start_deepspeed(model, optimizer, stage)
+    if scheduler is None:
+        scheduler = AutoDrop(wrapped if given == "wrapped" else optimizer, **SETTINGS)
+    for t in range(STEPS):
+        engine.backward(engine(t))
+        engine.step()
+        scheduler.step()
+    return seen(scheduler)
+
+
+@needs("deepspeed")
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero(stage: int) -> None:
+    """Flat partitions with padding, which does not count."""
+    ranks = run(2, zero_run, stage, "wrapped")
+    expected = alone()
+    expected = expected._replace(lrs=[lr * 2 for lr in expected.lrs])
+    assert_same(ranks, expected)
+
+
+@needs("deepspeed")
+@pytest.mark.slow
+@pytest.mark.parametrize("given", ["before", "inner"])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_given_the_optimizer_that_it_wraps(stage: int, given: str) -> None:
+    expected = alone()
+    expected = expected._replace(lrs=[lr * 2 for lr in expected.lrs])
+    assert_same(run(2, zero_run, stage, given), expected)
+
+
+def zero_steps_the_scheduler(rank: int) -> Seen:
+    model = Driven()
+    engine, _, _, scheduler = start_deepspeed(
+        model, optimizer_of(model), 2, lr_scheduler=lambda inner: AutoDrop(inner, **SETTINGS)
+    )
+    for t in range(STEPS):
+        engine.backward(engine(t))
+        engine.step()
+    return seen(scheduler)
+
+
+@needs("deepspeed")
+@pytest.mark.slow
+def test_zero_makes_and_steps_the_scheduler() -> None:
+    assert_same(run(2, zero_steps_the_scheduler), alone())
+
+
+def zero_parameters(rank: int) -> list[str]:
+    model = Driven()
+    optimizer = optimizer_of(model)
+    _, wrapped, _, _ = start_deepspeed(model, optimizer, 3)
+    wrapped.fp32_partitioned_groups_flat[0].data = torch.empty(0)  # as if on NVMe
+    messages = []
+    for params in (model.parameters(), wrapped):
+        try:
+            AngularVelocity(params, 2).observe()
+        except RuntimeError as error:
+            messages.append(str(error))
+    return messages
+
+
+@needs("deepspeed")
+@pytest.mark.slow
+def test_zero_three_never_looks_like_no_parameters() -> None:
+    for from_model, from_engine in run(2, zero_parameters):
+        assert "got one that DeepSpeed ZeRO-3 has partitioned; give the scheduler" in from_model
+        assert "expected the float32 partition 0 of ZeRO-3 in GPU or host memory" in from_engine
+
+
+def accelerated(rank: int, accumulation: int) -> Seen:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
+    model = Driven()
+    optimizer = optimizer_of(model)
+    scheduler = AutoDrop(optimizer, **SETTINGS)
+    model, optimizer, prepared = accelerator.prepare(model, optimizer, scheduler)
+    for t in range(STEPS):
+        for _ in range(accumulation):
+            with accelerator.accumulate(model):
+                accelerator.backward(model(t))
+                optimizer.step()
+                prepared.step()
+                optimizer.zero_grad()
+    return seen(scheduler)
+
+
+@needs("accelerate")
+def test_accelerate_counts_optimizer_steps() -> None:
+    """Two processes, two micro-batches a step: ``step()`` is called eight times as often."""
+    assert_same(run(2, accelerated, 2), alone())
+
+
+def accelerate_with_fsdp2(rank: int) -> Seen:
+    """``prepare`` swaps the optimizer's parameters after the scheduler was made."""
+    from accelerate import Accelerator
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="no_wrap")
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    model = Driven()
+    optimizer = optimizer_of(model)
+    scheduler = AutoDrop(optimizer, **SETTINGS)
+    model, optimizer, prepared = accelerator.prepare(model, optimizer, scheduler)
+    assert AutoDrop(optimizer, **SETTINGS).optimizer is optimizer.optimizer  # unwrapped
+    for t in range(STEPS):
+        accelerator.backward(model(t))
+        optimizer.step()
+        prepared.step()
+        optimizer.zero_grad()
+    return seen(scheduler)
+
+
+@needs("accelerate")
+@pytest.mark.slow
+def test_accelerate_with_fsdp2() -> None:
+    assert_same(run(2, accelerate_with_fsdp2), alone())
+
+
+def overflow(rank: int, fused: bool) -> tuple[int, list[float | None]]:
+    """One overflow in the middle of a window, seen by one rank and reduced to all."""
+    model = torch.nn.parallel.DistributedDataParallel(Driven())
+    optimizer = torch.optim.SGD(model.parameters(), lr=2.0**-5, fused=fused)
+    scheduler = AutoDrop(optimizer, **SETTINGS)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=10_000)
+    t = 0
+    for call in range(5 * WINDOW + 1):
+        loss = model(t)
+        overflows = call == WINDOW + 1
+        scaler.scale(loss * (torch.inf if overflows and rank == 0 else 1.0)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        scheduler.step()
+        t += not overflows
+    return scheduler._meter.steps, [d.cosine for d in scheduler.history]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_overflow_leaves_the_window_unchanged(fused: bool) -> None:
+    expected = alone(5 * WINDOW)
+    for steps, cosines in run(2, overflow, fused):
+        assert steps == 5 * WINDOW
+        assert len(cosines) == len(expected.cosines) == 3
+        for ours, theirs in zip(cosines, expected.cosines, strict=True):
+            assert ours is not None
+            assert theirs is not None
+            # Scaled gradients are exact, and so are the sums but for their order.
+            assert abs(ours - theirs) < 1e-12
+
+
+def test_without_deepspeed_there_is_no_engine() -> None:
+    model = Driven()
+    assert zero.zero_optimizer_of(optimizer_of(model)) is None
