@@ -32,7 +32,8 @@ def accumulate(
     Args:
         A: running sum, float32 ``[n]``, overwritten if ``first`` and added to otherwise.
         x: parameters, ``[n]``, of any supported dtype.
-        M: mean of the last window, float32 ``[n]``, for delta form; None for sum form.
+        M: mean of the last window, float32 ``[n]``, for delta form; None for sum form. It may be
+            ``A`` itself: then ``A += weight * (x - A)`` moves a running mean.
         first: the first step of a window in sum form; whatever ``A`` held is not read.
         weight: rounded to float32; the product is rounded before it is added.
     """

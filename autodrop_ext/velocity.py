@@ -203,13 +203,12 @@ class AngularVelocity:
 
     def _follow_parameters(self) -> None:
         """Build the plans, or rebuild them if the parameters are not those they were made of."""
-        tensors = self._source.tensors()
         if self._arenas is not None:
-            if signature(tensors) == self._signature:
+            if signature(self._source.tensors()) == self._signature:
                 return
             self._discard()
         self._build()
-        self._signature = signature(tensors)
+        self._signature = signature(self._source.tensors())
 
     def _discard(self) -> None:
         self._faults.parameters_changed(WINDOWS_FOR_ANGLE)

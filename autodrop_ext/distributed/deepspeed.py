@@ -26,7 +26,7 @@ def zero_optimizer_of(optimizer: Optimizer) -> Any:
         return None
     for candidate in gc.get_objects():
         if (
-            type(candidate).__module__.startswith(_MODULES)
+            str(type(candidate).__module__).startswith(_MODULES)
             and getattr(candidate, "optimizer", None) is optimizer
             and (_is_stage_three(candidate) or hasattr(candidate, "real_dp_process_group"))
         ):
@@ -47,15 +47,15 @@ def zero_tensors(zero: Any) -> list[Tensor]:
 
 
 def zero_shards(zero: Any) -> list[LocalShard]:
-    """The float32 partitions on this rank, with their counts.
+    """What lies on this rank, without padding, whose content is arbitrary.
 
     Raises:
         RuntimeError: a partition is not in memory.
     """
     tensors = zero_tensors(zero)
-    if _is_stage_three(zero):
-        return [_stage_three(zero, i, tensor) for i, tensor in enumerate(tensors)]
-    return [_stage_one_or_two(zero, i, tensor) for i, tensor in enumerate(tensors)]
+    if not _is_stage_three(zero):
+        return [_stage_one_or_two(zero, i, tensor) for i, tensor in enumerate(tensors)]
+    return [shard for i, tensor in enumerate(tensors) for shard in _stage_three(zero, i, tensor)]
 
 
 def _is_stage_three(zero: Any) -> bool:
@@ -69,35 +69,36 @@ def _stage_one_or_two(zero: Any, i: int, tensor: Tensor) -> LocalShard:
     # Padding between parameters is not recorded by rank; the total then cannot be compared.
     aligned = any(map(any, getattr(zero, "round_robin_bit16_padding", ())))
     total = None if aligned else sum(p.numel() for p in groups[i])
-    count = tensor.numel() - paddings[i]
-    name = f"ZeRO partition of param_groups[{i}]"
-    return _partition(name, tensor, zero.real_dp_process_group[i], count, total)
+    here = tensor[: tensor.numel() - paddings[i]]
+    return _part(f"ZeRO partition of param_groups[{i}]", here, zero.real_dp_process_group[i], total)
 
 
-def _stage_three(zero: Any, i: int, tensor: Tensor) -> LocalShard:
-    parameters = zero.fp16_groups[i]
+def _stage_three(zero: Any, i: int, tensor: Tensor) -> list[LocalShard]:
+    """The parts of the parameters that lie one behind the other in one partition."""
     if tensor is None or tensor.numel() == 0:
         raise RuntimeError(
             f"params: expected the float32 partition {i} of ZeRO-3 in GPU or host memory, got none "
             "(offloaded to NVMe?)"
         )
     ranks = zero.dp_process_group
-    count = 0
-    for p in parameters:
+    shards = []
+    offset = 0
+    for p in zero.fp16_groups[i]:
         size = p.ds_tensor.ds_numel  # every rank's part is as large, the last ones are padded
-        count += min(max(p.ds_numel - ranks.rank() * size, 0), size)
-    total = sum(p.ds_numel for p in parameters)
-    return _partition(f"ZeRO-3 partition {i}", tensor, ranks, count, total)
+        here = min(max(p.ds_numel - ranks.rank() * size, 0), size)
+        name = f"ZeRO-3 parameter {p.ds_id} in partition {i}"
+        shards.append(_part(name, tensor[offset : offset + here], ranks, p.ds_numel))
+        offset += size
+    return shards
 
 
-def _partition(name: str, tensor: Tensor, ranks: Any, count: int, total: int | None) -> LocalShard:
+def _part(name: str, tensor: Tensor, ranks: Any, total: int | None) -> LocalShard:
     parts = ranks.size()
     return LocalShard(
         name,
         tensor.detach(),
         parts=parts,
         part=(ranks.rank(),),
-        count=count,
         total=total,
         layout=f"{total} {tensor.dtype} in {parts}",
         flat=parts > 1,

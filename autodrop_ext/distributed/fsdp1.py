@@ -66,7 +66,6 @@ def _shard(name: str, parameter: Tensor, handle: Any, total: int, padding: int) 
         tensor,
         parts=parts,
         part=(handle.rank,) if parts > 1 else (),
-        count=tensor.numel(),
         total=total,
         layout=f"{total} {parameter.dtype} in {parts}",
         flat=parts > 1,

@@ -81,7 +81,10 @@ class Ranks:
         device = _device(self.group)
         mine = torch.tensor(row, dtype=torch.float64, device=device)
         rows = torch.empty(self.size, len(row), dtype=torch.float64, device=device)
-        dist.all_gather_into_tensor(rows, mine.unsqueeze(0), group=self.group)
+        if hasattr(dist, "all_gather_single"):
+            dist.all_gather_single(rows, mine.unsqueeze(0), group=self.group)
+        else:  # torch before 2.13
+            dist.all_gather_into_tensor(rows, mine.unsqueeze(0), group=self.group)
         gathered: list[list[float]] = rows.tolist()
         return gathered
 
@@ -145,7 +148,9 @@ class Holding:
         every = [shard for device in shards for shard in device]
         self.layout = _digest(f"{s.name}|{s.layout}" for s in every)
         self.held = _digest(f"{s.name}|{s.layout}|{s.part}" for s in every)
-        self.elements = sum(s.count * (1.0 if ranks is None else ranks.weight(s)) for s in every)
+        self.elements = sum(
+            s.tensor.numel() * (1.0 if ranks is None else ranks.weight(s)) for s in every
+        )
         self.model_elements = float(sum(math.nan if s.total is None else s.total for s in every))
         self.sharded = any(s.split for s in every) or (ranks is not None and ranks.num_stages > 1)
         whole = [[i for i, s in enumerate(device) if not s.split] for device in shards]

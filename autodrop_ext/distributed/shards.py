@@ -32,10 +32,9 @@ class LocalShard:
 
     Attributes:
         name: for messages and checkpoints.
-        tensor: the elements that lie here; may be empty.
+        tensor: the elements that lie here, without padding; may be empty.
         parts: into how many different parts the parameter is cut.
         part: which of them this one is; ranks that hold the same elements have equal values.
-        count: elements here that are not padding.
         total: elements of the whole parameter; None where the engine does not tell.
         layout: shape and placement in words; equal on all ranks that share the parameter.
         sharding: of a DTensor; None otherwise.
@@ -46,7 +45,6 @@ class LocalShard:
     tensor: Tensor
     parts: int
     part: tuple[int, ...]
-    count: int
     total: int | None
     layout: str
     sharding: Sharding | None = None
@@ -75,7 +73,7 @@ def whole(name: str, tensor: Tensor) -> LocalShard:
     """A parameter that lies here completely."""
     n = tensor.numel()
     layout = f"{tuple(tensor.shape)} {tensor.dtype}"
-    return LocalShard(name, tensor.detach(), parts=1, part=(), count=n, total=n, layout=layout)
+    return LocalShard(name, tensor.detach(), parts=1, part=(), total=n, layout=layout)
 
 
 def of_dtensor(name: str, parameter: Any) -> LocalShard:
@@ -101,7 +99,6 @@ def of_dtensor(name: str, parameter: Any) -> LocalShard:
         local,
         parts=parts,
         part=(-1,) if coordinate is None else tuple(coordinate[d] for d in cut),
-        count=local.numel(),
         total=parameter.numel(),
         layout=f"{tuple(parameter.shape)} {parameter.dtype} {placements} {tuple(mesh.shape)}",
         sharding=Sharding(mesh, placements, parameter.shape, parameter.stride()),

@@ -23,10 +23,13 @@ import torch.distributed as dist
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(
     [
+        "torch._dynamo",  # imported late by DDP, FSDP and optimizers, for two seconds
         "torch.distributed.checkpoint",
         "torch.distributed.fsdp",
         "torch.distributed.tensor",
         "torch.distributed.optim",
+        "torch.distributed.checkpoint.state_dict",
+        "pytest",
         "autodrop_ext",
     ]
 )

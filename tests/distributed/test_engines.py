@@ -34,6 +34,7 @@ def start_deepspeed(model: nn.Module, optimizer: Any, stage: int, **options: Any
         "train_batch_size": int(os.environ["WORLD_SIZE"]),
         "zero_optimization": {"stage": stage, "reduce_bucket_size": 1_000_000},
         "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,  # the default is 1
     }
     return deepspeed.initialize(
         model=model, optimizer=optimizer, config=config, dist_init_required=False, **options

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import pathlib
 from typing import Any
 
 import pytest
@@ -19,7 +21,7 @@ from driven import (
     seen,
     train,
 )
-from launch import run
+from launch import TIMEOUT, run
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
@@ -210,3 +212,21 @@ def test_a_process_group_of_its_own(one_process: Seen) -> None:
     first, second, other = run(3, one_group_of_several)
     assert_same([first, second], one_process)
     assert len(other.steps) > len(first.steps)
+
+
+def without_a_default_group(rank: int, store: str) -> Seen:
+    """A process group that ``torch.distributed`` has not been told of."""
+    from torch.distributed import _dist2
+
+    dist.destroy_process_group()
+    timeout, cpu = datetime.timedelta(seconds=TIMEOUT), torch.device("cpu")
+    group = _dist2._BACKENDS["gloo"](dist.FileStore(store, 2), rank, 2, timeout, cpu)
+    assert not dist.is_initialized()
+    model = Driven()
+    optimizer = optimizer_of(model)
+    return train(model, optimizer, AutoDrop(optimizer, process_group=group, **SETTINGS))
+
+
+def test_without_a_default_group(one_process: Seen, tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("torch.distributed._dist2", reason="torch before 2.8 has no such groups")
+    assert_same(run(2, without_a_default_group, str(tmp_path / "store")), one_process)

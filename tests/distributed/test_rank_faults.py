@@ -240,25 +240,25 @@ def counted(rank: int, sharded: bool) -> tuple[int, int]:
     optimizer = optimizer_of(model)
     scheduler = AutoDrop(optimizer, **SETTINGS)
     calls = 0
+    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+    gather = getattr(dist, name)
 
     def count(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
         return gather(*args, **kwargs)
 
-    gather = dist.all_gather_into_tensor
-    names = [n for n in dir(dist) if n.startswith(("all_", "reduce", "broadcast", "gather"))]
-    kept = {n: getattr(dist, n) for n in names}
+    starts = ("all_", "reduce", "broadcast", "gather", "scatter", "send", "barrier")
+    collectives = {n: getattr(dist, n) for n in dir(dist) if n.startswith(starts)}
     for t in range(10 * WINDOW):
         model(t).backward()
         optimizer.step()
         optimizer.zero_grad()
-        for n in names:
-            setattr(dist, n, _refuse)
-        dist.all_gather_into_tensor = count  # type: ignore[assignment]
+        for n in collectives:
+            setattr(dist, n, count if n == name else _refuse)
         scheduler.step()
-        for n in names:
-            setattr(dist, n, kept[n])
+        for n, function in collectives.items():
+            setattr(dist, n, function)
     return calls, scheduler._meter.windows
 
 
