@@ -11,7 +11,19 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from driven import SETTINGS, STEPS, WINDOW, Driven, Seen, alone, assert_same, optimizer_of, seen
+from driven import (
+    SETTINGS,
+    STEPS,
+    WINDOW,
+    Driven,
+    Seen,
+    alone,
+    assert_same,
+    drive,
+    optimizer_of,
+    seen,
+    start,
+)
 from launch import run
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -23,6 +35,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from autodrop_ext import AutoDrop
+from autodrop_ext.distributed import PipelineStages
 
 SAVED_AT = 6 * WINDOW + 3  # in the middle of a window, after drops
 
@@ -212,3 +225,59 @@ def go_on(rank: int, folder: str) -> Seen:
 def test_replicas_go_on_elsewhere(tmp_path: pathlib.Path) -> None:
     run(2, replicas, str(tmp_path))
     assert_same(run(3, go_on, str(tmp_path)), alone())
+
+
+class Stage:
+    """A pipeline stage of plain tensors, whose names and shapes the other stage has too."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.parameter = torch.nn.Parameter(start("first") + rank)
+        self.optimizer = torch.optim.SGD([("weight", self.parameter)], lr=2.0**-5)
+        group = PipelineStages(rank, 2)
+        self.scheduler = AutoDrop(self.optimizer, process_group=group, **SETTINGS)
+
+    def train(self, begin: int, end: int) -> None:
+        for t in range(begin, end):
+            self.parameter.grad = drive("first", t) * (1 + self.rank)
+            self.optimizer.step()
+            self.scheduler.step()
+
+
+def stages(rank: int, folder: str) -> tuple[Seen, Seen]:
+    whole, saved, other = Stage(rank), Stage(rank), Stage(rank)
+    whole.train(0, STEPS)
+    saved.train(0, SAVED_AT)
+    state = {"scheduler": saved.scheduler, "arenas": saved.scheduler.arena_state}
+    dcp.save(state, checkpoint_id=folder)
+    dcp.load(
+        {"scheduler": other.scheduler, "arenas": other.scheduler.arena_state}, checkpoint_id=folder
+    )
+    other.optimizer.load_state_dict(saved.optimizer.state_dict())
+    other.parameter.data.copy_(saved.parameter.data)
+    other.train(SAVED_AT, STEPS)
+    return seen(whole.scheduler), seen(other.scheduler)
+
+
+def test_stages_with_equal_names_keep_their_own_sums(tmp_path: pathlib.Path) -> None:
+    """Plain tensors under one key would be taken for copies, and all but one be lost."""
+    for whole, resumed in run(2, stages, str(tmp_path)):
+        assert whole.drops >= 3
+        assert resumed == whole
+
+
+def nothing_before_a_step(rank: int) -> tuple[int, int]:
+    """The first forward may re-pad shards: tables made before it would point astray."""
+    replica = Run()
+    meter = replica.scheduler._meter
+    replica.model(0).backward()
+    before = meter.device_bytes
+    replica.optimizer.step()
+    replica.scheduler.step()
+    return before, meter.device_bytes
+
+
+def test_nothing_is_built_before_the_first_optimizer_step() -> None:
+    for before, after in run(2, nothing_before_a_step):
+        assert before == 0
+        assert after > 0
