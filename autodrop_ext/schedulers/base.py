@@ -46,6 +46,7 @@ class OptimizerStepScheduler(LRScheduler):
         self._stepped = False
         self._real_steps = 0  # marks, consumed or not
         self._steps_since_call = 0
+        self._leader: int | None = None  # which parameter comes first in the first of these steps
         self._late_calls = 0
         self._calls_without_step = 0
         self._hook: Any = None
@@ -106,8 +107,13 @@ class OptimizerStepScheduler(LRScheduler):
     def _mark(self, optimizer: Optimizer) -> None:
         if self._moves(optimizer):
             self._stepped = True
-            self._real_steps += 1
-            self._steps_since_call += 1
+            # DeepSpeed ZeRO steps the optimizer with one part of its parameters after the other.
+            leader = next((id(p) for g in optimizer.param_groups for p in g["params"]), None)
+            if self._steps_since_call == 0:
+                self._leader = leader
+            if leader == self._leader:
+                self._real_steps += 1
+                self._steps_since_call += 1
 
     def _awaits_step(self) -> bool:
         """Whether :meth:`_before_optimizer_step` is to be called before the next step."""

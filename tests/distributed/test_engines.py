@@ -205,3 +205,21 @@ def test_an_overflow_leaves_the_window_unchanged(fused: bool) -> None:
 def test_without_deepspeed_there_is_no_engine() -> None:
     model = Driven()
     assert zero.zero_optimizer_of(optimizer_of(model)) is None
+
+
+def test_groups_that_are_stepped_one_by_one_are_one_step() -> None:
+    """As ZeRO-1 and 2 do it: the hook fires for each of 25 groups."""
+    parameters = [nn.Parameter(torch.ones(2)) for _ in range(25)]
+    groups = [{"params": [p]} for p in parameters]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    scheduler = AutoDrop(optimizer, window=2)
+    for _ in range(4):  # a warning of steps without calls would be an error here
+        whole = optimizer.param_groups
+        for group in whole:
+            optimizer.param_groups = [group]
+            group["params"][0].grad = torch.randn(2)
+            optimizer.step()
+        optimizer.param_groups = whole
+        scheduler.step()
+    assert scheduler._meter.steps == 4
+    assert scheduler._real_steps == 4

@@ -117,7 +117,7 @@ def test_fsdp2_tensor_parallel(ranks: int, tensor_parallel: int, tmp_path: pathl
     assert_dropped(run, 70, 0.003)
     assert run.losses[50] < 4  # ln(256) = 5.5 is chance
     if ranks == 4:
-        # On two, which take another mesh for the same two copies of every layer's cuts.
+        # On two: one replica instead of two, each layer cut in two as before.
         assert_goes_on("fsdp2_tensor_parallel.py", 2, tmp_path, run)
 
 
