@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CPP := $(shell find csrc -name '*.h' -o -name '*.cpp')
 
-.PHONY: demo test test-slow check bench accuracy gpu clean
+.PHONY: demo test test-slow check bench accuracy train-table ablations cifar gpu clean
 .DELETE_ON_ERROR:
 
 # torch first and by itself: with it there, the package's own requirement brings no other build of it.
@@ -42,6 +42,18 @@ bench: $(VENV)/.test   ## throughput beside torch's own operations; see benchmar
 
 accuracy: $(VENV)/.test   ## the accuracy contract as a table
 	$(BIN)/python benchmarks/accuracy.py
+
+train-table: $(VENV)/.bench   ## every schedule on two small models, three seeds; under half an hour
+	$(BIN)/python benchmarks/train.py table
+
+ablations: $(VENV)/.bench   ## AutoDrop's settings one at a time; a quarter of an hour
+	$(BIN)/python benchmarks/train.py ablations
+	$(BIN)/python benchmarks/train.py ablations --model byte-transformer --vary window
+
+# DATA is a folder of CIFAR-10, see benchmarks/training.md. Needs a GPU: a CPU takes days.
+cifar:   ## ResNet-18 on CIFAR-10 as in the papers, AutoDrop beside step decay
+	$(PYTHON) benchmarks/train.py run --model resnet18 --schedule autodrop --schedule step --data "$(DATA)"
+	$(PYTHON) benchmarks/train.py report build/training --to build/training
 
 # Offline, with the torch, pybind11, scikit-build-core, cmake and ninja that $(PYTHON) already has.
 gpu:   ## on a machine with a GPU: build, tests, compute-sanitizer, benchmarks; under ten minutes

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .log import JsonLinesLog, read_log
+from .log import JsonLinesLog, TeeLog, read_log
 from .reading import Decision, Reading
 from .schedulers import AnalyticAutoDrop, AutoDrop, EpochAutoDrop, EpochDecision
 from .velocity import AngularVelocity
@@ -22,6 +22,7 @@ __all__ = [
     "EpochDecision",
     "JsonLinesLog",
     "Reading",
+    "TeeLog",
     "read_log",
 ]
 

@@ -16,12 +16,12 @@ Record = Mapping[str, Any]
 """One line of a log: a reading (``Decision.as_dict()``) or metrics (``step`` and values)."""
 
 _RAW = "0.6"  # greys for what was measured, colours for what was made of it
-_Dashes = str | tuple[float, Sequence[float]]
+Dashes = str | tuple[float, Sequence[float]]
 _OWN = "#1f5fa8"
 _LIMIT = "#222222"
 _DROP = "#c8321e"
 # The schedules that a run is compared with: told apart by colour and by dashes.
-_OTHERS: tuple[tuple[str, _Dashes], ...] = (
+_OTHERS: tuple[tuple[str, Dashes], ...] = (
     ("#b8860b", (0, (4, 1.5))),
     ("#3a8a5f", (0, (1, 1))),
     ("#7b4fa3", (0, (6, 1, 1, 1))),
@@ -103,20 +103,8 @@ def _draw(
             "readings: expected at least one, got none; the first comes at the end of the third "
             "window"
         )
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "drawing needs matplotlib: pip install 'autodrop_ext[plot]'", name="matplotlib"
-        ) from error
-
     heights = [1.2, 1.2, 1.2, 1.0] if losses else [1.2, 1.2, 1.0]
-    figure = Figure(figsize=(9, 2.35 * len(heights)), layout="constrained")
-    panels = list(
-        figure.subplots(
-            len(heights), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights}
-        )[:, 0]
-    )
+    figure, panels = make_panels(heights)
     angle, rise, rate = panels[-3:]
     if losses:
         _draw_losses(panels[0], losses)
@@ -124,6 +112,33 @@ def _draw(
     _draw_rise(rise, readings, threshold)
     _draw_rates(rate, readings, rates)
     _mark_drops(panels, readings)
+    finish(figure, panels, path, title)
+    return figure
+
+
+def _figure_class() -> type[Figure]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "drawing needs matplotlib: pip install 'autodrop_ext[plot]'", name="matplotlib"
+        ) from error
+    return Figure
+
+
+def make_panels(heights: Sequence[float]) -> tuple[Figure, list[Axes]]:
+    """A figure of panels of these heights, one above the other."""
+    figure = _figure_class()(figsize=(9, 2.35 * len(heights)), layout="constrained")
+    grid = figure.subplots(
+        len(heights), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights}
+    )
+    return figure, list(grid[:, 0])
+
+
+def finish(
+    figure: Figure, panels: Sequence[Axes], path: str | Path | None, title: str | None
+) -> None:
+    """Legends, the axis below, a title; and save the picture where a path is given."""
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.01)
@@ -140,33 +155,40 @@ def _draw(
                 handlelength=1.6,
                 columnspacing=1.4,
             )
-    rate.set_xlabel("optimizer step")
+    panels[-1].set_xlabel("optimizer step")
     if title:
         figure.suptitle(title, fontsize="large")
     if path is not None:
         figure.savefig(path, dpi=150)
-    return figure
 
 
-def _column(records: Sequence[Record], key: str) -> list[float]:
+def column(records: Sequence[Record], key: str) -> list[float]:
     """Values of a key, NaN where there is none: matplotlib leaves a gap there."""
     return [math.nan if r.get(key) is None else float(r[key]) for r in records]
 
 
-def _steps(records: Sequence[Record]) -> list[float]:
+def steps_of(records: Sequence[Record]) -> list[float]:
+    """Optimizer steps of records."""
     return [float(r["step"]) for r in records]
 
 
-def _line_style(i: int) -> tuple[str, _Dashes]:
-    """Colour and dashes of the i-th line of a panel; the run's own is the first."""
-    return (_OWN, "-") if i == 0 else _OTHERS[(i - 1) % len(_OTHERS)]
+def line_style(i: int) -> tuple[str, Dashes]:
+    """Colour and dashes of the i-th line of a panel; the run's own is the first.
+
+    The next nine are all different.
+    """
+    if i == 0:
+        return _OWN, "-"
+    turns, other = divmod(i - 1, len(_OTHERS))
+    return _OTHERS[other][0], _OTHERS[(other + turns) % len(_OTHERS)][1]
 
 
-def _name(axes: Axes, text: str) -> None:
+def name_panel(axes: Axes, text: str) -> None:
+    """Write a panel's name above it, to the left."""
     axes.set_title(text, loc="left", fontsize="medium", fontweight="bold")
 
 
-def _log_if_wide(axes: Axes, values: Sequence[float]) -> None:
+def log_if_wide(axes: Axes, values: Sequence[float]) -> None:
     """A logarithmic axis where it can be and where a linear one would hide the small values."""
     finite = [v for v in values if math.isfinite(v)]
     if finite and min(finite) > 0 and max(finite) > 5 * min(finite):
@@ -185,16 +207,16 @@ def _log_scale(axes: Axes, lowest: float, highest: float) -> None:
 
 
 def _draw_losses(axes: Axes, losses: Mapping[str, Sequence[Record]]) -> None:
-    _name(axes, "Training loss")
+    name_panel(axes, "Training loss")
     everything: list[float] = []
     for i, (name, metrics) in enumerate(losses.items()):
         # A log may mix records of a loss with records of other values.
         with_loss = [m for m in metrics if "loss" in m]
-        values = _column(with_loss, "loss")
+        values = column(with_loss, "loss")
         everything += values
-        color, dashes = _line_style(i)
+        color, dashes = line_style(i)
         axes.plot(
-            _steps(with_loss),
+            steps_of(with_loss),
             values,
             color=color,
             linestyle=dashes,
@@ -202,24 +224,16 @@ def _draw_losses(axes: Axes, losses: Mapping[str, Sequence[Record]]) -> None:
             label=name if len(losses) > 1 else None,
             zorder=3 if i == 0 else 2.5,
         )
-    _log_if_wide(axes, everything)
+    log_if_wide(axes, everything)
     axes.set_ylabel("loss")
 
 
 def _draw_angle(axes: Axes, readings: Sequence[Record]) -> None:
-    _name(axes, "Angular velocity")
-    steps = _steps(readings)
-    axes.plot(steps, _column(readings, "angle"), ".", color=_RAW, markersize=3, label="each window")
-    # A drop empties the buffer: what is smoothed after it is not compared with what was before, so
-    # the line breaks there even where no reading without a smoothed value lies between.
-    smoothed: list[tuple[float, float]] = []
-    for step, value, reading in zip(steps, _column(readings, "smoothed"), readings, strict=True):
-        smoothed.append((step, value))
-        if reading.get("dropped"):
-            smoothed.append((step, math.nan))
+    name_panel(axes, "Angular velocity")
+    steps = steps_of(readings)
+    axes.plot(steps, column(readings, "angle"), ".", color=_RAW, markersize=3, label="each window")
     axes.plot(
-        [step for step, _ in smoothed],
-        [value for _, value in smoothed],
+        *smoothed_line(readings),
         color=_OWN,
         linewidth=1.6,
         marker=".",
@@ -229,27 +243,46 @@ def _draw_angle(axes: Axes, readings: Sequence[Record]) -> None:
     axes.set_ylabel("degrees")
 
 
+def smoothed_line(readings: Sequence[Record]) -> tuple[list[float], list[float]]:
+    """Steps and smoothed angles, with a gap after every drop.
+
+    A drop empties the buffer: what is smoothed after it is not compared with what was before, so
+    the line breaks there even where no reading without a smoothed value lies between.
+    """
+    steps: list[float] = []
+    values: list[float] = []
+    for step, value, reading in zip(
+        steps_of(readings), column(readings, "smoothed"), readings, strict=True
+    ):
+        steps.append(step)
+        values.append(value)
+        if reading.get("dropped"):
+            steps.append(step)
+            values.append(math.nan)
+    return steps, values
+
+
 def _draw_rise(axes: Axes, readings: Sequence[Record], threshold: float | None) -> None:
-    _name(axes, "Rise of the smoothed angle: why the rate drops")
+    name_panel(axes, "Rise of the smoothed angle: why the rate drops")
     kept = [r for r in readings if not r.get("dropped")]
     dropped = [r for r in readings if r.get("dropped")]
     axes.plot(
-        _steps(kept),
-        _column(kept, "rise"),
+        steps_of(kept),
+        column(kept, "rise"),
         "o",
         color=_OWN,
         markersize=3.5,
         label="rate kept",
     )
     axes.plot(
-        _steps(dropped),
-        _column(dropped, "rise"),
+        steps_of(dropped),
+        column(dropped, "rise"),
         "v",
         color=_DROP,
         markersize=4,
         label="rate dropped",
     )
-    values = [v for v in _column(readings, "rise") if math.isfinite(v)]
+    values = [v for v in column(readings, "rise") if math.isfinite(v)]
     if threshold is not None:
         axes.axhline(
             threshold, color=_LIMIT, linewidth=1, linestyle="--", label=f"threshold {threshold:g}°"
@@ -264,8 +297,8 @@ def _draw_rise(axes: Axes, readings: Sequence[Record], threshold: float | None) 
 def _draw_rates(
     axes: Axes, readings: Sequence[Record], others: Mapping[str, Sequence[Record]]
 ) -> None:
-    _name(axes, "Learning rate")
-    steps = _steps(readings)
+    name_panel(axes, "Learning rate")
+    steps = steps_of(readings)
     groups = max(len(r.get("lr") or ()) for r in readings)
     everything: list[float] = []
     for group in range(groups):
@@ -274,7 +307,7 @@ def _draw_rates(
         ]
         everything += rates
         label = "AutoDrop" if others else f"param group {group}" if 1 < groups <= 4 else None
-        color, dashes = _line_style(group)
+        color, dashes = line_style(group)
         axes.plot(
             steps,
             rates,
@@ -286,10 +319,10 @@ def _draw_rates(
             zorder=3,
         )
     for i, (name, metrics) in enumerate(others.items()):
-        color, dashes = _line_style(i + 1)
+        color, dashes = line_style(i + 1)
         axes.plot(
-            _steps(metrics),
-            _column(metrics, "lr"),
+            steps_of(metrics),
+            column(metrics, "lr"),
             color=color,
             linestyle=dashes,
             linewidth=1.4,

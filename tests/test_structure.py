@@ -20,25 +20,37 @@ ARROWS: dict[str, set[str]] = {
     "reference": set(),
     "distributed": set(),
     "parameters": {"reference", "distributed"},
-    "plan": {"reference", "parameters"},
+    "sampling": set(),
+    "scatter": {"sampling"},
+    "fraction": {"sampling", "scatter"},
+    "plan": {"reference", "parameters", "sampling"},
     "reading": set(),
     "log": {"reading"},
     "plotting": set(),
+    "runs_plotting": {"plotting"},
     "backends": {"_C", "triton_kernels", "reference", "plan"},
-    "rounding": {"backends", "reading"},
-    "arenas": {"backends", "plan", "reference"},
+    "rounding": {"arenas", "backends", "reading"},
+    "arenas": {"backends", "plan", "reference", "scatter"},
+    "details": {"arenas", "distributed", "fraction", "reading", "sampling", "scatter"},
+    "reader": {"arenas", "backends", "details", "distributed", "plan", "sampling"},
+    "exchange": {"backends", "details", "distributed", "reader"},
     "meter_state": {"arenas", "distributed", "velocity"},  # the last for types alone
     "faults": {"arenas", "backends", "distributed"},
     "velocity": {
         "arenas",
         "backends",
+        "details",
         "distributed",
+        "exchange",
         "faults",
+        "fraction",
         "meter_state",
         "parameters",
-        "plan",
+        "reader",
         "reading",
         "rounding",
+        "sampling",
+        "scatter",
     },
     "theory": set(),
     "averaging": {"backends", "parameters", "plan"},
@@ -53,6 +65,7 @@ ARROWS: dict[str, set[str]] = {
         "epoch_plotting",
         "theory",
     },
+    "integrations": {"schedulers", "reading", "log"},
     "cli": {
         "schedulers",
         "theory",
@@ -61,6 +74,8 @@ ARROWS: dict[str, set[str]] = {
         "reading",
         "log",
         "plotting",
+        "epoch_plotting",
+        "runs_plotting",
         "_C",
         "__init__",
     },
@@ -108,6 +123,7 @@ def test_schedulers_never_see_tensors_or_backends() -> None:
 
 def test_importing_the_package_loads_nothing_optional() -> None:
     optional = ("matplotlib", "click", "rich", "sklearn", "triton", "scipy")
+    optional += ("transformers", "lightning", "pytorch_lightning", "tensorboard", "wandb")
     script = f"import sys, autodrop_ext; print([m for m in {optional} if m in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True

@@ -9,6 +9,7 @@ import autodrop_ext
 from .demo import demo
 from .doctor import doctor
 from .plot import plot
+from .watch import watch
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80})
@@ -20,3 +21,4 @@ def autodrop() -> None:
 autodrop.add_command(demo)
 autodrop.add_command(doctor)
 autodrop.add_command(plot)
+autodrop.add_command(watch)

@@ -17,6 +17,9 @@ from ..distributed import unwrap_optimizer
 _STEPS_WITHOUT_CALL = 20  # optimizer steps between two calls that point to a wrong wiring
 _KNOWN_LRS = 64  # tensor learning rates whose value is remembered
 
+# Where torch has no _update_lr, SequentialLR calls step(0) at a milestone.
+_MILESTONES_CALL_STEP = not hasattr(LRScheduler, "_update_lr")
+
 
 class OptimizerStepScheduler(LRScheduler):
     """A scheduler that acts once per *real* optimizer step.
@@ -146,6 +149,9 @@ class OptimizerStepScheduler(LRScheduler):
         Args:
             epoch: torch's deprecated argument; sets ``last_epoch`` and has no other effect.
         """
+        if epoch == 0 and _MILESTONES_CALL_STEP:
+            self._update_lr(0)
+            return
         self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
         self._step_count += 1
         if not self._ensure_hook():
@@ -166,6 +172,17 @@ class OptimizerStepScheduler(LRScheduler):
         self._last_lr = self._lrs()
 
     def _on_optimizer_step(self) -> None:
+        raise NotImplementedError
+
+    def _update_lr(self, epoch: int | None = None) -> None:
+        # SequentialLR calls this at a milestone. As torch's own, which older versions lack.
+        self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
+        if epoch is not None:
+            self._set_lrs(self._get_closed_form_lr())
+        self._last_lr = self._lrs()
+
+    def _get_closed_form_lr(self) -> list[float]:
+        """Base rates after all drops so far: what ``SequentialLR`` asks for at a milestone."""
         raise NotImplementedError
 
     def _watch_wiring(self) -> None:

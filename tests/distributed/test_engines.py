@@ -13,6 +13,7 @@ import torch
 from driven import SETTINGS, STEPS, WINDOW, Driven, Seen, alone, assert_same, optimizer_of, seen
 from launch import run
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from autodrop_ext import AngularVelocity, AutoDrop
 from autodrop_ext.distributed import deepspeed as zero
@@ -146,15 +147,19 @@ def test_accelerate_counts_optimizer_steps() -> None:
 
 def accelerate_with_fsdp2(rank: int) -> Seen:
     """``prepare`` swaps the optimizer's parameters after the scheduler was made."""
-    from accelerate import Accelerator
-    from accelerate.utils import FullyShardedDataParallelPlugin
+    from accelerate import Accelerator, PartialState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
+    PartialState(cpu=True)
+    # Among CPUs accelerate turns FSDP into DDP and does not say so; torch shards there as well.
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="no_wrap")
     accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
     model = Driven()
     optimizer = optimizer_of(model)
     scheduler = AutoDrop(optimizer, **SETTINGS)
     model, optimizer, prepared = accelerator.prepare(model, optimizer, scheduler)
+    assert all(isinstance(p, DTensor) for p in model.parameters())
     assert AutoDrop(optimizer, **SETTINGS).optimizer is optimizer.optimizer  # unwrapped
     for t in range(STEPS):
         accelerator.backward(model(t))

@@ -1,0 +1,105 @@
+"""AutoDrop in the Trainer of Lightning."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from ..schedulers import EpochAutoDrop
+from .found import find_schedulers, prefixed
+
+if TYPE_CHECKING:
+    Callback = Any
+else:
+    # Two packages with the same classes, and a Trainer takes callbacks of its own package alone:
+    # the one that the program has imported, otherwise the one that is installed.
+    _packages = ("lightning.pytorch", "pytorch_lightning")
+    for _name in sorted(_packages, key=lambda name: name not in sys.modules):
+        try:
+            Callback = importlib.import_module(_name).Callback
+            break
+        except ImportError:
+            continue
+    else:
+        raise ImportError(
+            "autodrop_ext.integrations.lightning needs lightning: "
+            "pip install 'autodrop_ext[lightning]'",
+            name="lightning",
+        )
+
+
+class AutoDropMonitor(Callback):  # type: ignore[misc]
+    """Logs angle, drops and rate, and warns where Lightning steps a scheduler at the wrong time.
+
+    ``configure_optimizers`` makes the scheduler::
+
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": AutoDrop(optimizer), "interval": "step"},
+        }
+
+    Without ``"interval": "step"`` Lightning steps it once per epoch, and says nothing. What is
+    logged are the values of the scheduler's ``get_metrics`` at the end of each window, such as
+    ``autodrop/angular_velocity``, to all of the Trainer's loggers.
+
+    Args:
+        prefix: of the names; where there are several schedulers, their number follows it.
+    """
+
+    def __init__(self, *, prefix: str = "autodrop/") -> None:
+        self.prefix = prefix
+        self._logged: list[Any] = []
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Lightning calls this: looks at when the schedulers will be stepped."""
+        self._logged = self._newest(trainer)
+        for config in trainer.lr_scheduler_configs:
+            for scheduler in find_schedulers(config.scheduler):
+                name = type(scheduler).__name__
+                expected = "epoch" if isinstance(scheduler, EpochAutoDrop) else "step"
+                if not trainer.lightning_module.automatic_optimization:
+                    continue  # the module steps it
+                if config.interval != expected or config.frequency != 1:
+                    _warn(
+                        f"{name}: expected 'interval': '{expected}' and 'frequency': 1 in "
+                        f"configure_optimizers, got {config.interval!r} and {config.frequency}"
+                    )
+        if not any(find_schedulers(config.scheduler) for config in trainer.lr_scheduler_configs):
+            _warn("AutoDropMonitor: configure_optimizers returned no scheduler of this package")
+
+    def on_train_batch_end(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
+        """Lightning calls this."""
+        self._log(trainer)
+
+    def on_train_epoch_start(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
+        """Lightning calls this, the first hook after the step of an epoch's schedulers."""
+        self._log(trainer)
+
+    def on_train_end(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
+        """Lightning calls this: the last epoch's values."""
+        self._log(trainer)
+
+    def _log(self, trainer: Any) -> None:
+        newest = self._newest(trainer)
+        if len(newest) == len(self._logged) and all(map(_same, newest, self._logged)):
+            return
+        self._logged = newest
+        values = prefixed(self.prefix, self._schedulers(trainer))
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step)
+
+    def _schedulers(self, trainer: Any) -> list[Any]:
+        return [s for c in trainer.lr_scheduler_configs for s in find_schedulers(c.scheduler)]
+
+    def _newest(self, trainer: Any) -> list[Any]:
+        return [s.history[-1] if s.history else None for s in self._schedulers(trainer)]
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a is b
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=3)

@@ -1,0 +1,82 @@
+"""transformers with two processes and FSDP2, the path where Trainer takes no ``optimizers=``."""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+from typing import Any
+
+import pytest
+import torch
+from material import SETTINGS, needs
+from test_transformers import Passages, Recorder, arguments, language_model, loss_of
+
+sys.path.append(str(pathlib.Path(__file__).parent.parent / "distributed"))
+from launch import run
+
+pytestmark = [needs("transformers", "accelerate"), pytest.mark.slow]
+
+STEPS, SAVED_AT = 120, 63  # 63 is not at the end of a window of 5
+
+
+def train(rank: int, folder: str, resume: str | None) -> tuple[list[dict[str, Any]], int, int]:
+    """Decisions, the number of DTensors among the parameters, and the bytes of the meter."""
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+    from torch.distributed.tensor import DTensor
+    from transformers import Trainer
+
+    from autodrop_ext.integrations.transformers import AutoDropCallback
+
+    args = arguments(
+        pathlib.Path(folder),
+        max_steps=STEPS,
+        save_strategy="steps",
+        save_steps=SAVED_AT,
+        fsdp=True,
+        fsdp_config={"version": 2},
+    )
+    assert args.device.type == "cpu"
+    # Among CPUs accelerate turns FSDP into DDP and does not say so; torch shards there as well.
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    trainer = Trainer(
+        model=language_model(),
+        args=args,
+        train_dataset=Passages(STEPS * 8),
+        data_collator=Recorder(),
+        compute_loss_func=lambda outputs, labels, num_items_in_batch=None: loss_of(
+            outputs.logits, labels
+        ),
+    )
+    assert trainer.is_fsdp_enabled
+    AutoDropCallback(**SETTINGS).attach(trainer)
+    trainer.train(resume_from_checkpoint=resume)
+    scheduler = trainer.lr_scheduler
+    sharded = sum(isinstance(p, DTensor) for p in trainer.model.parameters())
+    decisions = [decision.as_dict() for decision in scheduler.history]
+    return decisions, sharded, scheduler._meter.device_bytes
+
+
+def test_fsdp2(tmp_path: pathlib.Path) -> None:
+    folder = str(tmp_path)
+    (whole, sharded, held), (other, _, _) = run(2, train, folder, None, timeout=60)
+    model = language_model()
+    assert sharded == len(list(model.parameters()))
+    # Half of the model each, and up to 32 elements more for each of its tensors.
+    elements = sum(p.numel() for p in model.parameters())
+    assert held <= 12 * (elements / 2 + 32 * sharded)
+    assert whole == other
+    assert len(whole) == STEPS // 5 - 2
+    assert any(decision["dropped"] for decision in whole)
+    assert all(decision["angle"] is not None for decision in whole)
+
+    # The checkpoint holds the decisions; the sums start over, on both ranks alike.
+    (resumed, _, _), (other, _, _) = run(
+        2, train, folder, f"{folder}/checkpoint-{SAVED_AT}", timeout=60
+    )
+    assert resumed == other
+    kept = SAVED_AT // 5 - 2
+    assert resumed[:kept] == whole[:kept]
+    angles = [decision["angle"] for decision in resumed[kept:]]
+    assert len([angle for angle in angles if angle is not None]) == (STEPS - SAVED_AT) // 5 - 2
+    assert torch.isfinite(torch.tensor([angle for angle in angles if angle is not None])).all()
