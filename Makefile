@@ -25,7 +25,7 @@ demo: $(VENV)/.demo   ## train on handwritten digits; a table and a picture in d
 	$(BIN)/autodrop demo
 
 test: $(VENV)/.test   ## the tests, the compiled core under sanitizers included; a few minutes
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 test-slow: $(VENV)/.test   ## one tensor of more than 2^31 elements; 13 GiB
 	$(BIN)/python -m pytest -m slow

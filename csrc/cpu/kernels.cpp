@@ -20,8 +20,8 @@ using numeric::to_float;
 // ---- accumulate -----------------------------------------------------------------------------
 
 template <class T, bool kDelta, bool kFirst, bool kWeighted>
-inline void accumulate_span(const T* __restrict x, float* out, const float* in,
-                            const float* mean, std::int64_t n, float weight) {
+inline void accumulate_span(const T* __restrict x, float* out, const float* in, const float* mean,
+                            std::int64_t n, float weight) {
   // `out` and `in` are the same arena, or `out` is a block on the stack and `in` is not read.
   // `mean` may be that arena too: a running mean moves by a share of its distance from `x`.
 #pragma GCC ivdep
