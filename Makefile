@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CPP := $(shell find csrc -name '*.h' -o -name '*.cpp')
 
-.PHONY: demo test test-slow check bench accuracy train-table ablations cifar gpu clean
+.PHONY: demo test test-slow check docs packages import-time compatibility bench accuracy train-table ablations cifar gpu clean
 .DELETE_ON_ERROR:
 
 # torch first and by itself: with it there, the package's own requirement brings no other build of it.
@@ -35,6 +35,19 @@ check: $(VENV)/.dev   ## ruff, mypy, clang-format
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+docs: $(VENV)/.dev   ## the site, into build/site; a warning is an error
+	$(BIN)/python -m sphinx -W --keep-going -q -c docs -b html . build/site
+	@echo "open build/site/index.html"
+
+packages: $(VENV)/.dev   ## source distribution, a wheel for every Python on this machine, each tried
+	$(BIN)/python tools/check_packages.py
+
+import-time: $(VENV)/.test   ## what importing this package takes after torch
+	$(BIN)/python tools/import_time.py
+
+compatibility:   ## docs/compatibility.md: many versions of torch and others; an hour, 10 GB of downloads
+	$(PYTHON) tools/compatibility.py
 
 bench: $(VENV)/.test   ## throughput beside torch's own operations; see benchmarks/README.md
 	$(BIN)/python -m pytest benchmarks/bench_throughput.py -o addopts= --benchmark-json benchmark.json

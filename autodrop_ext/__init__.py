@@ -10,11 +10,12 @@ from typing import Any
 
 from .log import JsonLinesLog, TeeLog, read_log
 from .reading import Decision, Reading
-from .schedulers import AnalyticAutoDrop, AutoDrop, EpochAutoDrop, EpochDecision
+from .schedulers import AnalyticAutoDrop, AnalyticDrop, AutoDrop, EpochAutoDrop, EpochDecision
 from .velocity import AngularVelocity
 
 __all__ = [
     "AnalyticAutoDrop",
+    "AnalyticDrop",
     "AngularVelocity",
     "AutoDrop",
     "Decision",

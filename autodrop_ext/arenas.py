@@ -5,20 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from . import reference
 from .backends import Backend, Sums
 from .plan import Plan
+from .scatter import FloatArray
 
 Form = Literal["sum", "delta"]
+NamedArenas = Mapping[str, Mapping[str, Tensor]]
 
 _SLICE = 1 << 20  # elements converted at a time: 24 MiB of float64 temporaries
 
 
 class Arenas:
-    """Running sums of one plan, 12 bytes a parameter.
+    """Running sums of one plan, 12 bytes a parameter that is read.
 
     ==========  ============================  ==========================================
     role        sum form                      delta form
@@ -52,13 +55,28 @@ class Arenas:
             raise RuntimeError(
                 f"no memory for the arenas: {needed:,} bytes were needed on {plan.device} (12 for "
                 f"each of {plan.num_elements:,} parameters); track fewer parameters with params=, "
-                "or a part of each with sample= in a version that has it"
+                "or read a part of each with sample=, such as sample=1/64"
             ) from error
 
     @property
+    def rows(self) -> FloatArray:
+        """float64 ``[num_rows, 4]``: :class:`Sums` of each row of the plan at the last close."""
+        rows: FloatArray = self._operations.per_tensor.cpu().numpy()
+        return rows
+
+    @property
     def per_tensor(self) -> Tensor:
-        """float64 ``[num_tensors, 4]``: :class:`Sums` of each tensor at the last close."""
-        return self._operations.per_tensor
+        """float64 ``[num_tensors, 4]``: :class:`Sums` of each tensor at the last close.
+
+        Of a sampled tensor they are expanded to the whole of it.
+        """
+        choice = self.plan.choice
+        if choice is None:
+            return self._operations.per_tensor
+        expanded = self.rows * choice.expansion[:, None]
+        tensors = len(self.plan.segments)
+        sums = [np.bincount(choice.tensor, column, tensors) for column in expanded.T]
+        return torch.from_numpy(np.stack(sums, axis=1))
 
     def begin(self, form: Form) -> None:
         """Take the first iterate of the first window; whatever the arenas held is forgotten.
@@ -101,8 +119,8 @@ class Arenas:
         ``previous``.
         """
         self.plan.refresh()
-        for segment in self.plan.segments:
-            parts = [segment.flat, *(segment.in_arena(getattr(self, r)) for r in self.ROLES)]
+        for elements, at in self.plan.rows():
+            parts = [elements, *(getattr(self, role)[at] for role in self.ROLES)]
             slices = (torch.split(part, _SLICE) for part in parts)
             for x, running, previous, third in zip(*slices, strict=True):
                 previous.copy_(reference.displacement(previous))
@@ -126,30 +144,30 @@ class Arenas:
         self.form = "sum"
 
     def views(self) -> dict[str, dict[str, Tensor]]:
-        """The live arenas by parameter name and role, in the parameters' shapes."""
+        """The live arenas by parameter name and role, in the parameters' shapes; sampled: flat."""
         return {
             segment.name: {role: segment.shaped(getattr(self, role)) for role in self.ROLES}
             for segment in self.plan.segments
         }
 
     def named(self) -> dict[str, dict[str, Tensor]]:
-        """Clones on the CPU by parameter name and role, in the parameters' shapes."""
+        """Clones of the :meth:`views` on the CPU."""
         return {
             name: {role: view.to("cpu", copy=True) for role, view in views.items()}
             for name, views in self.views().items()
         }
 
-    def misfit(self, named: Mapping[str, Mapping[str, Tensor]]) -> str | None:
+    def misfit(self, named: NamedArenas) -> str | None:
         """Why :meth:`load` cannot take these arenas, or None."""
         for segment in self.plan.segments:
             if segment.name not in named:
                 return f"{segment.name} is not in it"
-            shape, now = named[segment.name]["running"].shape, segment.alias.shape
+            shape, now = named[segment.name]["running"].shape, segment.shape
             if shape != now:
                 return f"{segment.name} was {tuple(shape)}, now it is {tuple(now)}"
         return None
 
-    def load(self, form: Form, named: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def load(self, form: Form, named: NamedArenas) -> None:
         """Restore what :meth:`named` returned, unless :meth:`misfit` objects to it."""
         self.form = form
         self._used = True

@@ -38,13 +38,16 @@ def to_scalars(decision: Decision) -> dict[str, float]:
     """A decision as numbers by name, for loggers of scalars: undefined ones left out.
 
     Truth values become 0 and 1. The rate of a single param group is ``lr``; of several,
-    ``lr/0``, ``lr/1`` and so on.
+    ``lr/0``, ``lr/1`` and so on. Angles of param groups that decide for themselves are
+    ``group_angles/0`` and so on; those of single tensors are left to :class:`JsonLinesLog`.
     """
     scalars: dict[str, float] = {}
     for name, value in decision.as_dict().items():
         if name == "lr":
             names = ["lr"] if len(value) == 1 else [f"lr/{i}" for i in range(len(value))]
             scalars |= dict(zip(names, map(float, value), strict=True))
+        elif name.startswith("group_"):
+            scalars |= {f"{name}/{g}": float(v) for g, v in enumerate(value) if v is not None}
         elif isinstance(value, (int, float)) and name != "step":
             scalars[name] = float(value)
     return scalars

@@ -6,16 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .arenas import Arenas, Form
+from .arenas import Arenas, Form, NamedArenas
 from .distributed import LocalShard, find_ranks, local_tensor
+from .sampling import FloatArray
+
+WINDOWS_FOR_ANGLE = 3  # two displacements need three means
 
 if TYPE_CHECKING:
     from .velocity import AngularVelocity
-
-NamedArenas = Mapping[str, Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -26,11 +28,15 @@ class SavedArenas:
         form: they are in.
         steps: optimizer steps that the meter had observed.
         arenas: local tensors by parameter name and role.
+        sample: fraction of the chunks that they hold, and the seed of the choice.
+        sizes: that the sample was drawn by, or None.
     """
 
     form: Form
     steps: int
     arenas: NamedArenas
+    sample: tuple[float, int] = (1.0, 0)
+    sizes: Mapping[str, FloatArray] | None = None
 
     def completed(self, apart: SavedArenas | None) -> tuple[SavedArenas, str | None]:
         """These, or where they were saved apart from the counts, those; and what is wrong if any.
@@ -46,6 +52,16 @@ class SavedArenas:
             return self, f"its arenas are of step {apart.steps}, its counts of step {self.steps}"
         return apart, None
 
+    def sampled_otherwise(self, fraction: float, seed: int) -> str | None:
+        """Why these are not the elements that a meter reads, or None."""
+        if (self.sample[0] == 1) == (fraction == 1) and self.sample in (
+            (1.0, seed),
+            (fraction, seed),
+        ):
+            return None
+        given, chosen = self.sample
+        return f"it has sample={given:g} and seed={chosen}, not {fraction:g} and {seed}"
+
 
 class ArenaState:
     """The arenas as a ``torch.distributed.checkpoint`` Stateful.
@@ -53,6 +69,8 @@ class ArenaState:
     Every arena of a DTensor is a DTensor with the parameter's mesh and placements, keyed by the
     parameter's name, so that other numbers of ranks can load it. Flat shards (FSDP1, ZeRO) cannot
     be taken over and are left out; a meter that watches some warms up again.
+
+    Arenas of a sample are left out too: they hold other elements for every way to shard.
 
     ``state_dict`` shows the live arenas, as a model's ``state_dict`` does, and loading writes into
     them; a meter that has none yet shows empty ones for the parameters as they are.
@@ -87,9 +105,16 @@ class ArenaState:
             for shard in self._shards()
             if (saved := state_dict["arenas"].get(self._key(shard.name))) is not None
         }
-        self._meter._take_arenas(SavedArenas(state_dict["form"], state_dict["steps"], arenas))
+        meter = self._meter
+        meter._resharded = SavedArenas(state_dict["form"], state_dict["steps"], arenas)
+        if meter._reader is not None:
+            # The counts in this meter are older; the next step finds out whether they fit.
+            meter._restore = SavedArenas(meter._form, meter.steps, {})
+            meter._reader = None
 
     def _shards(self) -> list[LocalShard]:
+        if self._meter._sampled:
+            return []
         return [shard for shard in self._meter._source.shards() if not shard.flat]
 
     def _named(self) -> NamedArenas:
@@ -126,6 +151,97 @@ def _spread(local: Tensor, shard: LocalShard) -> Tensor:
     )
 
 
+def state_of(meter: AngularVelocity) -> dict[str, Any]:
+    """What :meth:`AngularVelocity.state_dict` returns."""
+    waiting = meter._restore
+    if waiting is not None:
+        arenas = dict(waiting.arenas)
+    elif meter._holding is not None and meter._holding.sharded:
+        arenas = {}
+    else:
+        arenas = {name: a for part in meter._arenas or () for name, a in part.named().items()}
+    return {
+        "version": 1,
+        "window": meter.window,
+        "steps": meter.steps,
+        "windows": meter.windows,
+        "position": meter._position,
+        "usable": meter._usable,
+        "fresh": meter._fresh,
+        "still": meter._faults.still_windows,
+        "variances": list(meter._variances),
+        "form": meter.form if waiting is None else waiting.form,
+        "sample": _sample_of(meter),
+        "arenas": arenas,
+    }
+
+
+def _sample_of(meter: AngularVelocity) -> dict[str, Any] | None:
+    """Which part the arenas hold; None for everything."""
+    fraction, seed, sizes = meter.fraction or 1.0, meter._seed, None
+    if meter._restore is not None:
+        fraction, seed = meter._restore.sample
+        sizes = meter._restore.sizes
+    elif meter._reader is not None and not meter._reader.holding.sharded:
+        sizes = meter._reader.sizes
+    chosen = None if meter._auto is None else meter._auto.chosen
+    if fraction == 1 and chosen is None:
+        return None
+    # As exact in float32: the survey has rounded them.
+    drawn_by = {k: torch.from_numpy(v.astype(np.float32)) for k, v in (sizes or {}).items()}
+    return {"fraction": fraction, "seed": seed, "chosen": chosen, "sizes": drawn_by}
+
+
+def load_state(meter: AngularVelocity, state: Mapping[str, Any]) -> None:
+    """What :meth:`AngularVelocity.load_state_dict` does."""
+    problem = problem_of(state)
+    if problem is not None:
+        raise ValueError(f"state_dict: expected a state of AngularVelocity, got {problem}")
+    meter._reader = meter._restore = None
+    meter._forget()
+    nothing: dict[str, Any] = {"fraction": 1.0, "seed": meter._seed, "chosen": None, "sizes": {}}
+    sample = state.get("sample") or nothing
+    if meter._auto is not None and sample["chosen"] is not None:
+        meter._auto.chosen = sample["chosen"]
+        meter._fraction = sample["fraction"]
+    meter.window = state["window"]
+    meter.steps = state["steps"]
+    meter.windows = state["windows"]
+    if state["fresh"]:
+        return
+    taken = (sample["fraction"], sample["seed"])
+    sizes = {name: size.double().numpy() for name, size in sample["sizes"].items()} or None
+    meter._restore = SavedArenas(state["form"], meter.steps, state["arenas"], taken, sizes)
+    meter._form = state["form"]
+    meter._fresh = False
+    meter._position = state["position"]
+    meter._usable = state["usable"]
+    meter._faults.still_windows = state["still"]
+    before, last = state["variances"]
+    meter._variances = (before, last)
+
+
+def load_arenas(meter: AngularVelocity, saved: SavedArenas) -> None:
+    """Fill a meter's new arenas with saved ones, or start over where they do not fit."""
+    assert meter._reader is not None
+    saved, problem = saved.completed(meter._resharded)
+    problem = problem or saved.sampled_otherwise(meter.fraction or 1.0, meter._seed)
+    problem = problem or next(
+        (p for a in meter._reader.arenas if (p := a.misfit(saved.arenas)) is not None), None
+    )
+    if problem is None:
+        meter._reader.resume(saved.form, saved.arenas)
+        return
+    meter._faults.cannot_continue(problem, WINDOWS_FOR_ANGLE)
+    position = meter._position
+    meter._forget()
+    if meter.fraction is None:  # another fraction was chosen already
+        meter._build()
+    if meter._ranks is not None:
+        # The other ranks may be able to go on: end the window with them, and say so then.
+        meter._position, meter._usable = position, -2
+
+
 def problem_of(state: Any) -> str | None:
     """Why a meter cannot load a state, or None."""
     if not isinstance(state, Mapping):
@@ -144,6 +260,11 @@ def problem_of(state: Any) -> str | None:
         "form": (str, type(None)),
         "arenas": Mapping,
     }
+    sample = state.get("sample")  # states of the first release have none
+    if sample is not None and not (
+        isinstance(sample, Mapping) and {"fraction", "seed", "chosen", "sizes"} <= set(sample)
+    ):
+        return f"sample={sample!r}"
     for key, kind in kinds.items():
         if key not in state:
             return f"no entry {key!r}"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -33,13 +34,16 @@ class ParameterSource:
         self._zero: Any = None  # the DeepSpeed optimizer that steps ours
         self._read: Callable[[], Iterable[Any]] | None = None
         self._fixed: list[Named] = []
+        self._fixed_groups: list[dict[str, Any]] = []
         params = unwrap_optimizer(params)
         if isinstance(params, Optimizer):
             self._optimizer = params
         elif callable(params) and not isinstance(params, nn.Module):
             self._read = params
         else:
+            params = list(params) if isinstance(params, Iterator) else params  # read twice
             self._fixed = _named(params)
+            self._fixed_groups = _dicts(params)
 
     def check(self) -> None:
         """Raises TypeError where a parameter cannot be watched, as :meth:`shards` would.
@@ -69,7 +73,17 @@ class ParameterSource:
                     f"{name}: expected a parameter with data, got one that DeepSpeed ZeRO-3 has "
                     "partitioned; give the scheduler engine.optimizer, or params=engine.optimizer"
                 )
-        return local_shards(named)
+        group_of = self._group_of()
+        shards = local_shards(named)  # one for each distinct parameter, in this order
+        distinct = dict.fromkeys(id(parameter) for _, parameter in named)
+        return [
+            dataclasses.replace(shard, group=group_of.get(i, 0))
+            for shard, i in zip(shards, distinct, strict=True)
+        ]
+
+    def num_groups(self) -> int:
+        """Param groups that the parameters come in; 1 where they come without."""
+        return max(1, len(self._groups()))
 
     def named(self) -> list[Named]:
         """Names and local tensors of all trainable parameters; raises as :meth:`shards`."""
@@ -95,10 +109,24 @@ class ParameterSource:
             return _named(self._optimizer.param_groups)
         return self._fixed if self._read is None else _named(self._read())
 
+    def _groups(self) -> list[dict[str, Any]]:
+        if self._optimizer is not None:
+            return list(self._optimizer.param_groups)
+        return self._fixed_groups if self._read is None else _dicts(self._read())
+
+    def _group_of(self) -> dict[int, int]:
+        """Index of the param group by ``id`` of the parameter."""
+        groups = enumerate(self._groups())
+        return {id(p): g for g, group in groups for p in reversed(group["params"])}
+
     def _frozen(self, parameter: Tensor) -> bool:
         # A plain tensor given by hand, such as a master weight, need not require gradients.
         by_optimizer = self._optimizer is not None
         return not parameter.requires_grad and (by_optimizer or isinstance(parameter, nn.Parameter))
+
+
+def _dicts(params: Iterable[Any]) -> list[dict[str, Any]]:
+    return [item for item in params if isinstance(item, dict)]
 
 
 def _named(params: Any) -> list[Named]:

@@ -6,16 +6,20 @@ multiple of 128 bytes. The tables (``csrc/core/tables.h``) are
 
 * ``chunks``, int64 ``[num_chunks, 4]``: address of the first element, its offset in every arena,
   length in elements, dtype code. A chunk never crosses a tensor.
-* ``tensor_chunks``, int64 ``[num_tensors + 1]``: tensor ``t`` has the chunks from ``[t]`` up to
-  ``[t + 1]``, none if it is empty.
+* ``tensor_chunks``, int64 ``[num_rows + 1]``: row ``t`` of the sums runs over the chunks from
+  ``[t]`` up to ``[t + 1]``. A row is a tensor, without chunks if that is empty; in a sampled plan
+  it is a chunk, because chunks of one tensor then have weights and a scatter of their own.
 * ``tiles``, int64 ``[num_tiles, 2]``: first chunk and number of chunks that a block of a GPU works
   on; only on devices other than the CPU.
-* ``weights``, float64 ``[num_tensors]``: weight of each tensor's sums in the total.
+* ``weights``, float64 ``[num_rows]``: weight of each row's sums in the total.
+
+A sampled plan (:mod:`autodrop_ext.sampling`) has chosen chunks only. Those of one tensor lie in its
+segment one behind the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +29,7 @@ from torch import Tensor
 
 from . import reference
 from .parameters import Named
+from .sampling import Choice, FloatArray, Sample, choose, num_chunks
 
 IntArray = npt.NDArray[np.int64]
 
@@ -56,6 +61,9 @@ class Segment:
         alias: the parameter's own memory, detached (complex: as real), so that it stays valid.
         flat: ``[n]``, the elements in memory order: a view of ``alias``, or a staging buffer.
         offset: of its first element in every arena.
+        elements: that it has there: ``n``, or in a sampled plan those that are read, chunk after
+            chunk, each of them aligned.
+        sampled: whether the plan is.
         staged: ``flat`` is a copy that :meth:`Plan.refresh` renews, because the elements of
             ``alias`` do not lie densely in memory.
     """
@@ -65,14 +73,26 @@ class Segment:
     alias: Tensor
     flat: Tensor
     offset: int
+    elements: int
+    sampled: bool
     staged: bool
 
+    @property
+    def shape(self) -> torch.Size:
+        """Of :meth:`shaped`."""
+        return torch.Size([self.elements]) if self.sampled else self.alias.shape
+
     def in_arena(self, arena: Tensor) -> Tensor:
-        """The segment of ``arena``, flat ``[n]``."""
-        return arena[self.offset : self.offset + self.flat.numel()]
+        """The segment of ``arena``, flat ``[elements]``."""
+        return arena[self.offset : self.offset + self.elements]
 
     def shaped(self, arena: Tensor) -> Tensor:
-        """The segment of ``arena`` in the parameter's shape (complex: with a last axis of 2)."""
+        """The segment of ``arena`` in the parameter's shape (complex: with a last axis of 2).
+
+        In a sampled plan, flat.
+        """
+        if self.sampled:
+            return self.in_arena(arena)
         if self.staged:
             return self.in_arena(arena).view(self.alias.shape)
         return arena.as_strided(self.alias.shape, self.alias.stride(), self.offset)
@@ -86,6 +106,11 @@ class Plan:
         device: where the tables go.
         weights: of each tensor's sums in the total; None for 1 each.
         chunk_elements: elements per chunk, a multiple of 32; by default what suits the device.
+        sample: which part of the chunks is read; None for everything, in larger chunks.
+        labels: of the tensors, that the sample's choice depends on; None for the names.
+        sizes: by name of the tensor, how far each of its chunks moves; see
+            :func:`~autodrop_ext.sampling.choose`. Passed over where they are not those of the
+            tensors.
 
     Raises:
         ValueError: two tensors overlap in memory without being the same; the message names both.
@@ -98,26 +123,66 @@ class Plan:
         weights: Sequence[float] | None = None,
         *,
         chunk_elements: int | None = None,
+        sample: Sample | None = None,
+        labels: Sequence[str] | None = None,
+        sizes: Mapping[str, FloatArray] | None = None,
     ) -> None:
         self.device = device
-        self.segments = _segments(named)
-        tables = chunk_tables(
-            addresses=[s.flat.data_ptr() for s in self.segments],
-            lengths=[s.flat.numel() for s in self.segments],
-            dtypes=[reference.DTYPES.index(s.flat.dtype) for s in self.segments],
-            chunk_elements=chunk_elements
-            or (CHUNK_ELEMENTS if device.type == "cpu" else GPU_CHUNK_ELEMENTS),
+        self.sample = sample
+        distinct = _distinct(named := [(name, _real(tensor)) for name, tensor in named])
+        self.choice: Choice | None = None
+        if sample is not None:
+            lengths = [named[i][1].numel() for i in distinct]
+            told = [named[i][0] if labels is None else labels[i] for i in distinct]
+            of_tensor = [] if sizes is None else [sizes.get(named[i][0]) for i in distinct]
+            fitting = [
+                size
+                for size, n in zip(of_tensor, lengths, strict=False)
+                if size is not None and len(size) == num_chunks(n)
+            ]
+            fit = sizes is not None and len(fitting) == len(distinct)
+            self.choice = choose(lengths, told, sample, fitting if fit else None)
+        self.segments = _segments(named, distinct, self.choice)
+        tensor_weights = np.array(
+            [1.0 if weights is None else weights[s.index] for s in self.segments]
         )
+        if self.choice is None:
+            tables = chunk_tables(
+                addresses=[s.flat.data_ptr() for s in self.segments],
+                lengths=[s.flat.numel() for s in self.segments],
+                dtypes=[reference.DTYPES.index(s.flat.dtype) for s in self.segments],
+                chunk_elements=chunk_elements
+                or (CHUNK_ELEMENTS if device.type == "cpu" else GPU_CHUNK_ELEMENTS),
+            )
+            of_row = tensor_weights
+        else:
+            tables = _sampled_tables(self.segments, self.choice)
+            of_row = tensor_weights[self.choice.tensor] * self.choice.expansion
+        self.tensor_weights = tensor_weights
+        """Of each segment's sums, float64 ``[num_segments]``; those of sampled ones are expanded
+        to the whole tensor before."""
         self.arena_elements = tables.arena_elements
-        self.num_elements = sum(s.flat.numel() for s in self.segments)
+        self.num_elements = int(tables.chunks[:, 2].sum())
         self.num_chunks = len(tables.chunks)
+        self.num_rows = len(tables.tensor_chunks) - 1
+        self._host_chunks = tables.chunks
         self.chunks = torch.from_numpy(tables.chunks).to(device)
         if device.type != "cpu":
             self.tiles = torch.from_numpy(tile_table(tables.chunks[:, 2])).to(device)
         self.tensor_chunks = torch.from_numpy(tables.tensor_chunks).to(device)
-        kept = [1.0 if weights is None else weights[s.index] for s in self.segments]
-        self.weights = torch.tensor(kept, dtype=torch.float64, device=device)
+        self.weights = torch.from_numpy(of_row.astype(np.float64)).to(device)
         self._staged = [s for s in self.segments if s.staged]
+
+    def rows(self) -> Iterator[tuple[Tensor, slice]]:
+        """Of each row of the sums: the elements, flat, and where they lie in every arena."""
+        if self.choice is None:
+            for s in self.segments:
+                yield s.flat, slice(s.offset, s.offset + s.elements)
+            return
+        offsets, lengths = self._host_chunks[:, 1].tolist(), self._host_chunks[:, 2].tolist()
+        places = (self.choice.tensor.tolist(), self.choice.start.tolist(), offsets, lengths)
+        for t, start, offset, length in zip(*places, strict=True):
+            yield self.segments[t].flat[start : start + length], slice(offset, offset + length)
 
     def refresh(self) -> None:
         """Renew the copies of tensors that are not dense in memory. Call before accumulating."""
@@ -211,20 +276,54 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
-def _segments(named: Sequence[Named]) -> list[Segment]:
+def _segments(
+    named: Sequence[Named], distinct: Sequence[int], choice: Choice | None
+) -> list[Segment]:
+    taken = None
+    if choice is not None:
+        taken = np.bincount(choice.tensor, _aligned(choice.length), len(distinct)).tolist()
     segments = []
     offset = 0
-    named = [(name, _real(tensor)) for name, tensor in named]
-    for i in _distinct(named):
+    for t, i in enumerate(distinct):
         name, alias = named[i]
         staged = alias.is_conj() or alias.is_neg() or not is_dense(alias)
         if staged:
             flat = torch.empty(alias.numel(), dtype=alias.dtype, device=alias.device)
         else:
             flat = alias.as_strided((alias.numel(),), (1,), alias.storage_offset())
-        segments.append(Segment(name, i, alias, flat, offset, staged))
-        offset += -(-alias.numel() // ALIGN_ELEMENTS) * ALIGN_ELEMENTS
+        elements = flat.numel() if taken is None else int(taken[t])
+        sampled = choice is not None
+        segments.append(Segment(name, i, alias, flat, offset, elements, sampled, staged))
+        offset += -(-elements // ALIGN_ELEMENTS) * ALIGN_ELEMENTS
     return segments
+
+
+def _sampled_tables(segments: Sequence[Segment], choice: Choice) -> ChunkTables:
+    """Tables of chosen chunks, each of them a row of its own."""
+    aligned = _aligned(choice.length)
+    ends = np.cumsum(aligned)
+    address = np.array([s.flat.data_ptr() for s in segments], np.int64)[choice.tensor]
+    dtype = np.array([reference.DTYPES.index(s.flat.dtype) for s in segments], np.int64)
+    itemsize = np.array([s.flat.element_size() for s in segments], np.int64)[choice.tensor]
+    chunks = np.stack(
+        [
+            address + choice.start * itemsize,
+            ends - aligned,
+            choice.length,
+            dtype[choice.tensor],
+        ],
+        axis=1,
+    )
+    offsets = np.array([s.offset for s in segments], np.int64)
+    total = int(ends[-1]) if len(ends) else 0
+    return ChunkTables(
+        np.ascontiguousarray(chunks), np.arange(len(chunks) + 1, dtype=np.int64), offsets, total
+    )
+
+
+def _aligned(lengths: IntArray) -> IntArray:
+    aligned: IntArray = -(-lengths // ALIGN_ELEMENTS) * np.int64(ALIGN_ELEMENTS)
+    return aligned
 
 
 def _real(tensor: Tensor) -> Tensor:

@@ -231,16 +231,49 @@ def _draw_losses(axes: Axes, losses: Mapping[str, Sequence[Record]]) -> None:
 def _draw_angle(axes: Axes, readings: Sequence[Record]) -> None:
     name_panel(axes, "Angular velocity")
     steps = steps_of(readings)
-    axes.plot(steps, column(readings, "angle"), ".", color=_RAW, markersize=3, label="each window")
-    axes.plot(
-        *smoothed_line(readings),
-        color=_OWN,
-        linewidth=1.6,
-        marker=".",
-        markersize=4.5,
-        label="smoothed (starts over after a drop)",
-    )
+    angles, margins = column(readings, "angle"), column(readings, "margin")
+    if any(margin > 0 for margin in margins):
+        axes.fill_between(
+            steps,
+            [a - m for a, m in zip(angles, margins, strict=True)],
+            [a + m for a, m in zip(angles, margins, strict=True)],
+            color=_RAW,
+            alpha=0.3,
+            linewidth=0,
+            label="95 % interval (sampled)",
+        )
+    axes.plot(steps, angles, ".", color=_RAW, markersize=3, label="each window")
+    groups = by_group(readings)
+    for g, records in enumerate(groups or [readings]):
+        color, dashes = line_style(g)
+        axes.plot(
+            *smoothed_line(records),
+            color=color,
+            linestyle=dashes,
+            linewidth=1.6,
+            marker=".",
+            markersize=4.5,
+            label=f"group {g}, smoothed" if groups else "smoothed (starts over after a drop)",
+        )
     axes.set_ylabel("degrees")
+
+
+def by_group(readings: Sequence[Record]) -> list[list[Record]]:
+    """Of param groups that decide for themselves, the records of each; empty where they do not."""
+    groups = max((len(r.get("group_angles") or ()) for r in readings), default=0)
+    return [
+        [
+            {
+                "step": r["step"],
+                "smoothed": r["group_smoothed"][g],
+                "rise": r["group_rises"][g],
+                "dropped": g in r["dropped_groups"],
+            }
+            for r in readings
+            if len(r.get("group_angles") or ()) > g
+        ]
+        for g in range(groups)
+    ]
 
 
 def smoothed_line(readings: Sequence[Record]) -> tuple[list[float], list[float]]:
@@ -264,6 +297,8 @@ def smoothed_line(readings: Sequence[Record]) -> tuple[list[float], list[float]]
 
 def _draw_rise(axes: Axes, readings: Sequence[Record], threshold: float | None) -> None:
     name_panel(axes, "Rise of the smoothed angle: why the rate drops")
+    groups = by_group(readings)
+    readings = [record for records in groups for record in records] if groups else readings
     kept = [r for r in readings if not r.get("dropped")]
     dropped = [r for r in readings if r.get("dropped")]
     axes.plot(

@@ -5,8 +5,32 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple, TypeVar
+
+_UNSAVED = {"saved": False}  # too much for checkpoints
+
+
+class PartReading(NamedTuple):
+    """The angular velocity of one tensor or param group in one window.
+
+    Attributes:
+        angle: degrees; None where it is undefined (a zero or non-finite displacement).
+        cosine: of the angle; None where it is undefined.
+        norm: ``|s_i|`` over the part.
+        previous_norm: ``|s_{i-1}|`` over the part.
+        standard_error: of a sampled angle, degrees; 0 where every element was read.
+    """
+
+    angle: float | None
+    cosine: float | None
+    norm: float
+    previous_norm: float
+    standard_error: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values that fit a JSON line."""
+        return {key: _plain(value) for key, value in self._asdict().items()}
 
 
 @dataclass(frozen=True)
@@ -21,8 +45,14 @@ class Reading:
         cosine: of the angle; None where it is undefined.
         norm: ``|s_i|``, length of this window's displacement.
         previous_norm: ``|s_{i-1}|``.
-        standard_error: of a sampled angle, degrees; 0 where every element was read.
+        standard_error: of a sampled angle, degrees; 0 where every element was read, NaN where the
+            angle is undefined.
         rounding_error: bound on what float32 sums may have moved the angle by, degrees.
+        margin: half the width of the 95 % confidence interval of a sampled angle, degrees:
+            Student's t times the standard error; 0 and NaN as there.
+        per_tensor: the same of each parameter by name, where that was asked for. Histories keep the
+            last 100 and checkpoints none of them.
+        per_group: the same of each param group, where that was asked for.
     """
 
     step: int
@@ -33,13 +63,19 @@ class Reading:
     previous_norm: float
     standard_error: float = 0.0
     rounding_error: float = 0.0
+    margin: float = 0.0
+    per_tensor: Mapping[str, PartReading] | None = field(default=None, metadata=_UNSAVED)
+    per_group: tuple[PartReading, ...] | None = field(default=None, metadata=_UNSAVED)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values that fit a JSON line: None in place of NaN and infinity."""
-        plain = dataclasses.asdict(self)
-        for key, value in plain.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                plain[key] = None
+        """Plain values that fit a JSON line: None in place of NaN and infinity.
+
+        Parts are left out where they were not asked for.
+        """
+        plain = {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+        for name in ("per_tensor", "per_group"):
+            if plain[name] is None:
+                del plain[name]
         return plain
 
 
@@ -54,12 +90,27 @@ class Decision(Reading):
             threshold. None where there are not two smoothed values since the last drop.
         lr: learning rate of each param group after this step.
         dropped: whether this reading lowered a learning rate.
+        dropped_groups: where every param group decides for itself, those whose rate was lowered.
+        group_angles: likewise the angle of each group, degrees; None where undefined.
+        group_smoothed: likewise its smoothed angle.
+        group_rises: likewise its rise.
     """
 
     smoothed: float | None = None
     rise: float | None = None
     lr: tuple[float, ...] = ()
     dropped: bool = False
+    dropped_groups: tuple[int, ...] = ()
+    group_angles: tuple[float | None, ...] = ()
+    group_smoothed: tuple[float | None, ...] = ()
+    group_rises: tuple[float | None, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """As :meth:`Reading.as_dict`; what groups decided is left out where they did not."""
+        plain = super().as_dict()
+        if not self.group_angles:
+            plain = {k: v for k, v in plain.items() if k not in _OF_GROUPS}
+        return plain
 
 
 def to_columns(records: Sequence[Any], kind: type) -> dict[str, list[Any]]:
@@ -68,15 +119,47 @@ def to_columns(records: Sequence[Any], kind: type) -> dict[str, list[Any]]:
     Not a list of dicts: ``torch.distributed.checkpoint`` would take that apart into an entry for
     each value, which a shorter or empty history could not load.
     """
-    columns = {field.name: [getattr(r, field.name) for r in records] for field in fields(kind)}
+    saved = [f.name for f in fields(kind) if f.metadata.get("saved", True)]
+    columns = {name: [getattr(r, name) for r in records] for name in saved}
     return {k: [list(x) if isinstance(x, tuple) else x for x in v] for k, v in columns.items()}
 
 
 def from_columns(columns: Mapping[str, Sequence[Any]], kind: type[Any]) -> list[Any]:
     """The records of :func:`to_columns`."""
+    # Columns that a checkpoint of an earlier version lacks keep their defaults.
     rows = zip(*columns.values(), strict=True)
     plain = ((tuple(x) if isinstance(x, list) else x for x in row) for row in rows)
     return [kind(**dict(zip(columns, row, strict=True))) for row in plain]
+
+
+_OF_GROUPS = ("dropped_groups", "group_angles", "group_smoothed", "group_rises")
+
+R = TypeVar("R", bound=Reading)
+
+PARTS_KEPT = 100
+"""Readings whose parts stay in a history: 10,000 of a thousand tensors would take gigabytes."""
+
+
+def remember(history: list[R], reading: R, bound: int) -> None:
+    """Append to a history of at most ``bound`` readings, the last 100 of them with their parts."""
+    history.append(reading)
+    del history[:-bound]
+    if len(history) > PARTS_KEPT:
+        old = history[-PARTS_KEPT - 1]
+        if old.per_tensor is not None or old.per_group is not None:
+            history[-PARTS_KEPT - 1] = dataclasses.replace(old, per_tensor=None, per_group=None)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, PartReading):
+        return value.as_dict()
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_plain(item) for item in value)
+    return value
 
 
 def angle_of(dot: float, norm: float, previous_norm: float) -> tuple[float, float] | None:

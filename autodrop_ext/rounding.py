@@ -19,11 +19,15 @@ from __future__ import annotations
 
 import math
 
+from .arenas import Form
 from .backends import Sums
 from .reading import angle_of
 
 FLOOR = 1e-6
 """Degrees. Near 0 and 180 degrees the arc cosine turns the last bit of a float64 into 8.5e-7."""
+
+CONVERT_TO_DELTA = 0.01  # degrees of rounding error in sum form
+CONVERT_TO_SUM = 0.005  # half of it, so that the form does not swing from window to window
 
 _SPREAD = 3.0  # standard deviations of the zero-mean part that the bound covers
 
@@ -59,3 +63,22 @@ def angle_error(sums: Sums, variances: tuple[float, float, float], elements: flo
     relative = (newest + shared) / norm + (shared + oldest) / previous_norm
     spread = math.degrees(math.sqrt(relative / max(elements, 1)))
     return min(180.0, FLOOR + bias + _SPREAD * spread)
+
+
+def better_form(
+    form: Form, window: int, sums: Sums, rounding_error: float, elements: float
+) -> Form:
+    """The form that resolves the next windows at the least cost.
+
+    Args:
+        form: that gave ``sums``.
+        window: ``k``.
+        sums: totals of the window.
+        rounding_error: of its angle, degrees.
+        elements: as in :func:`angle_error`.
+    """
+    if form == "sum":
+        return "delta" if rounding_error > CONVERT_TO_DELTA else "sum"
+    in_sum_form = mean_variance(window, sums, "sum")
+    error = angle_error(sums, (in_sum_form, in_sum_form, in_sum_form), elements)
+    return "sum" if error < CONVERT_TO_SUM else "delta"

@@ -3,37 +3,42 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
-
-import torch
 
 from . import rounding
 from .arenas import Arenas, Form
-from .backends import Sums, check_name, select
+from .backends import Sums, check_name
+from .details import Added
 from .distributed import (
     Agreement,
-    DisagreementError,
     Holding,
+    LocalShard,
     Ranks,
-    Row,
-    agree,
     check_group,
+    elements_per_rank,
     find_ranks,
+    model_elements,
 )
+from .exchange import Counts, Exchange
 from .faults import Faults
-from .meter_state import ArenaState, SavedArenas, problem_of
+from .fraction import AutoFraction, check_sample
+from .meter_state import (
+    WINDOWS_FOR_ANGLE,
+    ArenaState,
+    SavedArenas,
+    load_arenas,
+    load_state,
+    state_of,
+)
 from .parameters import ParameterSource, signature
-from .plan import Plan
-from .reading import Reading, angle_of
+from .reader import Reader, Wanted
+from .reading import Reading, remember
+from .sampling import FloatArray, Sample
+from .survey import Survey, num_windows
 
 HISTORY = 10_000
 """Readings that a meter or scheduler keeps."""
-
-CONVERT_TO_DELTA = 0.01  # degrees of rounding error in sum form
-CONVERT_TO_SUM = 0.005  # half of it, so that the form does not swing from window to window
-
-WINDOWS_FOR_ANGLE = 3  # two displacements need three means
 
 
 class AngularVelocity:
@@ -44,8 +49,10 @@ class AngularVelocity:
     and ``s_{i-1}`` in degrees. Call :meth:`observe` once after each optimizer step.
 
     The meter keeps 12 bytes per parameter on the parameter's device and reads every parameter once
-    a step. It starts in delta form, which resolves any step size, and turns to the cheaper sum form
-    once the rounding error of that form is known to be small, and back if it grows.
+    a step; with ``sample=`` only a random part of them, and every reading comes with its standard
+    error (``docs/scaling.md``). It starts in delta form, which resolves any step size, and turns to
+    the cheaper sum form once the rounding error of that form is known to be small, and back if it
+    grows.
 
     Where ``torch.distributed`` is initialised, every rank measures what lies on it (DDP, FSDP,
     tensor parallel, pipelines, ZeRO), and one ``all_gather`` of 128 bytes a rank at the end of each
@@ -56,8 +63,14 @@ class AngularVelocity:
             returns one of the first three and is asked again at each end of a window. Frozen
             parameters are not watched, tied ones count once.
         window: ``k``, optimizer steps per window, at least 1.
-        sample: None; reading a random part of the parameters is not in this version.
+        sample: part of the parameters that is read, in (0, 1]: of every tensor a random choice of
+            its chunks of 1,024 elements, at least two of them. "auto": begins with 1/64 and
+            changes once to the smallest power of two whose standard error stays within
+            ``tolerance``. None or 1 for everything.
         seed: of the sample.
+        tolerance: standard error that ``sample="auto"`` aims at, degrees.
+        per_tensor: whether readings tell the angle of each parameter and each param group too.
+        per_group: whether they tell that of each param group.
         backend: "auto", or the name of one (``autodrop doctor`` lists them).
         process_group: the ranks that train the model together: None for all there are, a process
             group, a ``DeviceMesh``, or :class:`~autodrop_ext.distributed.PipelineStages`.
@@ -70,6 +83,8 @@ class AngularVelocity:
         steps: optimizer steps observed.
         windows: windows closed.
         history: the last 10,000 readings.
+        per_tensor: as given; a change counts from the next time that plans are built.
+        per_group: likewise.
     """
 
     def __init__(
@@ -77,8 +92,11 @@ class AngularVelocity:
         params: Any,
         window: int = 64,
         *,
-        sample: float | None = None,
+        sample: float | Literal["auto"] | None = None,
         seed: int = 0,
+        tolerance: float = 0.01,
+        per_tensor: bool = False,
+        per_group: bool = False,
         backend: str = "auto",
         process_group: Any = None,
         form: Literal["auto", "sum", "delta"] = "auto",
@@ -89,10 +107,10 @@ class AngularVelocity:
             raise ValueError(f"window: expected at least 1 optimizer step, got {window}")
         if form not in ("auto", "sum", "delta"):
             raise ValueError(f"form: expected 'auto', 'sum' or 'delta', got {form!r}")
-        if sample is not None:
-            raise NotImplementedError(
-                f"sample: expected None (this version reads every parameter), got {sample!r}"
-            )
+        check_sample(sample, seed, tolerance)
+        for name, value in (("per_tensor", per_tensor), ("per_group", per_group)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{name}: expected a bool, got {value!r}")
         check_group(process_group)
         check_name(backend)
         self.window = window
@@ -104,11 +122,20 @@ class AngularVelocity:
         self._backend = backend
         self._process_group = process_group
         self._ranks: Ranks | None = None
-        self._holding: Holding | None = None
         self._calls = 0
+        self._sample = sample
+        self._seed = seed
+        self._auto = AutoFraction(float(tolerance)) if sample == "auto" else None
+        self._fraction: float | None = None  # that is read now, where it was chosen
+        self.per_tensor = per_tensor
+        self.per_group = per_group
+        self._exchange = Exchange()
         self._fixed_form: Form | None = None if form == "auto" else form
         self._form: Form = self._fixed_form or "delta"
-        self._arenas: list[Arenas] | None = None
+        self._reader: Reader | None = None
+        self._next: Reader | None = None  # gathers its first windows beside the other
+        self._survey: Survey | None = None
+        self._sizes: Mapping[str, FloatArray] | None = None  # that a sample is drawn by
         self._signature: list[list[Any]] = []
         self._restore: SavedArenas | None = None
         self._resharded: SavedArenas | None = None
@@ -135,15 +162,12 @@ class AngularVelocity:
             RuntimeError: no memory for the arenas; a rank is dead or late.
         """
         self._calls = calls
-        if self._position == 0 or self._arenas is None:
+        if self._position == 0 or self._reader is None:
             self._follow_parameters()
         if self._fresh:
             self._form = self._fixed_form or "delta"
-        for arenas in self._arenas or ():
-            if self._fresh:
-                arenas.begin(self._form)
-            else:
-                arenas.accumulate(first=self._position == 0)
+        for reader in self._readers():
+            reader.take(self._form, first=self._position == 0)
         self._fresh = False
         self.steps += 1
         self._position += 1
@@ -171,17 +195,18 @@ class AngularVelocity:
             )
         self._follow_parameters()
         if self._fresh:
-            for arenas in self._arenas or ():
-                arenas.begin("delta")
+            for reader in self._readers():
+                reader.take("delta", first=True)
             self._fresh = False
             self._usable = 1
             self.windows += 1
-        for arenas in self._arenas or ():
-            arenas.rebase(self.window)
+        for reader in self._readers():
+            for arenas in reader.arenas:
+                arenas.rebase(self.window)
 
     def close(self) -> None:
         """Free the arenas. A later :meth:`observe` starts over."""
-        self._arenas = None
+        self._reader = None
         self._forget()
 
     @property
@@ -191,28 +216,59 @@ class AngularVelocity:
 
     @property
     def form(self) -> Form | None:
-        """How the sums are held now: "sum" or "delta"; None before the first step."""
-        return None if self._arenas is None else self._form
+        """Form that holds the sums now, "sum" or "delta"; None before the first step."""
+        return None if self._reader is None else self._form
+
+    @property
+    def fraction(self) -> float | None:
+        """Part of the parameters that is read now; None before the first step."""
+        if self._reader is None:
+            return None
+        return 1.0 if self._reader.sample is None else self._reader.sample.fraction
 
     @property
     def device_bytes(self) -> int:
-        """Bytes of the arenas on all devices together; 0 before the first step."""
-        return sum(12 * arenas.plan.arena_elements for arenas in self._arenas or ())
+        """Bytes of the arenas and of a survey's copies on all devices; 0 before the first step."""
+        copies = 0 if self._survey is None else self._survey.device_bytes
+        return copies + sum(reader.device_bytes for reader in self._readers())
+
+    @property
+    def num_groups(self) -> int:
+        """Param groups that the watched parameters come in now."""
+        return self._source.num_groups()
+
+    @property
+    def _sampled(self) -> bool:
+        """Whether only a part is read, or may be."""
+        return self._sample not in (None, 1) and self.fraction != 1
+
+    @property
+    def _arenas(self) -> list[Arenas] | None:
+        return None if self._reader is None else self._reader.arenas
+
+    @property
+    def _holding(self) -> Holding | None:
+        return None if self._reader is None else self._reader.holding
+
+    def _readers(self) -> list[Reader]:
+        return [reader for reader in (self._reader, self._next) if reader is not None]
 
     # ---- following the parameters -----------------------------------------------------------
 
     def _follow_parameters(self) -> None:
         """Build the plans, or rebuild them if the parameters are not those they were made of."""
-        if self._arenas is not None:
+        if self._reader is not None:
             if signature(self._source.tensors()) == self._signature:
+                self._follow_choice()
                 return
             self._discard()
         self._build()
         self._signature = signature(self._source.tensors())
+        self._follow_choice()
 
     def _discard(self) -> None:
         self._faults.parameters_changed(WINDOWS_FOR_ANGLE)
-        self._arenas = None
+        self._reader = None
         self._forget()
 
     def _forget(self) -> None:
@@ -222,6 +278,14 @@ class AngularVelocity:
         self._usable = 0  # windows since the start over
         self._variances = (0.0, 0.0)  # of the means before and at the last close
         self._faults.still_windows = 0
+        self._next = self._survey = None
+        if self._reader is not None and self._reader.sample is None and self._auto is None:
+            self._reader.forget()
+        else:
+            # All ranks start over together, and must survey and choose in step.
+            self._reader = self._fraction = self._sizes = None
+        if self._auto is not None:
+            self._auto.restart()
 
     def _build(self) -> None:
         shards = self._source.shards()
@@ -231,40 +295,74 @@ class AngularVelocity:
                 "params: expected at least one trainable parameter, got none "
                 "(is requires_grad False everywhere?)"
             )
-        by_device: dict[torch.device, list[int]] = {}
-        for i, shard in enumerate(shards):
-            if shard.tensor.is_meta:
-                raise TypeError(
-                    f"{shard.name}: expected a parameter with data, got one on device 'meta'"
-                )
-            by_device.setdefault(shard.tensor.device, []).append(i)
-        self._arenas = []
-        kept = []
-        for device, members in by_device.items():
-            plan = Plan(
-                [(shards[i].name, shards[i].tensor) for i in members],
-                device,
-                [1.0 if self._ranks is None else self._ranks.weight(shards[i]) for i in members],
-            )
-            self._arenas.append(Arenas(plan, select(self._backend, device.type)))
-            kept.append([shards[members[segment.index]] for segment in plan.segments])
-        self._holding = Holding(kept, self._ranks)
+        if self._auto is not None and self._fraction is None:
+            self._fraction = self._auto.start(model_elements(shards, self._ranks))
+        self._exchange.ranks = self._ranks
         if self._restore is not None:
-            self._load_arenas(self._restore)
-            self._restore = None
+            self._sizes = self._restore.sizes
+        self._reader = self._read(shards)
+        if self._reader.sample is not None and self._sizes is None:
+            plans = [arenas.plan for arenas in self._reader.arenas]
+            self._survey = Survey(plans, num_windows(elements_per_rank(shards, self._ranks)))
+        saved, self._restore = self._restore, None
+        if saved is not None:
+            load_arenas(self, saved)
         self._resharded = None
+
+    def _follow_choice(self) -> None:
+        """At a window's beginning: let another choice gather its first windows, once it is known.
+
+        Either the fraction was chosen, or the survey is over and the sample can be drawn by it.
+        """
+        if self._position != 0:
+            return
+        if self._survey is not None:
+            self._survey.step()
+            if self._survey.done:
+                self._sizes, self._survey = self._survey.sizes, None
+        chosen = None if self._auto is None else self._auto.chosen
+        assert self._reader is not None
+        anew = self._reader.sample is not None and self._reader.sizes is not self._sizes
+        if self._next is None and (anew or chosen not in (None, self.fraction)):
+            self._fraction = chosen or self._fraction
+            self._next = self._read(self._source.shards())
+
+    def _next_is_ready(self) -> bool:
+        """Whether the end of the coming window gives the next reader's first angle."""
+        return self._next is not None and self._next.windows == WINDOWS_FOR_ANGLE - 1
+
+    def _read(self, shards: Sequence[LocalShard]) -> Reader:
+        fraction = self._fraction if self._sample == "auto" else self._sample
+        wanted = Wanted(
+            self.per_tensor,
+            self.per_group,
+            self._source.num_groups(),
+            f"{self._sample} {self._seed} {self.per_tensor} {self.per_group}",
+        )
+        return Reader(
+            shards,
+            self._ranks,
+            self._backend,
+            None if fraction in (None, 1) else Sample(float(fraction), self._seed),
+            wanted,
+            sizes=self._sizes,
+            foresee=self._auto is not None and self._auto.chosen is None,
+        )
 
     # ---- closing a window -------------------------------------------------------------------
 
     def _close_window(self) -> Reading | None:
         """Nothing on the way to the collective may return or raise on one rank alone."""
         changed = signature(self._source.tensors()) != self._signature
-        local = Sums(0.0, 0.0, 0.0, 0.0)
-        for arenas in self._arenas or ():
-            local += arenas.close(self.window)
+        if self._next is not None and self._next_is_ready():
+            self._reader, self._next = self._next, None
+        assert self._reader is not None
+        local = self._reader.close(self.window)
+        if self._next is not None:
+            self._next.close(self.window)
         usable = self._usable + 1
         self._position = 0
-        total = self._agree(local, -1 if changed else usable)
+        total, added = self._agree(local, -1 if changed else usable)
         if changed:
             self._discard()
             return None
@@ -275,7 +373,7 @@ class AngularVelocity:
         sums = Sums(*total.sums)
         if total.not_finite:
             self._faults.not_finite(
-                self._arenas or (),
+                self._reader.arenas,
                 self.windows - 1,
                 WINDOWS_FOR_ANGLE,
                 self._ranks,
@@ -285,90 +383,56 @@ class AngularVelocity:
             return self._keep(self._undefined())
         self._usable = usable
         if self._usable >= 2:
-            self._faults.watch_displacement(sums, self._arenas or ())
+            self._faults.watch_displacement(sums, self._reader.arenas)
 
         oldest, shared = self._variances
         newest = rounding.mean_variance(self.window, sums, self.form or "delta")
         self._variances = (shared, newest)
         if self._usable < WINDOWS_FOR_ANGLE:
             return self._keep(self._undefined())
-        error = rounding.angle_error(sums, (oldest, shared, newest), total.elements)
-        self._choose_form(sums, error, total.elements)
-        return self._keep(self._reading(sums, error))
-
-    def _agree(self, sums: Sums, usable: int) -> Agreement:
-        """The sums of all ranks together."""
-        assert self._holding is not None
-        if self._ranks is None:
-            bad = [] if all(map(math.isfinite, sums)) else [0]
-            return Agreement(sums, self._holding.elements, usable < 0, bad)
-        row = Row(
-            steps=self.steps,
-            windows=self.windows,
-            window=self.window,
-            calls=self._calls,
-            usable=usable,
-            layout=self._holding.layout,
-            held=self._holding.held,
-            stage=self._ranks.stage,
-            num_stages=self._ranks.num_stages,
-            elements=self._holding.elements,
-            model_elements=self._holding.model_elements,
-            replicated=self._holding.replicated([a.per_tensor for a in self._arenas or ()]),
-            **sums._asdict(),
+        elements = total.elements
+        if added is not None and added.spread:
+            elements = min(elements, elements**2 / added.spread)  # as many equal weights (Kish)
+        error = rounding.angle_error(sums, (oldest, shared, newest), elements)
+        self._choose_form(sums, error, elements)
+        if self._auto is not None and added is not None and self._reader.sizes is not None:
+            self._auto.take(sums, added.foreseen)
+        return self._keep(
+            self._reader.details.reading(self.steps, self.windows - 1, sums, error, added)
         )
+
+    def _agree(self, sums: Sums, usable: int) -> tuple[Agreement, Added | None]:
+        """The sums of all ranks together, and the numbers beside them where ranks sent them."""
+        assert self._reader is not None
+        counts = Counts(self.steps, self.windows, self.window, self._calls, usable)
+        upcoming = self._next if self._next is not None and self._next_is_ready() else self._reader
         try:
-            return agree([Row(*values) for values in self._ranks.gather(row)])
-        except RuntimeError as error:
+            return self._exchange.agree(self._reader, counts, sums, upcoming.details.size)
+        except RuntimeError:
             self._forget()
-            if isinstance(error, DisagreementError):
-                raise
-            raise RuntimeError(
-                f"AngularVelocity: window {self.windows} ended on rank {self._ranks.rank} after "
-                f"{self.steps} optimizer steps, but its sums could not be exchanged with the other "
-                f"{self._ranks.size - 1} ranks: one of them is dead, late, or counts fewer steps; "
-                "no learning rate was changed"
-            ) from error
-
-    def _reading(self, sums: Sums, rounding_error: float) -> Reading:
-        measured = angle_of(sums.dot, sums.norm, sums.previous_norm)
-        angle, cosine = (None, None) if measured is None else measured
-        return Reading(
-            step=self.steps,
-            window=self.windows - 1,
-            angle=angle,
-            cosine=cosine,
-            norm=math.sqrt(sums.norm),
-            previous_norm=math.sqrt(sums.previous_norm),
-            rounding_error=rounding_error,
-        )
+            raise
 
     def _undefined(self) -> Reading:
-        return Reading(self.steps, self.windows - 1, None, None, math.nan, math.nan)
+        nan, error = math.nan, math.nan if self._sampled else 0.0
+        return Reading(self.steps, self.windows - 1, None, None, nan, nan, error, margin=error)
 
     def _keep(self, reading: Reading) -> Reading | None:
         if self.windows < WINDOWS_FOR_ANGLE:
             return None
-        self.history.append(reading)
-        del self.history[:-HISTORY]
+        remember(self.history, reading, HISTORY)
         return reading
 
     def _choose_form(self, sums: Sums, rounding_error: float, elements: float) -> None:
         """Turn to the form that the next windows need, without losing one."""
         if self._fixed_form is not None:
             return
-        if self._form == "sum":
-            if rounding_error > CONVERT_TO_DELTA:
-                self._form = "delta"
-                for arenas in self._arenas or ():
-                    arenas.to_delta(self.window)
+        form = rounding.better_form(self._form, self.window, sums, rounding_error, elements)
+        if form == self._form:
             return
-        in_sum_form = rounding.mean_variance(self.window, sums, "sum")
-        variances = (in_sum_form, in_sum_form, in_sum_form)
-        if rounding.angle_error(sums, variances, elements) < CONVERT_TO_SUM:
-            self._form = "sum"
-            for arenas in self._arenas or ():
-                arenas.to_sum(self.window)
+        self._form = form
+        for reader in self._readers():
+            reader.convert(form, self.window)
+        if form == "sum":
             # Rounding the two sums once is the error of a window of one step.
             rounded = rounding.mean_variance(1, sums, "sum")
             self._variances = tuple(max(v, rounded) for v in self._variances)  # type: ignore[assignment]
@@ -382,94 +446,32 @@ class AngularVelocity:
         history is not part of it. Of sharded parameters the arenas are not either, because the
         other ranks' parts would be missing: save :attr:`arena_state` too.
         """
-        return {
-            "version": 1,
-            "window": self.window,
-            "steps": self.steps,
-            "windows": self.windows,
-            "position": self._position,
-            "usable": self._usable,
-            "fresh": self._fresh,
-            "still": self._faults.still_windows,
-            "variances": list(self._variances),
-            "form": self.form if self._restore is None else self._restore.form,
-            "arenas": self._named_arenas(),
-        }
-
-    def _named_arenas(self) -> dict[str, Any]:
-        if self._restore is not None:
-            return dict(self._restore.arenas)
-        if self._holding is not None and self._holding.sharded:
-            return {}
-        return {name: a for arenas in self._arenas or () for name, a in arenas.named().items()}
+        return state_of(self)
 
     @property
     def arena_state(self) -> ArenaState:
         """The arenas for ``torch.distributed.checkpoint``: saved and loaded beside the state.
 
         They are DTensors like the parameters, so that another number of ranks can go on in the
-        middle of a window.
+        middle of a window. Those of a sample are left out, and the meter warms up again.
         """
         return ArenaState(self)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue where :meth:`state_dict` was taken, bit for bit, with its window.
 
-        Where the state has no arenas, or they do not fit the parameters, counts are restored, the
-        meter warms up again, and a warning says so.
+        Where the state has no arenas, or they do not fit the parameters or the sample, counts are
+        restored, the meter warms up again, and a warning says so.
 
         Raises:
             ValueError: not a state of this class; nothing has been changed then.
         """
-        problem = problem_of(state_dict)
-        if problem is not None:
-            raise ValueError(f"state_dict: expected a state of AngularVelocity, got {problem}")
-        self._arenas = None
-        self._restore = None
-        self._forget()
-        self.window = state_dict["window"]
-        self.steps = state_dict["steps"]
-        self.windows = state_dict["windows"]
-        if state_dict["fresh"]:
-            return
-        self._restore = SavedArenas(state_dict["form"], self.steps, state_dict["arenas"])
-        self._form = state_dict["form"]
-        self._fresh = False
-        self._position = state_dict["position"]
-        self._usable = state_dict["usable"]
-        self._faults.still_windows = state_dict["still"]
-        before, last = state_dict["variances"]
-        self._variances = (before, last)
-
-    def _take_arenas(self, saved: SavedArenas) -> None:
-        """Hold arenas that were loaded apart until the next step."""
-        self._resharded = saved
-        if self._arenas is not None:
-            # The counts in this meter are older; the next step finds out whether they fit.
-            self._restore = SavedArenas(self._form, self.steps, {})
-            self._arenas = None
-
-    def _load_arenas(self, saved: SavedArenas) -> None:
-        """Fill new arenas with saved ones, or start over where they do not fit."""
-        saved, problem = saved.completed(self._resharded)
-        problem = problem or next(
-            (p for a in self._arenas or () if (p := a.misfit(saved.arenas)) is not None), None
-        )
-        if problem is None:
-            for arenas in self._arenas or ():
-                arenas.load(saved.form, saved.arenas)
-            return
-        self._faults.cannot_continue(problem, WINDOWS_FOR_ANGLE)
-        position = self._position
-        self._forget()
-        if self._ranks is not None:
-            # The other ranks may be able to go on: end the window with them, and say so then.
-            self._position, self._usable = position, -2
+        load_state(self, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        state |= {"_arenas": None, "_signature": [], "_holding": None, "_ranks": None}
-        state |= {"_restore": self.state_dict(), "_resharded": None}
+        state |= {"_reader": None, "_next": None, "_survey": None, "_signature": [], "_ranks": None}
+        state |= {"_exchange": Exchange(), "_restore": self.state_dict(), "_resharded": None}
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

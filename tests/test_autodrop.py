@@ -358,7 +358,7 @@ def test_the_hook_does_not_keep_the_scheduler_alive() -> None:
         ({"params": 3}, TypeError, "params: expected an iterable of tensors"),
         ({"params": [3]}, TypeError, r"params\[0\]: expected a tensor, .* got int"),
         ({"on_drop": 3}, TypeError, "on_drop: expected a function or None, got 3"),
-        ({"sample": 0.1}, NotImplementedError, "sample: expected None"),
+        ({"sample": 1.5}, ValueError, "sample: expected None, 'auto' or a number above 0"),
         ({"process_group": 1}, TypeError, "process_group: expected None"),
     ],
 )

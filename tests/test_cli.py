@@ -149,12 +149,12 @@ def test_doctor_without_the_core(monkeypatch):
 
 def test_selftest_notices_a_wrong_angle(monkeypatch):
     assert largest_error("reference", "cpu") < LIMIT
-    from autodrop_ext import velocity
+    from autodrop_ext import details
 
-    correct = velocity.angle_of
-    monkeypatch.setattr(velocity, "angle_of", lambda d, n, p: correct(0.99 * d, n, p))
+    correct = details.angle_of
+    monkeypatch.setattr(details, "angle_of", lambda d, n, p: correct(0.99 * d, n, p))
     assert largest_error("reference", "cpu") > LIMIT
-    monkeypatch.setattr(velocity, "angle_of", lambda d, n, p: None)
+    monkeypatch.setattr(details, "angle_of", lambda d, n, p: None)
     assert largest_error("reference", "cpu") == float("inf")
 
 

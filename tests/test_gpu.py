@@ -166,3 +166,32 @@ def test_more_than_2_to_the_31_elements(gpu: torch.device) -> None:
     assert arenas.running[n - 1].item() == 6.0
     sums = arenas.close(2)
     assert sums.mean_norm == n - 1 + 9.0
+
+
+@every_gpu_backend
+def test_sampled_readings_are_those_of_the_cpu(backend: str, gpu: torch.device) -> None:
+    """Until the survey is over: its float32 sums may end otherwise, and draw other chunks."""
+    require(backend)
+    generator = torch.Generator().manual_seed(0)
+    here = [torch.randn(n, generator=generator) for n in (300_000, 70_001, 5)]
+    there = [t.to(gpu) for t in here]
+    meters = [
+        AngularVelocity(here, 2, sample=1 / 8, per_tensor=True),
+        AngularVelocity(there, 2, sample=1 / 8, per_tensor=True, backend=backend),
+        AngularVelocity(there, 2, backend=backend),
+    ]
+    readings = []
+    for step in range(20):
+        for x, y in zip(here, there, strict=True):
+            x += 0.01 * (torch.randn(x.shape, generator=generator) + x.sign())
+            y.copy_(x)
+        readings.append([meter.observe() for meter in meters])
+        if step == 5:
+            on_cpu, on_gpu, _ = readings[-1]
+            assert on_cpu is not None and on_gpu is not None
+            assert on_gpu.angle == pytest.approx(on_cpu.angle, abs=1e-9)
+            assert on_gpu.standard_error == pytest.approx(on_cpu.standard_error, rel=1e-6)
+    _, sampled, exact = readings[-1]
+    assert sampled is not None and exact is not None and sampled.standard_error > 0
+    # 370 chunks of alike elements: five standard errors.
+    assert abs((sampled.angle or 0) - (exact.angle or 0)) < 5 * sampled.standard_error

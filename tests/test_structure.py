@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import inspect
 import pathlib
-import re
 import subprocess
 import sys
 
@@ -20,26 +19,38 @@ ARROWS: dict[str, set[str]] = {
     "reference": set(),
     "distributed": set(),
     "parameters": {"reference", "distributed"},
-    "plan": {"reference", "parameters"},
+    "sampling": set(),
+    "scatter": {"sampling"},
+    "fraction": {"sampling", "scatter"},
+    "plan": {"reference", "parameters", "sampling"},
     "reading": set(),
     "log": {"reading"},
     "plotting": set(),
     "runs_plotting": {"plotting"},
     "backends": {"_C", "triton_kernels", "reference", "plan"},
-    "rounding": {"backends", "reading"},
-    "arenas": {"backends", "plan", "reference"},
-    "meter_state": {"arenas", "distributed", "velocity"},  # the last for types alone
+    "rounding": {"arenas", "backends", "reading"},
+    "arenas": {"backends", "plan", "reference", "scatter"},
+    "survey": {"plan", "sampling"},
+    "details": {"arenas", "backends", "distributed", "fraction", "reading", "sampling", "scatter"},
+    "reader": {"arenas", "backends", "details", "distributed", "plan", "sampling"},
+    "exchange": {"backends", "details", "distributed", "reader"},
+    "meter_state": {"arenas", "distributed", "sampling", "velocity"},  # the last for types alone
     "faults": {"arenas", "backends", "distributed"},
     "velocity": {
         "arenas",
         "backends",
+        "details",
         "distributed",
+        "exchange",
         "faults",
+        "fraction",
         "meter_state",
         "parameters",
-        "plan",
+        "reader",
         "reading",
         "rounding",
+        "sampling",
+        "survey",
     },
     "theory": set(),
     "averaging": {"backends", "parameters", "plan"},
@@ -140,26 +151,3 @@ def test_the_version_stands_in_one_place() -> None:
     assert autodrop_ext.__version__ == _C.version
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         autodrop_ext.nothing  # noqa: B018
-
-
-def test_the_readme_runs() -> None:
-    """The first block as it stands; the second with the names that the first defines."""
-    readme = ROOT.parent / "README.md"
-    if not readme.exists():
-        pytest.skip("the README is not beside the installed package")
-    blocks = re.findall(r"```python\n(.*?)```", readme.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 2
-    names: dict[str, object] = {}
-    exec(blocks[0], names)
-    scheduler = names["scheduler"]
-    assert isinstance(scheduler, autodrop_ext.AutoDrop)
-    assert len(scheduler.history) == 1000 // 64 - 2
-    names["scheduler"].close()  # type: ignore[attr-defined]
-    exec(blocks[1].replace("scheduler.plot", "# scheduler.plot"), names)
-
-
-def test_documents_point_to_files_that_exist() -> None:
-    root = ROOT.parent
-    for document in [*root.glob("*.md"), *root.glob("docs/*.md"), *root.glob("benchmarks/*.md")]:
-        for target in re.findall(r"\]\((?!http)([^)#]+)\)", document.read_text()):
-            assert (document.parent / target).exists(), f"{document.name} points to {target}"

@@ -31,7 +31,8 @@ class Operations(Protocol):
     """The three operations, bound to one plan. Arenas are float32 ``[plan.arena_elements]``."""
 
     per_tensor: Tensor
-    """float64 ``[num_tensors, 4]``: unweighted :class:`Sums` of each tensor at the last close."""
+    """float64 ``[num_rows, 4]``: unweighted :class:`Sums` of each row of the plan (a tensor, or a
+    sampled chunk) at the last close."""
 
     def accumulate(
         self, running: Tensor, mean: Tensor | None, *, first: bool, weight: float = 1.0
@@ -39,10 +40,10 @@ class Operations(Protocol):
         """As :func:`reference.accumulate`, for every tensor."""
 
     def close_sum(self, running: Tensor, previous: Tensor, before: Tensor, window: int) -> Sums:
-        """As :func:`reference.close_sum`, weighted total over the tensors."""
+        """As :func:`reference.close_sum`, weighted total over the rows."""
 
     def close_delta(self, running: Tensor, previous: Tensor, mean: Tensor, window: int) -> Sums:
-        """As :func:`reference.close_delta`, weighted total over the tensors."""
+        """As :func:`reference.close_delta`, weighted total over the rows."""
 
     def write_back(self, arena: Tensor, mean: Tensor | None, scale: float) -> None:
         """As :func:`reference.write_back`, for every tensor."""

@@ -68,7 +68,7 @@ class CudaOperations:
         assert native.core is not None, "checked by CudaBackend.missing"
         self._plan = plan
         sums = functools.partial(torch.zeros, dtype=torch.float64)
-        self.per_tensor = sums((len(plan.segments), 4), device=plan.device)
+        self.per_tensor = sums((plan.num_rows, 4), device=plan.device)
         self._partials = sums((plan.num_chunks, 4), device=plan.device)
         self._total = sums((4,), device=plan.device)
         self._host_total = sums((4,), pin_memory=True)
@@ -80,7 +80,7 @@ class CudaOperations:
             len(plan.tiles),
             plan.tensor_chunks.data_ptr(),
             plan.weights.data_ptr(),
-            len(plan.segments),
+            plan.num_rows,
             self._partials.data_ptr(),
             self.per_tensor.data_ptr(),
             self._total.data_ptr(),

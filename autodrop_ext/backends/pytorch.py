@@ -1,4 +1,4 @@
-"""The reference as a backend: any device, one tensor after the other."""
+"""The reference as a backend: any device, one row of the plan after the other."""
 
 from __future__ import annotations
 
@@ -23,34 +23,30 @@ class ReferenceBackend:
 class ReferenceOperations:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self.per_tensor = torch.zeros(
-            len(plan.segments), 4, dtype=torch.float64, device=plan.device
-        )
+        self._rows = list(plan.rows())
+        self.per_tensor = torch.zeros(plan.num_rows, 4, dtype=torch.float64, device=plan.device)
 
     def accumulate(
         self, running: Tensor, mean: Tensor | None, *, first: bool, weight: float = 1.0
     ) -> None:
         self._plan.refresh()
-        for s in self._plan.segments:
-            M = None if mean is None else s.in_arena(mean)
-            reference.accumulate(s.in_arena(running), s.flat, M, first=first, weight=weight)
+        for x, at in self._rows:
+            M = None if mean is None else mean[at]
+            reference.accumulate(running[at], x, M, first=first, weight=weight)
 
     def close_sum(self, running: Tensor, previous: Tensor, before: Tensor, window: int) -> Sums:
-        for row, s in zip(self.per_tensor, self._plan.segments, strict=True):
-            A, P, PP = (s.in_arena(arena) for arena in (running, previous, before))
-            row.copy_(reference.close_sum(A, P, PP, window))
+        for row, (_, at) in zip(self.per_tensor, self._rows, strict=True):
+            row.copy_(reference.close_sum(running[at], previous[at], before[at], window))
         return self._total()
 
     def close_delta(self, running: Tensor, previous: Tensor, mean: Tensor, window: int) -> Sums:
-        for row, s in zip(self.per_tensor, self._plan.segments, strict=True):
-            A, S, M = (s.in_arena(arena) for arena in (running, previous, mean))
-            row.copy_(reference.close_delta(A, S, M, window))
+        for row, (_, at) in zip(self.per_tensor, self._rows, strict=True):
+            row.copy_(reference.close_delta(running[at], previous[at], mean[at], window))
         return self._total()
 
     def write_back(self, arena: Tensor, mean: Tensor | None, scale: float) -> None:
-        for s in self._plan.segments:
-            M = None if mean is None else s.in_arena(mean)
-            reference.write_back(s.flat, s.in_arena(arena), scale, M)
+        for x, at in self._rows:
+            reference.write_back(x, arena[at], scale, None if mean is None else mean[at])
         self._plan.publish()
 
     def _total(self) -> Sums:

@@ -63,7 +63,7 @@ class TritonOperations:
         self._plan = plan
         self._launches = _launches(plan)
         sums = functools.partial(torch.zeros, dtype=torch.float64, device=plan.device)
-        self.per_tensor = sums((len(plan.segments), 4))
+        self.per_tensor = sums((plan.num_rows, 4))
         self._partials = sums((plan.num_chunks, 4))
 
     def accumulate(
@@ -137,8 +137,8 @@ class TritonOperations:
         return getattr(self._language, name)
 
     def _total(self, displacement_scale: float, mean_scale: float) -> Sums:
-        if self._plan.segments:
-            self._kernels.tensor_kernel[(len(self._plan.segments),)](
+        if self._plan.num_rows:
+            self._kernels.tensor_kernel[(self._plan.num_rows,)](
                 self._plan.tensor_chunks, self._partials, self.per_tensor, BLOCK=256
             )
         scales = [displacement_scale] * 3 + [mean_scale]

@@ -98,6 +98,11 @@ def agree(rows: Sequence[Row]) -> Agreement:
     return Agreement((dot, norm, previous_norm, mean_norm), count, start_over, not_finite)
 
 
+def add_in_order(rows: Sequence[Sequence[float]]) -> list[float]:
+    """Sums of the columns of all ranks' rows, in rank order."""
+    return [_in_order(column) for column in zip(*rows, strict=True)]
+
+
 def _in_order(values: Iterable[float]) -> float:
     """The sum in rank order (Python's own ``sum`` compensates from 3.12 on)."""
     total = 0.0
@@ -148,8 +153,9 @@ def _check_layouts(rows: Sequence[Row]) -> None:
             lambda r: (r.layout, r.model_elements),
             "expected the same parameters on all ranks"
             + (f" of stage {stage:.0f}" if len(stages) > 1 else "")
-            + "; declare the stages of a pipeline with process_group=PipelineStages(stage, "
-            "num_stages), and freeze or thaw parameters on all ranks alike",
+            + ", and meters with the same settings; declare the stages of a pipeline with "
+            "process_group=PipelineStages(stage, num_stages), and freeze or thaw parameters on all "
+            "ranks alike",
             "{1:,.0f} elements (layout {0:012x})",
             members=members,
         )

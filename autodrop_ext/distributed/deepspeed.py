@@ -70,7 +70,8 @@ def _stage_one_or_two(zero: Any, i: int, tensor: Tensor) -> LocalShard:
     aligned = any(map(any, getattr(zero, "round_robin_bit16_padding", ())))
     total = None if aligned else sum(p.numel() for p in groups[i])
     here = tensor[: tensor.numel() - paddings[i]]
-    return _part(f"ZeRO partition of param_groups[{i}]", here, zero.real_dp_process_group[i], total)
+    name = f"ZeRO partition of param_groups[{i}]"
+    return _part(name, here, zero.real_dp_process_group[i], total, group=i)
 
 
 def _stage_three(zero: Any, i: int, tensor: Tensor) -> list[LocalShard]:
@@ -87,12 +88,13 @@ def _stage_three(zero: Any, i: int, tensor: Tensor) -> list[LocalShard]:
         size = p.ds_tensor.ds_numel  # every rank's part is as large, the last ones are padded
         here = min(max(p.ds_numel - ranks.rank() * size, 0), size)
         name = f"ZeRO-3 parameter {p.ds_id} in partition {i}"
-        shards.append(_part(name, tensor[offset : offset + here], ranks, p.ds_numel))
+        group = zero.sub_group_to_group_id[i]
+        shards.append(_part(name, tensor[offset : offset + here], ranks, p.ds_numel, group))
         offset += size
     return shards
 
 
-def _part(name: str, tensor: Tensor, ranks: Any, total: int | None) -> LocalShard:
+def _part(name: str, tensor: Tensor, ranks: Any, total: int | None, group: int) -> LocalShard:
     parts = ranks.size()
     return LocalShard(
         name,
@@ -102,4 +104,5 @@ def _part(name: str, tensor: Tensor, ranks: Any, total: int | None) -> LocalShar
         total=total,
         layout=f"{total} {tensor.dtype} in {parts}",
         flat=parts > 1,
+        group=group,
     )

@@ -129,11 +129,27 @@ def find_ranks(process_group: Any, shards: Sequence[LocalShard]) -> Ranks | None
     return Ranks(group, ranks.size, ranks.rank, stage, num_stages)
 
 
+def model_elements(shards: Sequence[LocalShard], ranks: Ranks | None) -> float | None:
+    """Elements of the whole model where every rank comes to the same number, otherwise None."""
+    totals = [shard.total for shard in shards]
+    if None in totals or (ranks is not None and ranks.num_stages > 1):
+        return None
+    return float(sum(total for total in totals if total is not None))
+
+
+def elements_per_rank(shards: Sequence[LocalShard], ranks: Ranks | None) -> float | None:
+    """About how many lie on a rank; None where ranks could come to different numbers."""
+    if model_elements(shards, ranks) is None:
+        return None
+    return sum((shard.total or 0) / shard.parts for shard in shards)
+
+
 class Holding:
     """What this rank holds, in the few numbers that ranks compare.
 
     Attributes:
-        layout: 48 bits of a hash over names, shapes, dtypes and placements of the parameters.
+        layout: 48 bits of a hash over the meter's settings and names, shapes, dtypes, placements
+            and param groups of the parameters.
         held: the same with which parts of them lie here.
         elements: weighted number of those here.
         model_elements: of the whole model, or of this stage; NaN where an engine does not tell.
@@ -142,19 +158,28 @@ class Holding:
     Args:
         shards: of every device, those that are summed.
         ranks: who decides together, or None.
+        settings: of the meter, in words; they go into ``layout``.
+        drawn: what tells samples apart, in words; empty where everything is read. Ranks that hold
+            the same elements but read others of them are not compared.
     """
 
-    def __init__(self, shards: Sequence[Sequence[LocalShard]], ranks: Ranks | None) -> None:
+    def __init__(
+        self,
+        shards: Sequence[Sequence[LocalShard]],
+        ranks: Ranks | None,
+        settings: str = "",
+        drawn: Sequence[str] = (),
+    ) -> None:
         every = [shard for device in shards for shard in device]
-        self.layout = _digest(f"{s.name}|{s.layout}" for s in every)
-        self.held = _digest(f"{s.name}|{s.layout}|{s.part}" for s in every)
+        self.layout = _digest([settings, *(f"{s.name}|{s.layout}|{s.group}" for s in every)])
+        self.held = _digest([*drawn, *(f"{s.name}|{s.layout}|{s.part}" for s in every)])
         self.elements = sum(
             s.tensor.numel() * (1.0 if ranks is None else ranks.weight(s)) for s in every
         )
         self.model_elements = float(sum(math.nan if s.total is None else s.total for s in every))
         self.sharded = any(s.split for s in every) or (ranks is not None and ranks.num_stages > 1)
         whole = [[i for i, s in enumerate(device) if not s.split] for device in shards]
-        mixed = 0 < sum(map(len, whole)) < len(every)
+        mixed = 0 < sum(map(len, whole)) < len(every) and not drawn
         self._whole = whole if mixed else []  # otherwise the total of all says the same
 
     def replicated(self, per_tensor: Sequence[torch.Tensor]) -> float:

@@ -39,6 +39,7 @@ class LocalShard:
         layout: shape and placement in words; equal on all ranks that share the parameter.
         sharding: of a DTensor; None otherwise.
         flat: a flat shard of FSDP1 or ZeRO, which another number of ranks cannot take over.
+        group: index of the param group that it belongs to.
     """
 
     name: str
@@ -49,6 +50,7 @@ class LocalShard:
     layout: str
     sharding: Sharding | None = None
     flat: bool = False
+    group: int = 0
 
     @property
     def split(self) -> bool:

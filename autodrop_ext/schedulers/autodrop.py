@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch.optim import Optimizer
 
 from ..reading import Decision, Reading
 from ..velocity import HISTORY
-from .arguments import check_count, check_number
+from .arguments import check_count, check_factor, check_number
 from .base import as_floats
 from .measuring import MeasuringScheduler
-from .saturation import Kernel, SaturationDetector
+from .saturation import Kernel, SaturationDetector, Verdict
+from .window import window_for
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -32,7 +33,8 @@ class AutoDrop(MeasuringScheduler):
         optimizer: any ``torch.optim.Optimizer``; learning rates may be floats or tensors.
         window: ``k``, optimizer steps per window. The rate can fall by ``factor`` once in 11
             windows, so that short runs need short windows; the paper takes 64 for CIFAR and 640 for
-            ImageNet.
+            ImageNet. "auto": from ``num_steps``, see
+            :func:`~autodrop_ext.schedulers.window.window_for`.
         factor: ``rho``, in (0, 1).
         threshold: degrees per window.
         buffer_size: ``m``, angles that are smoothed over.
@@ -43,7 +45,16 @@ class AutoDrop(MeasuringScheduler):
         warmup_steps: optimizer steps of linear warm-up, during which nothing is measured.
         params: what is measured instead of the optimizer's trainable parameters, such as float32
             master weights; forms as in :class:`AngularVelocity`.
-        sample: None; reading a random part of the parameters is not in this version.
+        sample: part of the parameters that is read, in (0, 1]; None for all. "auto": as much as
+            keeps the standard error of the angle within a tenth of ``threshold``, chosen once. As
+            in :class:`AngularVelocity`.
+        seed: of the sample.
+        per_tensor: whether decisions tell the angle of each parameter and param group.
+        per_group: whether every param group saturates and drops on its own. ``params``, if given,
+            must then come in as many groups.
+        num_steps: optimizer steps that the run will have, warm-up included; for
+            ``window="auto"``.
+        total_decay: part of the initial rate that ``window="auto"`` lets the run end at.
         backend: "auto", or the name of one (``autodrop doctor`` lists them).
         process_group: as in :class:`AngularVelocity`.
         on_reading: called with every :class:`Decision`, such as a :class:`JsonLinesLog`.
@@ -57,14 +68,15 @@ class AutoDrop(MeasuringScheduler):
     Attributes:
         history: the last 10,000 :class:`Decision` objects.
         num_drops: how often a learning rate was lowered.
+        group_drops: the same of each param group, where they decide for themselves.
     """
 
-    _progress_entries = ("detector",)
+    _progress_entries = ("detector", "groups")
 
     def __init__(
         self,
         optimizer: Optimizer,
-        window: int = 64,
+        window: int | Literal["auto"] = 64,
         factor: float = 0.95,
         *,
         threshold: float = 0.1,
@@ -74,7 +86,12 @@ class AutoDrop(MeasuringScheduler):
         min_lr: float | Iterable[float] = 0.0,
         warmup_steps: int = 0,
         params: Any = None,
-        sample: float | None = None,
+        sample: float | Literal["auto"] | None = None,
+        seed: int = 0,
+        per_tensor: bool = False,
+        per_group: bool = False,
+        num_steps: int | None = None,
+        total_decay: float = 0.01,
         backend: str = "auto",
         process_group: Any = None,
         on_reading: Callable[[Decision], object] | None = None,
@@ -87,8 +104,28 @@ class AutoDrop(MeasuringScheduler):
         check_count("warmup_steps", warmup_steps, 0)
         if kernel not in ("value", "time"):
             raise ValueError(f"kernel: expected 'value' or 'time', got {kernel!r}")
+        if sample == "auto" and threshold <= 0:
+            raise ValueError(
+                f"sample: expected a number, 'auto' needs threshold > 0, got {sample!r}"
+            )
+        if window == "auto":
+            check_factor(factor)
+            if num_steps is None:
+                raise ValueError("num_steps: expected the length of the run for window='auto'")
+            check_count("num_steps", num_steps, warmup_steps + 1)
+            window = window_for(
+                num_steps - warmup_steps,
+                factor=factor,
+                min_samples=min_samples,
+                total_decay=total_decay,
+            )
+        elif num_steps is not None:
+            raise ValueError(f"num_steps: expected window='auto' beside it, got window={window!r}")
         self.window = window
+        self.per_group = per_group
         self._detector = SaturationDetector(float(threshold), buffer_size, min_samples, kernel)
+        self._of_groups: list[SaturationDetector] = []
+        self.group_drops: list[int] = []
         super().__init__(
             optimizer,
             window,
@@ -96,6 +133,10 @@ class AutoDrop(MeasuringScheduler):
             min_lr=min_lr,
             params=params,
             sample=sample,
+            seed=seed,
+            tolerance=threshold / 10 if threshold > 0 else 0.01,
+            per_tensor=per_tensor,
+            per_group=per_group,
             backend=backend,
             process_group=process_group,
             form="auto",
@@ -104,6 +145,12 @@ class AutoDrop(MeasuringScheduler):
             warmup_steps=warmup_steps,
             last_epoch=last_epoch,
         )
+        groups = len(self.optimizer.param_groups)
+        if per_group and params is not None and self._meter.num_groups != groups:
+            raise ValueError(
+                f"params: expected {groups} param groups for per_group=True, as the optimizer has, "
+                f"got {self._meter.num_groups}"
+            )
 
     # ---- deciding ---------------------------------------------------------------------------
 
@@ -113,21 +160,54 @@ class AutoDrop(MeasuringScheduler):
             self._decide(reading)
 
     def _decide(self, reading: Reading) -> None:
-        smoothed = rise = None
-        dropped = False
-        if reading.angle is not None:
-            verdict = self._detector.update(reading.angle)
-            smoothed, rise = verdict.smoothed, verdict.rise
-            dropped = verdict.saturated and self._drop_lrs(self.factor, self.min_lrs)
-        self.num_drops += dropped
-        decision = Decision(
-            **vars(reading),
-            smoothed=smoothed,
-            rise=rise,
-            lr=tuple(as_floats(self.get_lr())),
-            dropped=dropped,
-        )
+        if self.per_group:
+            decision = self._decide_by_groups(reading)
+        else:
+            verdict, dropped = Verdict(), False
+            if reading.angle is not None:
+                verdict = self._detector.update(reading.angle)
+                dropped = verdict.saturated and bool(self._drop_lrs(self.factor, self.min_lrs))
+            decision = Decision(
+                **vars(reading),
+                smoothed=verdict.smoothed,
+                rise=verdict.rise,
+                lr=tuple(as_floats(self.get_lr())),
+                dropped=dropped,
+            )
+        self.num_drops += decision.dropped
         self._keep(decision, HISTORY)
+
+    def _decide_by_groups(self, reading: Reading) -> Decision:
+        angles = [part.angle for part in reading.per_group or ()]
+        self._follow_groups(len(angles))
+        verdicts = [
+            Verdict() if angle is None else detector.update(angle)
+            for angle, detector in zip(angles, self._of_groups, strict=False)
+        ]
+        saturated = {g for g, verdict in enumerate(verdicts) if verdict.saturated}
+        lowered = self._drop_lrs(self.factor, self.min_lrs, saturated)
+        for g in lowered:
+            self.group_drops[g] += 1
+        return Decision(
+            **vars(reading),
+            lr=tuple(as_floats(self.get_lr())),
+            dropped=bool(lowered),
+            dropped_groups=tuple(lowered),
+            group_angles=tuple(angles),
+            group_smoothed=tuple(verdict.smoothed for verdict in verdicts),
+            group_rises=tuple(verdict.rise for verdict in verdicts),
+        )
+
+    def _follow_groups(self, groups: int) -> None:
+        """A detector for every param group, also those that were added since."""
+        while len(self._of_groups) < groups:
+            self._of_groups.append(self._detector.fresh())
+            self.group_drops.append(0)
+
+    def _drops_of(self, group: int) -> int:
+        if not self.per_group:
+            return self.num_drops
+        return self.group_drops[group] if group < len(self.group_drops) else 0
 
     # ---- looking ----------------------------------------------------------------------------
 
@@ -135,16 +215,28 @@ class AutoDrop(MeasuringScheduler):
         """The newest values for a logger: plain floats, those that are undefined left out.
 
         ``lr`` (of the first param group), ``num_drops``, and from the last reading
-        ``angular_velocity``, ``angular_velocity_smoothed``, ``angular_velocity_rise`` and
-        ``rounding_error`` [degrees], and ``displacement``, the length ``|s_i|``.
+        ``angular_velocity``, ``angular_velocity_smoothed``, ``angular_velocity_rise``,
+        ``standard_error`` and ``rounding_error`` [degrees], and ``displacement``, the length
+        ``|s_i|``. Where param groups decide for themselves, ``angular_velocity/0``,
+        ``angular_velocity_smoothed/0``, ``angular_velocity_rise/0``, ``num_drops/0`` and so on.
         """
         if not self.history:
             return self._metrics()
         last = self.history[-1]
+        of_groups: dict[str, float | None] = {}
+        for g in range(len(last.group_angles)):
+            of_groups |= {
+                f"angular_velocity/{g}": last.group_angles[g],
+                f"angular_velocity_smoothed/{g}": last.group_smoothed[g],
+                f"angular_velocity_rise/{g}": last.group_rises[g],
+                f"num_drops/{g}": self._drops_of(g),
+            }
         return self._metrics(
+            **of_groups,
             angular_velocity=last.angle,
             angular_velocity_smoothed=last.smoothed,
             angular_velocity_rise=last.rise,
+            standard_error=last.standard_error,
             rounding_error=last.rounding_error,
             displacement=last.norm,
         )
@@ -175,11 +267,13 @@ class AutoDrop(MeasuringScheduler):
             "kernel": self._detector.kernel,
             "min_lr": list(self.min_lrs),
             "warmup_steps": self.warmup_steps,
+            "per_group": self.per_group,
         }
 
     def _restore_settings(self, settings: Mapping[str, Any]) -> None:
         self.window = settings["window"]
         self.warmup_steps = settings["warmup_steps"]
+        self.per_group = self._meter.per_group = settings["per_group"]
         self._detector = SaturationDetector(
             settings["threshold"],
             settings["buffer_size"],
@@ -187,8 +281,30 @@ class AutoDrop(MeasuringScheduler):
             settings["kernel"],
         )
 
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue where :meth:`state_dict` was taken. Settings are restored too, as in torch.
+
+        Raises:
+            ValueError: not a state of this class; nothing has been changed then.
+        """
+        if isinstance(state_dict, Mapping) and isinstance(state_dict.get("settings"), Mapping):
+            # States from before param groups could decide for themselves.
+            settings = {"per_group": False, **state_dict["settings"]}
+            nothing: dict[str, Any] = {"detectors": [], "drops": []}
+            state_dict = {"groups": nothing, **state_dict, "settings": settings}
+        super().load_state_dict(state_dict)
+
     def _progress(self) -> dict[str, Any]:
-        return {"detector": self._detector.state_dict()}
+        of_groups = [detector.state_dict() for detector in self._of_groups]
+        return {
+            "detector": self._detector.state_dict(),
+            "groups": {"detectors": of_groups, "drops": list(self.group_drops)},
+        }
 
     def _restore_progress(self, state: Mapping[str, Any]) -> None:
         self._detector.load_state_dict(state["detector"])
+        self._of_groups, self.group_drops = [], []
+        self._follow_groups(len(state["groups"]["detectors"]))
+        for detector, saved in zip(self._of_groups, state["groups"]["detectors"], strict=True):
+            detector.load_state_dict(saved)
+        self.group_drops = list(state["groups"]["drops"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -235,16 +235,29 @@ class OptimizerStepScheduler(LRScheduler):
         for group, lr in zip(self.optimizer.param_groups, lrs, strict=False):
             _set_lr(group, lr)
 
-    def _drop_lrs(self, factor: float, min_lrs: Sequence[float]) -> bool:
-        """``lr = max(min_lr, factor * lr)`` but never higher than it was; whether any changed."""
-        changed = False
+    def _drop_lrs(
+        self, factor: float, min_lrs: Sequence[float], groups: Container[int] | None = None
+    ) -> list[int]:
+        """``lr = max(min_lr, factor * lr)`` but never higher than it was.
+
+        Args:
+            factor: below 1.
+            min_lrs: of each group.
+            groups: indices of those to lower; None for all.
+
+        Returns:
+            Indices of the groups whose rate has changed.
+        """
+        changed = []
         for i, group in enumerate(self.optimizer.param_groups):
+            if groups is not None and i not in groups:
+                continue
             lr = float(group["lr"])
             floor = min_lrs[i] if i < len(min_lrs) else 0.0
             dropped = max(floor, factor * lr)
             if dropped < lr:
                 _set_lr(group, dropped)
-                changed = True
+                changed.append(i)
         return changed
 
     def close(self) -> None:

@@ -207,7 +207,7 @@ class EpochAutoDrop(MeasuringScheduler):
         if waited == self.delay:
             self._waited = None
             averaged = self._write_average()
-            dropped = self._drop_lrs(self.factor, self.min_lrs)
+            dropped = bool(self._drop_lrs(self.factor, self.min_lrs))
             self.num_drops += dropped
             self.current_threshold = min(self.max_threshold, threshold / self.factor)
         decision = EpochDecision(

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from torch.optim import Optimizer
 
 from ..meter_state import ArenaState
-from ..reading import Decision, from_columns, to_columns
+from ..reading import Decision, from_columns, remember, to_columns
 from ..velocity import HISTORY, AngularVelocity
 from .arguments import check_callback, check_factor, floors
 from .base import OptimizerStepScheduler, as_floats, check_optimizer
@@ -37,7 +37,11 @@ class MeasuringScheduler(OptimizerStepScheduler):
         *,
         min_lr: float | Iterable[float],
         params: Any,
-        sample: float | None,
+        sample: float | Literal["auto"] | None,
+        seed: int = 0,
+        tolerance: float = 0.01,
+        per_tensor: bool = False,
+        per_group: bool = False,
         backend: str,
         process_group: Any,
         form: Literal["auto", "sum", "delta"],
@@ -60,6 +64,10 @@ class MeasuringScheduler(OptimizerStepScheduler):
             optimizer if params is None else params,
             window,
             sample=sample,
+            seed=seed,
+            tolerance=tolerance,
+            per_tensor=per_tensor,
+            per_group=per_group,
             backend=backend,
             process_group=process_group,
             form=form,
@@ -68,8 +76,7 @@ class MeasuringScheduler(OptimizerStepScheduler):
 
     def _keep(self, decision: Decision, bound: int = HISTORY) -> None:
         """Take a decision that has been carried out into the history, and tell of it."""
-        self.history.append(decision)
-        del self.history[:-bound]
+        remember(self.history, decision, bound)
         if self.on_reading is not None:
             self.on_reading(decision)
         if decision.dropped and self.on_drop is not None:
@@ -78,12 +85,15 @@ class MeasuringScheduler(OptimizerStepScheduler):
     def _get_closed_form_lr(self) -> list[float]:
         """Base rates after all drops so far: what ``SequentialLR`` asks for at a milestone."""
         lrs = self._warmed(self.base_lrs)
-        for _ in range(self.num_drops):
-            least = self.min_lrs + [0.0] * (len(lrs) - len(self.min_lrs))
-            lrs = [
-                min(lr, max(floor, self.factor * lr)) for lr, floor in zip(lrs, least, strict=False)
-            ]
+        least = self.min_lrs + [0.0] * (len(lrs) - len(self.min_lrs))
+        for g, floor in zip(range(len(lrs)), least, strict=False):
+            for _ in range(self._drops_of(g)):
+                lrs[g] = min(lrs[g], max(floor, self.factor * lrs[g]))
         return lrs
+
+    def _drops_of(self, group: int) -> int:
+        """How often the rate of a param group was lowered."""
+        return self.num_drops
 
     def _metrics(self, **values: float | None) -> dict[str, float]:
         """``lr`` of the first param group, ``num_drops`` and those ``values`` that are defined."""

@@ -74,6 +74,10 @@ class SaturationDetector:
         self.kernel = kernel
         self.reset()
 
+    def fresh(self) -> SaturationDetector:
+        """Another one with the same settings that has seen nothing."""
+        return SaturationDetector(self.threshold, self.buffer_size, self.min_samples, self.kernel)
+
     def reset(self) -> None:
         """Forget all angles."""
         self._buffer: list[float] = []

@@ -1,0 +1,48 @@
+"""The documentation site: `make docs` writes it to build/site, with warnings as errors.
+
+The source folder is the repository's root, so that links between the documents in its folders work
+on the site as they do in the repository.
+"""
+
+from __future__ import annotations
+
+import autodrop_ext
+
+project = "autodrop_ext"
+author = "the autodrop_ext authors"
+version = release = autodrop_ext.__version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+]
+root_doc = "docs/index"
+include_patterns = ["*.md"]
+include_patterns += [f"{folder}/*.md" for folder in ("benchmarks", "docs", "examples")]
+include_patterns += ["benchmarks/results/*/*.md"]
+exclude_patterns = [".venv", ".*", "build", "dist", "*.egg-info"]
+
+html_theme = "furo"
+html_title = f"autodrop_ext {release}"
+html_extra_path = ["redirect"]  # the site's first address leads to docs/index.html
+html_show_sourcelink = False
+
+# Reports in benchmarks/results are reached by links; a test looks for the pages of docs/.
+suppress_warnings = ["toc.not_included"]
+nitpicky = True
+# Nothing is fetched while the site is built, so that names of other packages stay unlinked.
+nitpick_ignore_regex = [
+    (r"py:.*", r"(torch|numpy|matplotlib|pathlib|collections|typing|transformers|lightning)\..*"),
+    (r"py:.*", r"[a-z_. ]*|Any|Callable|Iterable|Mapping|Sequence|Literal.*|Path|Tensor|Optimizer"),
+    (r"py:.*", r"Kernel|LogSink|RateSequence"),  # names for types, written out in the text
+]
+myst_heading_anchors = 3
+
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+autodoc_member_order = "bysource"
+autodoc_default_options = {"members": True}
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True  # else attributes of dataclasses stand there twice
