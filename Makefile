@@ -19,16 +19,16 @@ $(VENV)/.%: pyproject.toml setup.py csrc/CMakeLists.txt $(CPP)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) "$(TORCH)" numpy
 	$(INSTALL) --editable ".[$*]"
-	touch $@
+	touch $@ $(if $(filter dev,$*),$(VENV)/.test)  # dev holds test
 
 demo: $(VENV)/.demo   ## train on handwritten digits; a table and a picture in demo-output/
 	$(BIN)/autodrop demo
 
 test: $(VENV)/.test   ## the tests, the compiled core under sanitizers included; a few minutes
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-test-slow: $(VENV)/.test   ## one tensor of more than 2^31 elements; 13 GiB
-	$(BIN)/python -m pytest -m slow
+test-slow: $(VENV)/.test   ## what takes minutes, and a tensor of more than 2^31 elements, 13 GiB
+	$(BIN)/python -m pytest -m slow -n 2 --dist worksteal
 
 check: $(VENV)/.dev   ## ruff, mypy, clang-format
 	$(BIN)/ruff check .

@@ -12,6 +12,13 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Triton's interpreter takes a minute for the case that lets threads of a CPU share work."""
+    for item in items:
+        if "triton-threads" in item.name and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture
 def gpu() -> torch.device:
     """A CUDA device; without one the test is skipped, or fails under AUTODROP_REQUIRE_GPU=1."""
