@@ -79,6 +79,8 @@ gpu:   ## on a machine with a GPU: build, tests, compute-sanitizer, benchmarks; 
 	    || exit 1; \
 	done
 	$(PYTHON) benchmarks/gpu.py --output benchmarks/results
+	$(PYTHON) benchmarks/sampling.py cost --device cuda --shapes llama8b --dtype bfloat16 \
+	  --json benchmarks/results
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info autodrop_ext/*.so demo-output benchmark.json

@@ -84,6 +84,7 @@ class Decision(Reading):
     """A reading together with what a scheduler made of it.
 
     Attributes:
+        step: optimizer steps so far, the warm-up's included.
         smoothed: the angular velocity behind the Gaussian filter, degrees; None where there are
             too few values since the last drop.
         rise: ``C_i - C_{i-1}``, degrees in one window; the rate drops where it stays below the

@@ -361,7 +361,10 @@ def cost(device: str, which: str, dtype: torch.dtype, repeats: int) -> dict[str,
             times[name]["step"].append(seconds(lambda mine=mine: mine.accumulate(first=False)))
             flush.add_(1.0)
             times[name]["close"].append(seconds(lambda mine=mine: mine.close(64)))
+    load = f"load {os.getloadavg()[0]:.1f}, {torch.get_num_threads()} threads"
+    where = load if device == "cpu" else torch.cuda.get_device_name()
     result: dict[str, Any] = {"shapes": which, "dtype": str(dtype), "elements": elements}
+    result["where"] = where
     for name, both in times.items():
         result[name] = {key: statistics.median(values[2:]) for key, values in both.items()}
         plan = arenas[name].plan
@@ -401,10 +404,9 @@ def print_drops(table: list[dict[str, Any]], *, head: bool) -> None:
         )
 
 
-def print_cost(result: dict[str, Any], device: str) -> None:
-    load_now = f"load {os.getloadavg()[0]:.1f}, {torch.get_num_threads()} threads"
-    where = torch.cuda.get_device_name() if device != "cpu" else load_now
-    print(f"{result['shapes']}, {result['dtype']}, {result['elements']:,} elements on {where}\n")
+def print_cost(result: dict[str, Any]) -> None:
+    elements = f"{result['elements']:,} elements"
+    print(f"{result['shapes']}, {result['dtype']}, {elements} on {result['where']}\n")
     print("| | bytes a parameter | chunks | a step, ms | of exact | a close, ms | of exact |")
     print("|:--|--:|--:|--:|--:|--:|--:|")
     exact = result["exact"]
@@ -427,13 +429,13 @@ def main() -> None:
     parser.add_argument("--shapes", choices=[*shapes.SHAPES, "llama8b"], default="transformer60m")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--json", type=pathlib.Path)
+    parser.add_argument("--json", type=pathlib.Path, help="a file, or a folder to name one in")
     arguments = parser.parse_args()
     results: Any = []
     if arguments.command == "cost":
         dtype = getattr(torch, arguments.dtype)
         results = cost(arguments.device, arguments.shapes, dtype, arguments.repeats)
-        print_cost(results, arguments.device)
+        print_cost(results)
     elif arguments.command == "record":
         torch.set_num_threads(1)
         for name in arguments.only:
@@ -448,7 +450,11 @@ def main() -> None:
             show(table, head=not results)
             results += table
     if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+        path = arguments.json
+        if path.is_dir():
+            hardware = "cpu" if arguments.device == "cpu" else torch.cuda.get_device_name()
+            path /= f"{hardware.replace(' ', '-')}-sampling-{arguments.command}.json"
+        path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

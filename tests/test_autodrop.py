@@ -177,6 +177,16 @@ def test_warmup_is_linear_and_measures_nothing() -> None:
     assert lrs[9] == 0.5
 
 
+def test_decisions_count_the_steps_of_the_warmup() -> None:
+    optimizer = Given(iterates := turning([90.0] * 12))
+    scheduler = AutoDrop(optimizer, window=1, factor=0.5, warmup_steps=4, **SMALL)
+    for _ in iterates:
+        optimizer.step()
+        scheduler.step()
+    assert next(d.step for d in scheduler.history if d.dropped) == 9
+    assert scheduler.history[0].step == 4 + 3
+
+
 def test_sequential_with_a_torch_warmup_reaches_the_base_rate() -> None:
     optimizer = Given(turning([90.0] * 20), lr=0.1)
     autodrop = AutoDrop(optimizer, window=1, factor=0.5, **SMALL)
@@ -395,11 +405,15 @@ def test_a_compiled_step_before_the_scheduler_is_made_works() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch's compiler
+@pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)], ids=["float", "tensor"])
 @pytest.mark.parametrize("before", [False, True])
-def test_compiled_steps_are_counted(before: bool) -> None:
+def test_compiled_steps_are_counted(before: bool, lr: float | torch.Tensor) -> None:
     """Compiled: optimizer.step itself, before the scheduler is made, or a caller of it."""
+    torch.compiler.reset()
+    breaks = torch._dynamo.utils.counters["graph_break"]
+    breaks.clear()
     parameter = torch.nn.Parameter(torch.ones(4))
-    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    optimizer = torch.optim.SGD([parameter], lr=lr)
     if before:
         optimizer.step = torch.compile(optimizer.step, backend="eager")  # type: ignore[method-assign]
     scheduler = AutoDrop(optimizer, window=2, **SMALL)
@@ -410,6 +424,7 @@ def test_compiled_steps_are_counted(before: bool) -> None:
         scheduler.step()
     assert scheduler._meter.steps == 12
     assert len(scheduler.history) == 4
+    assert not any("item()" in reason for reason in breaks)  # our hook is not traced
 
 
 def test_gradient_accumulation_counts_optimizer_steps() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
@@ -157,7 +158,8 @@ class AutoDrop(MeasuringScheduler):
     def _on_optimizer_step(self) -> None:
         reading = self._meter.observe(calls=self._step_count)
         if reading is not None:
-            self._decide(reading)
+            # The meter does not know of the warm-up.
+            self._decide(dataclasses.replace(reading, step=self._optimizer_steps))
 
     def _decide(self, reading: Reading) -> None:
         if self.per_group:

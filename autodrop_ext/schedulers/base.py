@@ -89,23 +89,19 @@ class OptimizerStepScheduler(LRScheduler):
             if scheduler is not None and optimizer is scheduler.optimizer:
                 scheduler._mark(optimizer)
 
-        return mark
+        return _untraced(mark)
 
     def _make_pre_hook(self) -> Callable[[Optimizer, Any, Any], None]:
         this = weakref.ref(self)
-        # Where optimizer.step is compiled, its hooks are traced; this one would be for ten seconds.
-        # What disable() imports has been imported by the optimizer's constructor.
-        disable: Callable[..., Callable[[OptimizerStepScheduler], None]] = torch.compiler.disable
-        look_untraced = disable(type(self)._before_optimizer_step)
 
         def look(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             scheduler = this()
             if scheduler is None or optimizer is not scheduler.optimizer:
                 return
             if scheduler._awaits_step() and scheduler._moves(optimizer):
-                look_untraced(scheduler)
+                scheduler._before_optimizer_step()
 
-        return look
+        return _untraced(look)
 
     def _mark(self, optimizer: Optimizer) -> None:
         if self._moves(optimizer):
@@ -292,6 +288,16 @@ def check_optimizer(optimizer: Any) -> Optimizer:
         if "lr" not in group:
             raise ValueError(f"optimizer: param_groups[{i}] has no 'lr' to change")
     return optimizer
+
+
+def _untraced(hook: Callable[[Optimizer, Any, Any], None]) -> Callable[[Optimizer, Any, Any], None]:
+    """The hook, run as it is where the optimizer's step is compiled.
+
+    Traced, it would cost seconds, and reading a tensor learning rate would break the graph with a
+    page of warnings. What disable() imports has been imported by the optimizer's constructor.
+    """
+    disable: Callable[..., Callable[[Optimizer, Any, Any], None]] = torch.compiler.disable
+    return disable(hook)
 
 
 def _set_lr(group: dict[str, Any], lr: float) -> None:
