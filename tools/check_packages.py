@@ -10,6 +10,8 @@ and used by itself, and every module is compiled. Under this one, a typed user's
 
 from __future__ import annotations
 
+import concurrent.futures
+import functools
 import os
 import pathlib
 import shutil
@@ -35,16 +37,20 @@ def main() -> None:
     shutil.rmtree(dist, ignore_errors=True)
     _run(sys.executable, "-m", "build", "--sdist", "--outdir", str(dist), str(ROOT))
     (sdist,) = dist.glob("*.tar.gz")
-    with tempfile.TemporaryDirectory() as scratch:
-        for version in interpreters.VERSIONS:
-            python = interpreters.find(version)
-            if python is None:
-                print(f"Python {version}: not on this machine", flush=True)
-                continue
-            _check(version, python, str(sdist), dist, pathlib.Path(scratch, version))
+    # Two at a time: much of a build is one process that unpacks its tools.
+    pool = concurrent.futures.ThreadPoolExecutor(2)
+    with tempfile.TemporaryDirectory() as scratch, pool:
+        folders = [pathlib.Path(scratch, version) for version in interpreters.VERSIONS]
+        check = functools.partial(_check, sdist=str(sdist), dist=dist)
+        for line in pool.map(check, interpreters.VERSIONS, folders):
+            print(line, flush=True)
 
 
-def _check(version: str, python: str, sdist: str, dist: pathlib.Path, folder: pathlib.Path) -> None:
+def _check(version: str, folder: pathlib.Path, sdist: str, dist: pathlib.Path) -> str:
+    """What was found, in a line."""
+    python = interpreters.find(version)
+    if python is None:
+        return f"Python {version}: not on this machine"
     wheels = dist / version
     pip = [python, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(wheels), sdist]
     _run(*pip, AUTODROP_CUDA="0")
@@ -53,11 +59,11 @@ def _check(version: str, python: str, sdist: str, dist: pathlib.Path, folder: pa
     _run(python, "-m", "venv", "--without-pip", str(environment))
     inside = str(environment / "bin/python")
     _run(sys.executable, "-m", "pip", "--python", inside, "install", "--no-deps", str(wheel))
-    print(_run(inside, "-I", str(ROOT / "tools/check_installed.py")).strip(), end="", flush=True)
-    if version == OWN:
-        _check_with_torch(environment, folder)
-        print("; imports; a typed script passes mypy --strict and runs", end="")
-    print(flush=True)
+    found = _run(inside, "-I", str(ROOT / "tools/check_installed.py")).strip()
+    if version != OWN:
+        return found
+    _check_with_torch(environment, folder)
+    return f"{found}; imports; a typed script passes mypy --strict and runs"
 
 
 def _check_with_torch(environment: pathlib.Path, folder: pathlib.Path) -> None:

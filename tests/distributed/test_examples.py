@@ -102,15 +102,14 @@ def test_fsdp2() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 3])
-def test_fsdp2_goes_on_with_another_number_of_processes(ranks: int, tmp_path: pathlib.Path) -> None:
+def test_fsdp2_goes_on_with_another_number_of_processes(tmp_path: pathlib.Path) -> None:
     """From the middle of a window."""
     run = launch("fsdp2.py", 2, "--steps", 70, "--checkpoint", tmp_path)
-    assert_goes_on("fsdp2.py", ranks, tmp_path, run)
+    assert_goes_on("fsdp2.py", 3, tmp_path, run)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "tensor_parallel"), [(2, 2), (2, 1), (4, 2)])
+@pytest.mark.parametrize(("ranks", "tensor_parallel"), [(2, 1), (4, 2)])
 def test_fsdp2_tensor_parallel(ranks: int, tensor_parallel: int, tmp_path: pathlib.Path) -> None:
     options = ("--steps", 70, "--tensor-parallel", tensor_parallel, "--checkpoint", tmp_path)
     run = launch("fsdp2_tensor_parallel.py", ranks, *options)
