@@ -48,7 +48,7 @@ class Model:
 
 
 MODELS = (
-    Model("ResNet-50", 25.6e6, 161, 1),
+    Model("25 million", 25.6e6, 161, 1),
     Model("1 billion", 1e9, 150, 1),
     Model("8 billion", 8e9, 291, 8),
     Model("70 billion", 70e9, 723, 64),

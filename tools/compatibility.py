@@ -39,7 +39,7 @@ OLDEST_TORCH = (2, 6)
 USUAL_PYTHON = "3.11"
 USUAL_TORCH = "2.13.0"
 
-TESTS = ("autodrop", "state", "velocity", "operations", "faults", "epoch")
+TESTS = ("autodrop", "state", "velocity", "parts", "operations", "faults", "epoch")
 """Of ``tests/test_*.py``: those that lean on torch's optimizers, hooks, formats and kernels."""
 
 TEST_PACKAGES = ("pytest", "pytest-benchmark", "hypothesis", "click", "rich", "matplotlib")
