@@ -60,6 +60,8 @@ class Details:
         shards: what lies there, those that are summed.
         groups: number of param groups.
         sampled: whether only a part is read.
+        room: whether the list has room for error terms, and for those under other fractions.
+            The same for all choices of a meter, so that ranks need not change at once.
         per_tensor: whether every tensor is a part.
         per_group: whether every param group is one, where tensors are not.
         foresee: whether the error under other fractions is wanted.
@@ -72,6 +74,7 @@ class Details:
         groups: int,
         *,
         sampled: bool,
+        room: tuple[bool, bool],
         per_tensor: bool,
         per_group: bool,
         foresee: bool,
@@ -89,9 +92,11 @@ class Details:
         self._num_parts = count
         self.sampled = sampled
         # A rank without elements must send as many numbers as the others.
-        self._head = _TOTAL + MOMENTS * len(FRACTIONS) * foresee if sampled else 0
+        errors, ahead = room
+        self._head = _TOTAL * errors + MOMENTS * len(FRACTIONS) * ahead
         self.size = self._head + _PART * self._num_parts
 
+    @np.errstate(all="ignore")  # of numbers that are not finite, the meter speaks on all ranks
     def gather(self) -> list[float]:
         """This rank's numbers after a close, weighted like the totals."""
         if not self.size:
@@ -121,15 +126,13 @@ class Details:
                 sums = arenas.per_tensor.cpu().numpy()[:, :_SUMS]
                 numbers = np.concatenate([sums, of_tensor], axis=1)
                 np.add.at(parts, self._parts[d], numbers * plan.tensor_weights[:, None])
-        head = [spread, *moments.tolist(), *products.tolist()][: self._head]
-        if self._foresee:
-            head += ahead.ravel().tolist()
-        return [*head, *parts.ravel().tolist()]
+        head = [spread, *moments.tolist(), *products.tolist(), *ahead.ravel().tolist()]
+        return [*head[: self._head], *parts.ravel().tolist()]
 
     def added(self, numbers: Sequence[float]) -> Added:
         """What the numbers of all ranks together mean."""
         head, tail = list(numbers[: self._head]), list(numbers[self._head :])
-        ahead = head[_TOTAL:]
+        ahead = head[_TOTAL:] if self._foresee else []
         return Added(
             spread=head[0] if head else 0.0,
             moments=head[1 : 1 + MOMENTS],

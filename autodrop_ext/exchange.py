@@ -30,22 +30,24 @@ class Exchange:
 
     def __init__(self) -> None:
         self.ranks: Ranks | None = None
-        self._numbers = 0  # beside the row, that all ranks send next
+        self._numbers: int | None = None  # that all ranks send beside their rows, once agreed
 
-    def agree(
-        self, reader: Reader, counts: Counts, sums: Sums, next_numbers: int
-    ) -> tuple[Agreement, Added | None]:
+    def restart(self) -> None:
+        """Begin as a new one: with the rows alone."""
+        self._numbers = None
+
+    def agree(self, reader: Reader, counts: Counts, sums: Sums) -> tuple[Agreement, Added | None]:
         """Sums over all ranks, and the numbers beside them unless some rank could not send them.
 
         Rows must be of one length, also where a rank has just found other parameters than the
-        others. So every rank sends as many numbers beside its row as all of them had at the last
-        window, whose rows have shown that they are alike; the first window goes without.
+        others. So every rank sends as many numbers beside its row as the rows of the last window
+        have shown all of them to have. The first window, and the first after a start over, gathers
+        the rows alone; then, if they agree, the numbers.
 
         Args:
             reader: that was closed.
             counts: of this rank.
             sums: of this rank, weighted.
-            next_numbers: how many there will be beside the next row.
 
         Raises:
             DisagreementError: ranks did not measure the same; raised on all of them alike.
@@ -63,17 +65,20 @@ class Exchange:
             held=holding.held,
             stage=self.ranks.stage,
             num_stages=self.ranks.num_stages,
+            numbers=details.size,
             elements=holding.elements,
             model_elements=holding.model_elements,
             replicated=holding.replicated([a.per_tensor for a in reader.arenas]),
             **sums._asdict(),
         )
-        sent, self._numbers = self._numbers, 0
-        if len(numbers) != sent:
-            numbers = [math.nan] * sent
+        sent, self._numbers = self._numbers, None
+        beside = numbers if len(numbers) == sent else [math.nan] * (sent or 0)
         try:
-            rows = self.ranks.gather([*row, *numbers])
-            agreement = agree([Row(*values[: len(row)]) for values in rows])
+            gathered = self.ranks.gather([*row, *beside])
+            agreement = agree([Row(*values[: len(row)]) for values in gathered])
+            every = [values[len(row) :] for values in gathered]
+            if sent is None and not agreement.start_over and numbers:
+                every = self.ranks.gather(numbers)
         except DisagreementError:
             raise
         except RuntimeError as error:
@@ -83,7 +88,9 @@ class Exchange:
                 f"other {self.ranks.size - 1} ranks: one of them is dead, late, or counts fewer "
                 "steps; no learning rate was changed"
             ) from error
-        self._numbers = next_numbers
-        if agreement.start_over or sent != details.size:
+        if agreement.start_over:
             return agreement, None
-        return agreement, details.added(add_in_order([values[len(row) :] for values in rows]))
+        self._numbers = details.size
+        if len(every[0]) != details.size:
+            return agreement, None
+        return agreement, details.added(add_in_order(every))

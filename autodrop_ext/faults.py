@@ -71,10 +71,23 @@ class Faults:
                     self._say("nonfinite", f"{segment.name}{where} {consequence}")
                     return
 
-    def watch_displacement(self, sums: Sums, all_arenas: Sequence[Arenas]) -> None:
+    def no_memory_for_more(self, error: RuntimeError) -> None:
+        """A sample could not take the place of another."""
+        self._say("memory", f"{error}; the meter goes on with the part that it reads")
+
+    def watch_displacement(
+        self, sums: Sums, all_arenas: Sequence[Arenas], *, sampled: bool
+    ) -> None:
         """Look at a window's displacement for parameters that do not move."""
         self.still_windows = self.still_windows + 1 if sums.norm == 0 else 0
-        if self.still_windows == _STILL_WINDOWS:
+        if self.still_windows == _STILL_WINDOWS and sampled:
+            self._say(
+                "still",
+                f"no parameter of the sample moved during the last {_STILL_WINDOWS} windows, so "
+                "the angle is undefined and no learning rate is dropped; a larger sample= may hold "
+                "some that move",
+            )
+        elif self.still_windows == _STILL_WINDOWS:
             self._say(
                 "still",
                 f"no parameter moved during the last {_STILL_WINDOWS} windows, so the angle is "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -39,10 +38,13 @@ class AutoFraction:
     def __init__(self, tolerance: float) -> None:
         self.tolerance = tolerance
         self.chosen: float | None = None
+        self._least = FRACTIONS[0]
         self.restart()
 
-    def restart(self) -> None:
-        """Forget the readings so far, but no choice."""
+    def restart(self, *, anew: bool = False) -> None:
+        """Forget the readings so far, and with ``anew`` the choice."""
+        if anew:
+            self.chosen = None
         self._worst = [0.0] * len(FRACTIONS)
         self._readings = 0
 
@@ -59,13 +61,18 @@ class AutoFraction:
         """
         if self.chosen is not None:
             return self.chosen
-        if elements is None:
+        self._least = self.first(elements)
+        if self._least == 1:
+            self._choose(1.0, f"because there are only {elements:,.0f}")
+        return self._least
+
+    def first(self, elements: float | None) -> float:
+        """What :meth:`start` begins with, if nothing is chosen."""
+        if not elements:
             return PILOT_FRACTION
         enough = 1 / (1 + math.radians(self.tolerance) ** 2 * elements)
         fraction = next(f for f in FRACTIONS if f >= enough)
-        if fraction == 1:
-            self._choose(1.0, f"because there are only {elements:,.0f}")
-        return min(fraction, PILOT_FRACTION) if fraction < 1 else fraction
+        return min(fraction, PILOT_FRACTION) if fraction < 1 else 1.0
 
     def take(self, sums: Sequence[float], moments: Sequence[Sequence[float]]) -> float | None:
         """Look at a reading; the choice if this was the last one needed.
@@ -82,7 +89,9 @@ class AutoFraction:
         if self._readings < PILOT_READINGS:
             return None
         fraction, error = next(
-            (f, e) for f, e in zip(FRACTIONS, self._worst, strict=True) if e <= self.tolerance
+            (f, e)
+            for f, e in zip(FRACTIONS, self._worst, strict=True)
+            if e <= self.tolerance and f >= self._least
         )
         self._choose(fraction, f"for a standard error of {error:.2g} degrees")
         return fraction
@@ -110,25 +119,11 @@ def foreseen(
         weights: of their sums, ``[num_strata]``.
     """
     tables = []
+    # At least two chunks a *tensor*: of a part smaller than now, strata would be wider ones.
+    of_tensor = np.bincount(choice.stratum_tensor, choice.taken)[choice.stratum_tensor]
+    least = np.minimum(choice.population, LEAST_CHUNKS * choice.taken / of_tensor)
     for other in FRACTIONS:
-        least = np.minimum(choice.population, LEAST_CHUNKS)
         grown = choice.taken * (other / fraction) if other < 1 else choice.population
         taken = np.clip(grown, least, choice.population)
         tables.append(variances(scattered, choice.population, taken).T @ weights)
     return np.array(tables)
-
-
-def check_sample(sample: Any, seed: Any, tolerance: Any) -> None:
-    """Raises TypeError or ValueError unless a meter can take these arguments."""
-    expected = "expected None, 'auto' or a number above 0 and at most 1"
-    if isinstance(sample, str) or (isinstance(sample, (int, float)) and not 0 < sample <= 1):
-        if sample != "auto":
-            raise ValueError(f"sample: {expected}, got {sample!r}")
-    elif isinstance(sample, bool) or not isinstance(sample, (int, float, type(None))):
-        raise TypeError(f"sample: {expected}, got {sample!r}")
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed: expected an int, got {seed!r}")
-    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)):
-        raise TypeError(f"tolerance: expected a number of degrees, got {tolerance!r}")
-    if not 0 < tolerance < math.inf:
-        raise ValueError(f"tolerance: expected degrees above 0, got {tolerance!r}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .arenas import Arenas, Form, NamedArenas
-from .distributed import LocalShard, find_ranks, local_tensor
+from .distributed import LocalShard, find_ranks, local_tensor, model_elements
 from .sampling import FloatArray
 
 WINDOWS_FOR_ANGLE = 3  # two displacements need three means
@@ -29,13 +30,17 @@ class SavedArenas:
         steps: optimizer steps that the meter had observed.
         arenas: local tensors by parameter name and role.
         sample: fraction of the chunks that they hold, and the seed of the choice.
-        sizes: that the sample was drawn by, or None.
+        drawn: what tells the choice from others.
+        sizes: what a survey found, or None.
+        sized: whether the sample was drawn by that.
     """
 
     form: Form
     steps: int
     arenas: NamedArenas
     sample: tuple[float, int] = (1.0, 0)
+    drawn: Sequence[str] = ()
+    sized: bool = False
     sizes: Mapping[str, FloatArray] | None = None
 
     def completed(self, apart: SavedArenas | None) -> tuple[SavedArenas, str | None]:
@@ -46,21 +51,24 @@ class SavedArenas:
         """
         if self.arenas:
             return self, None
+        if self.sample[0] < 1:
+            return self, "sums of a sample are not saved for sharded parameters"
         if apart is None:
             return self, "it was saved without the arenas, which arena_state would hold"
         if apart.steps != self.steps:
             return self, f"its arenas are of step {apart.steps}, its counts of step {self.steps}"
         return apart, None
 
-    def sampled_otherwise(self, fraction: float, seed: int) -> str | None:
+    def sampled_otherwise(self, fraction: float, seed: int, drawn: Sequence[str]) -> str | None:
         """Why these are not the elements that a meter reads, or None."""
-        if (self.sample[0] == 1) == (fraction == 1) and self.sample in (
-            (1.0, seed),
-            (fraction, seed),
-        ):
-            return None
         given, chosen = self.sample
-        return f"it has sample={given:g} and seed={chosen}, not {fraction:g} and {seed}"
+        if given == fraction == 1:
+            return None
+        if (given, chosen) != (fraction, seed):
+            return f"it has sample={given:g} and seed={chosen}, not {fraction:g} and {seed}"
+        if list(self.drawn) != list(drawn):
+            return "the parameters have other shapes, types or parts, so that others are drawn"
+        return None
 
 
 class ArenaState:
@@ -113,9 +121,20 @@ class ArenaState:
             meter._reader = None
 
     def _shards(self) -> list[LocalShard]:
-        if self._meter._sampled:
+        shards = self._meter._source.shards()
+        if self._meter._sampled and not self._will_read_everything(shards):
             return []
-        return [shard for shard in self._meter._source.shards() if not shard.flat]
+        return [shard for shard in shards if not shard.flat]
+
+    def _will_read_everything(self, shards: Sequence[LocalShard]) -> bool:
+        """Of a meter that chooses the part itself and has not begun."""
+        meter = self._meter
+        if meter._auto is None or meter._reader is not None:
+            return False
+        if meter._auto.chosen is not None:
+            return meter._auto.chosen == 1
+        elements = model_elements(shards, find_ranks(meter._process_group, shards))
+        return meter._auto.first(elements) == 1
 
     def _named(self) -> NamedArenas:
         """The local arenas by parameter name: live ones, or those that wait for the next step."""
@@ -176,20 +195,40 @@ def state_of(meter: AngularVelocity) -> dict[str, Any]:
     }
 
 
-def _sample_of(meter: AngularVelocity) -> dict[str, Any] | None:
-    """Which part the arenas hold; None for everything."""
-    fraction, seed, sizes = meter.fraction or 1.0, meter._seed, None
-    if meter._restore is not None:
-        fraction, seed = meter._restore.sample
-        sizes = meter._restore.sizes
-    elif meter._reader is not None and not meter._reader.holding.sharded:
-        sizes = meter._reader.sizes
-    chosen = None if meter._auto is None else meter._auto.chosen
-    if fraction == 1 and chosen is None:
-        return None
+def _sample_of(meter: AngularVelocity) -> dict[str, Any]:
+    """Which part the arenas hold.
+
+    The same entries for all meters, because ``torch.distributed.checkpoint`` loads only into what
+    has the structure of what was saved; of ``sizes`` it loads those that are there.
+    """
+    waiting, reader = meter._restore, meter._reader
+    saved = SavedArenas("delta", meter.steps, {}, (meter.fraction or 1.0, meter._seed))
+    if waiting is not None:
+        saved = waiting
+    elif reader is not None and not reader.holding.sharded:
+        saved = dataclasses.replace(
+            saved, drawn=reader.drawn, sized=reader.sizes is not None, sizes=meter._sizes
+        )
     # As exact in float32: the survey has rounded them.
-    drawn_by = {k: torch.from_numpy(v.astype(np.float32)) for k, v in (sizes or {}).items()}
-    return {"fraction": fraction, "seed": seed, "chosen": chosen, "sizes": drawn_by}
+    sizes = {k: torch.from_numpy(v.astype(np.float32)) for k, v in (saved.sizes or {}).items()}
+    return {
+        "fraction": saved.sample[0],
+        "seed": saved.sample[1],
+        "chosen": None if meter._auto is None else meter._auto.chosen,
+        "drawn": list(saved.drawn),
+        "sized": saved.sized,
+        "sizes": sizes,
+    }
+
+
+_EVERYTHING: dict[str, Any] = {
+    "fraction": 1.0,
+    "seed": 0,
+    "chosen": None,
+    "drawn": [],
+    "sized": False,
+    "sizes": {},
+}
 
 
 def load_state(meter: AngularVelocity, state: Mapping[str, Any]) -> None:
@@ -197,21 +236,28 @@ def load_state(meter: AngularVelocity, state: Mapping[str, Any]) -> None:
     problem = problem_of(state)
     if problem is not None:
         raise ValueError(f"state_dict: expected a state of AngularVelocity, got {problem}")
+    sample = state.get("sample") or _EVERYTHING
+    sizes = {name: size.cpu().double().numpy() for name, size in sample["sizes"].items()} or None
     meter._reader = meter._restore = None
     meter._forget()
-    nothing: dict[str, Any] = {"fraction": 1.0, "seed": meter._seed, "chosen": None, "sizes": {}}
-    sample = state.get("sample") or nothing
-    if meter._auto is not None and sample["chosen"] is not None:
+    meter._exchange.restart()
+    if meter._auto is not None:
         meter._auto.chosen = sample["chosen"]
-        meter._fraction = sample["fraction"]
+        meter._fraction = None if sample["chosen"] is None else sample["fraction"]
     meter.window = state["window"]
     meter.steps = state["steps"]
     meter.windows = state["windows"]
     if state["fresh"]:
         return
-    taken = (sample["fraction"], sample["seed"])
-    sizes = {name: size.double().numpy() for name, size in sample["sizes"].items()} or None
-    meter._restore = SavedArenas(state["form"], meter.steps, state["arenas"], taken, sizes)
+    meter._restore = SavedArenas(
+        state["form"],
+        meter.steps,
+        state["arenas"],
+        (sample["fraction"], sample["seed"]),
+        sample["drawn"],
+        sample["sized"] and sizes is not None,
+        sizes,
+    )
     meter._form = state["form"]
     meter._fresh = False
     meter._position = state["position"]
@@ -225,7 +271,9 @@ def load_arenas(meter: AngularVelocity, saved: SavedArenas) -> None:
     """Fill a meter's new arenas with saved ones, or start over where they do not fit."""
     assert meter._reader is not None
     saved, problem = saved.completed(meter._resharded)
-    problem = problem or saved.sampled_otherwise(meter.fraction or 1.0, meter._seed)
+    problem = problem or saved.sampled_otherwise(
+        meter.fraction or 1.0, meter._seed, meter._reader.drawn
+    )
     problem = problem or next(
         (p for a in meter._reader.arenas if (p := a.misfit(saved.arenas)) is not None), None
     )
@@ -261,9 +309,7 @@ def problem_of(state: Any) -> str | None:
         "arenas": Mapping,
     }
     sample = state.get("sample")  # states of the first release have none
-    if sample is not None and not (
-        isinstance(sample, Mapping) and {"fraction", "seed", "chosen", "sizes"} <= set(sample)
-    ):
+    if sample is not None and not (isinstance(sample, Mapping) and set(_EVERYTHING) <= set(sample)):
         return f"sample={sample!r}"
     for key, kind in kinds.items():
         if key not in state:

@@ -148,7 +148,20 @@ def _named(params: Any) -> list[Named]:
                 f"params[{i}]: expected a tensor, a (name, tensor) pair or a param group, "
                 f"got {type(item).__name__}"
             )
-    return named
+    return _unique(named)
+
+
+def _unique(named: Sequence[Named]) -> list[Named]:
+    """The same with a number behind names that other tensors have already: ``weight (2)``."""
+    owner: dict[str, Tensor] = {}
+    result = []
+    for name, tensor in named:
+        unique, number = name, 1
+        while owner.setdefault(unique, tensor) is not tensor:
+            number += 1
+            unique = f"{name} ({number})"
+        result.append((unique, tensor))
+    return result
 
 
 def _named_group(g: int, group: dict[str, Any]) -> list[Named]:

@@ -22,12 +22,14 @@ class Wanted(NamedTuple):
         per_tensor: readings of each tensor.
         per_group: readings of each param group.
         groups: how many of those there are.
+        room: what the numbers beside the total have room for, see :class:`Details`.
         settings: in words; ranks whose settings differ must not add their numbers.
     """
 
     per_tensor: bool
     per_group: bool
     groups: int
+    room: tuple[bool, bool]
     settings: str
 
 
@@ -47,6 +49,7 @@ class Reader:
         sample: as given.
         sizes: as given.
         arenas: one for each device.
+        drawn: what tells the choice of chunks apart from others, a word for each device.
         holding: what this rank holds.
         details: the numbers beside the total.
         windows: closed since the first step.
@@ -97,12 +100,14 @@ class Reader:
             kept.append([members[segment.index] for segment in plan.segments])
         choices = [arenas.plan.choice for arenas in self.arenas]
         drawn = [choice.digest for choice in choices if choice is not None]
+        self.drawn = drawn
         self.holding = Holding(kept, ranks, wanted.settings, drawn)
         self.details = Details(
             self.arenas,
             kept,
             wanted.groups,
             sampled=sample is not None,
+            room=wanted.room,
             per_tensor=wanted.per_tensor,
             per_group=wanted.per_group,
             foresee=foresee,

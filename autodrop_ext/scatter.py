@@ -147,6 +147,8 @@ def standard_error(
     """
     if not (math.isfinite(dot) and 0 < norm < math.inf and 0 < previous_norm < math.inf):
         return math.nan
+    if not all(map(math.isfinite, moments)):
+        return math.nan
     cosine = dot / (math.sqrt(norm) * math.sqrt(previous_norm))
     direction = _direction(dot, norm, previous_norm)
     error = math.sqrt(max(math.fsum(map(operator.mul, direction, moments)), 0.0))

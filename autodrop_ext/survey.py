@@ -21,6 +21,8 @@ MOST_WINDOWS = 64
 LEAST_ELEMENTS = 1 << 20
 """Looked at in a window, so that small models are through soon: 4 MiB of float32."""
 
+_LARGEST = 1e30  # a chunk that moved farther belongs to training that diverges
+
 _SLICE = 1 << 20  # elements compared at a time: 12 MiB of temporaries
 
 
@@ -76,6 +78,7 @@ class Survey:
         """Bytes of the copies that are held now."""
         return sum(copy.numel() * copy.element_size() for _, copy in self._copies)
 
+    @np.errstate(all="ignore")  # of parameters that are not finite, the meter speaks
     def step(self) -> None:
         """At the beginning of every window: compare the last share, and copy the next."""
         for plan in self._plans:
@@ -110,5 +113,7 @@ class Survey:
         of_unit = moved.view(-1, UNIT).square_().sum(dim=1).double().cpu().numpy()
         first = (np.array(piece.starts[:-1]) - begin) // UNIT
         sums = np.add.reduceat(of_unit, first)
-        # What a checkpoint holds must draw the same sample again.
-        piece.sizes[:] = np.where(np.isfinite(sums), sums, 0.0).astype(np.float32)
+        # float32, as in checkpoints, whose sizes must draw the same sample again; their sum over
+        # all chunks of a model stays far from overflow.
+        sums = np.minimum(np.nan_to_num(sums, nan=0.0), _LARGEST)
+        piece.sizes[:] = sums.astype(np.float32)

@@ -22,7 +22,8 @@ from .distributed import (
 )
 from .exchange import Counts, Exchange
 from .faults import Faults
-from .fraction import AutoFraction, check_sample
+from .fraction import AutoFraction
+from .meter_arguments import check_counting, check_sample
 from .meter_state import (
     WINDOWS_FOR_ANGLE,
     ArenaState,
@@ -55,7 +56,7 @@ class AngularVelocity:
     grows.
 
     Where ``torch.distributed`` is initialised, every rank measures what lies on it (DDP, FSDP,
-    tensor parallel, pipelines, ZeRO), and one ``all_gather`` of 128 bytes a rank at the end of each
+    tensor parallel, pipelines, ZeRO), and one ``all_gather`` of 136 bytes a rank at the end of each
     window gives all of them the same reading; see ``docs/distributed.md``.
 
     Args:
@@ -82,9 +83,9 @@ class AngularVelocity:
     Attributes:
         steps: optimizer steps observed.
         windows: windows closed.
+        choices: how often a sample took the place of another.
         history: the last 10,000 readings.
-        per_tensor: as given; a change counts from the next time that plans are built.
-        per_group: likewise.
+        per_tensor, per_group: as given; a change counts from when plans are built next.
     """
 
     def __init__(
@@ -101,16 +102,8 @@ class AngularVelocity:
         process_group: Any = None,
         form: Literal["auto", "sum", "delta"] = "auto",
     ) -> None:
-        if not isinstance(window, int) or isinstance(window, bool):
-            raise TypeError(f"window: expected an int, got {window!r}")
-        if window < 1:
-            raise ValueError(f"window: expected at least 1 optimizer step, got {window}")
-        if form not in ("auto", "sum", "delta"):
-            raise ValueError(f"form: expected 'auto', 'sum' or 'delta', got {form!r}")
+        check_counting(window, form, per_tensor, per_group)
         check_sample(sample, seed, tolerance)
-        for name, value in (("per_tensor", per_tensor), ("per_group", per_group)):
-            if not isinstance(value, bool):
-                raise TypeError(f"{name}: expected a bool, got {value!r}")
         check_group(process_group)
         check_name(backend)
         self.window = window
@@ -129,6 +122,7 @@ class AngularVelocity:
         self._fraction: float | None = None  # that is read now, where it was chosen
         self.per_tensor = per_tensor
         self.per_group = per_group
+        self.choices = 0
         self._exchange = Exchange()
         self._fixed_form: Form | None = None if form == "auto" else form
         self._form: Form = self._fixed_form or "delta"
@@ -193,7 +187,7 @@ class AngularVelocity:
                 f"rebase: expected a call at a window's end, got one after {self._position} of "
                 f"{self.window} steps"
             )
-        self._follow_parameters()
+        self._follow_parameters(ahead=False)
         if self._fresh:
             for reader in self._readers():
                 reader.take("delta", first=True)
@@ -233,6 +227,16 @@ class AngularVelocity:
         return copies + sum(reader.device_bytes for reader in self._readers())
 
     @property
+    def tolerance(self) -> float | None:
+        """Standard error that ``sample="auto"`` aims at, degrees; None without it."""
+        return None if self._auto is None else self._auto.tolerance
+
+    @tolerance.setter
+    def tolerance(self, degrees: float) -> None:
+        if self._auto is not None:
+            self._auto.tolerance = float(degrees)
+
+    @property
     def num_groups(self) -> int:
         """Param groups that the watched parameters come in now."""
         return self._source.num_groups()
@@ -255,23 +259,30 @@ class AngularVelocity:
 
     # ---- following the parameters -----------------------------------------------------------
 
-    def _follow_parameters(self) -> None:
-        """Build the plans, or rebuild them if the parameters are not those they were made of."""
-        if self._reader is not None:
-            if signature(self._source.tensors()) == self._signature:
-                self._follow_choice()
-                return
+    def _follow_parameters(self, *, ahead: bool = True) -> None:
+        """Build the plans, or rebuild them if the parameters are not those they were made of.
+
+        Args:
+            ahead: whether a window begins now, and a survey goes on.
+        """
+        if self._reader is not None and self._now() != self._signature:
             self._discard()
-        self._build()
-        self._signature = signature(self._source.tensors())
-        self._follow_choice()
+        if self._reader is None:
+            self._build()
+            self._signature = self._now()
+        if ahead:
+            self._follow_choice()
+
+    def _now(self) -> list[list[Any]]:
+        """What plans are made of; equal while they hold."""
+        return [*signature(self._source.tensors()), [self._source.num_groups()]]
 
     def _discard(self) -> None:
         self._faults.parameters_changed(WINDOWS_FOR_ANGLE)
         self._reader = None
-        self._forget()
+        self._forget(anew=True)  # for other parameters another part may do
 
-    def _forget(self) -> None:
+    def _forget(self, *, anew: bool = False) -> None:
         """Start over with the next step; the counts of steps and windows go on."""
         self._position = 0
         self._fresh = True
@@ -279,13 +290,14 @@ class AngularVelocity:
         self._variances = (0.0, 0.0)  # of the means before and at the last close
         self._faults.still_windows = 0
         self._next = self._survey = None
+        self._stays = False  # with the part that is read, for want of memory
         if self._reader is not None and self._reader.sample is None and self._auto is None:
             self._reader.forget()
         else:
             # All ranks start over together, and must survey and choose in step.
             self._reader = self._fraction = self._sizes = None
         if self._auto is not None:
-            self._auto.restart()
+            self._auto.restart(anew=anew)
 
     def _build(self) -> None:
         shards = self._source.shards()
@@ -298,9 +310,11 @@ class AngularVelocity:
         if self._auto is not None and self._fraction is None:
             self._fraction = self._auto.start(model_elements(shards, self._ranks))
         self._exchange.ranks = self._ranks
-        if self._restore is not None:
+        if self._restore is not None and self._restore.sized:
             self._sizes = self._restore.sizes
         self._reader = self._read(shards)
+        if self._restore is not None:
+            self._sizes = self._restore.sizes
         if self._reader.sample is not None and self._sizes is None:
             plans = [arenas.plan for arenas in self._reader.arenas]
             self._survey = Survey(plans, num_windows(elements_per_rank(shards, self._ranks)))
@@ -314,7 +328,7 @@ class AngularVelocity:
 
         Either the fraction was chosen, or the survey is over and the sample can be drawn by it.
         """
-        if self._position != 0:
+        if self._position != 0 or self._stays:
             return
         if self._survey is not None:
             self._survey.step()
@@ -324,12 +338,14 @@ class AngularVelocity:
         assert self._reader is not None
         anew = self._reader.sample is not None and self._reader.sizes is not self._sizes
         if self._next is None and (anew or chosen not in (None, self.fraction)):
-            self._fraction = chosen or self._fraction
-            self._next = self._read(self._source.shards())
-
-    def _next_is_ready(self) -> bool:
-        """Whether the end of the coming window gives the next reader's first angle."""
-        return self._next is not None and self._next.windows == WINDOWS_FOR_ANGLE - 1
+            before, self._fraction = self._fraction, chosen or self._fraction
+            try:
+                self._next = self._read(self._source.shards())
+            except RuntimeError as error:
+                # The other ranks go on, and so does this one, with what it has.
+                self._fraction, self._sizes = before, self._reader.sizes
+                self._stays = True
+                self._faults.no_memory_for_more(error)
 
     def _read(self, shards: Sequence[LocalShard]) -> Reader:
         fraction = self._fraction if self._sample == "auto" else self._sample
@@ -337,6 +353,7 @@ class AngularVelocity:
             self.per_tensor,
             self.per_group,
             self._source.num_groups(),
+            (self._sample not in (None, 1), self._auto is not None),
             f"{self._sample} {self._seed} {self.per_tensor} {self.per_group}",
         )
         return Reader(
@@ -353,9 +370,11 @@ class AngularVelocity:
 
     def _close_window(self) -> Reading | None:
         """Nothing on the way to the collective may return or raise on one rank alone."""
-        changed = signature(self._source.tensors()) != self._signature
-        if self._next is not None and self._next_is_ready():
+        changed = self._now() != self._signature
+        if self._next is not None and self._next.windows == WINDOWS_FOR_ANGLE - 1:
+            # This window gives the next reader's first angle.
             self._reader, self._next = self._next, None
+            self.choices += 1
         assert self._reader is not None
         local = self._reader.close(self.window)
         if self._next is not None:
@@ -367,10 +386,11 @@ class AngularVelocity:
             self._discard()
             return None
         if total.start_over:
-            self._forget()
+            self._forget(anew=True)  # as on the rank that had to start over
             return None
         self.windows += 1
         sums = Sums(*total.sums)
+        undefined = self._undefined()
         if total.not_finite:
             self._faults.not_finite(
                 self._reader.arenas,
@@ -380,16 +400,16 @@ class AngularVelocity:
                 total.not_finite,
             )
             self._forget()
-            return self._keep(self._undefined())
+            return self._keep(undefined)
         self._usable = usable
         if self._usable >= 2:
-            self._faults.watch_displacement(sums, self._reader.arenas)
+            self._faults.watch_displacement(sums, self._reader.arenas, sampled=self._sampled)
 
         oldest, shared = self._variances
         newest = rounding.mean_variance(self.window, sums, self.form or "delta")
         self._variances = (shared, newest)
         if self._usable < WINDOWS_FOR_ANGLE:
-            return self._keep(self._undefined())
+            return self._keep(undefined)
         elements = total.elements
         if added is not None and added.spread:
             elements = min(elements, elements**2 / added.spread)  # as many equal weights (Kish)
@@ -405,9 +425,8 @@ class AngularVelocity:
         """The sums of all ranks together, and the numbers beside them where ranks sent them."""
         assert self._reader is not None
         counts = Counts(self.steps, self.windows, self.window, self._calls, usable)
-        upcoming = self._next if self._next is not None and self._next_is_ready() else self._reader
         try:
-            return self._exchange.agree(self._reader, counts, sums, upcoming.details.size)
+            return self._exchange.agree(self._reader, counts, sums)
         except RuntimeError:
             self._forget()
             raise

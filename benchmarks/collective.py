@@ -59,6 +59,7 @@ def row(rank: int, ranks: int, stages: int, held: int) -> Row:
         held=float(2**46 + held),
         stage=float(stage),
         num_stages=float(stages),
+        numbers=0.0,
         elements=2.0**33 / stages / members,
         model_elements=2.0**33 / stages,
         replicated=0.0,

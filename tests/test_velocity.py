@@ -144,12 +144,17 @@ def test_memory_is_twelve_bytes_a_parameter() -> None:
         def resident():
             return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 
-        AngularVelocity([torch.randn(100_000)], 1).observe()  # code and threads
+        def watch(params):
+            meter = AngularVelocity(params, 2)
+            for step in range(8):
+                torch._foreach_mul_(params, 1.001)
+                meter.observe()
+            return meter
+
+        watch([torch.randn(100_000)])  # code and threads
         params = tensors("resnet50", torch.float32)
-        meter, before = AngularVelocity(params, 2), resident()
-        for step in range(8):
-            torch._foreach_mul_(params, 1.001)
-            meter.observe()
+        before = resident()
+        meter = watch(params)
         n = sum(p.numel() for p in params)
         print((resident() - before) / n, meter.device_bytes / n)
         """

@@ -31,6 +31,7 @@ class Row(NamedTuple):
         held: hash of which elements lie here.
         stage: of the pipeline.
         num_stages: of the pipeline.
+        numbers: how many a rank has beside its row (error terms, sums of tensors and groups).
         elements: weighted number of those that lie here.
         model_elements: of the whole model, or of this stage; NaN where the engine does not tell.
         replicated: sum of ``|m|^2`` over parameters of which every rank has all.
@@ -46,6 +47,7 @@ class Row(NamedTuple):
     held: float
     stage: float
     num_stages: float
+    numbers: float
     elements: float
     model_elements: float
     replicated: float
@@ -89,6 +91,8 @@ def agree(rows: Sequence[Row]) -> Agreement:
     _check_counting(rows)
     _check_layouts(rows)
     start_over = len({row.usable for row in rows}) > 1 or rows[0].usable < 0
+    if not start_over:
+        _check_numbers(rows)
     not_finite = [rank for rank, row in enumerate(rows) if not row.finite]
     if not start_over and not not_finite:
         _check_elements(rows)
@@ -159,6 +163,17 @@ def _check_layouts(rows: Sequence[Row]) -> None:
             "{1:,.0f} elements (layout {0:012x})",
             members=members,
         )
+
+
+def _check_numbers(rows: Sequence[Row]) -> None:
+    """What is added up beside the sums must mean the same on all ranks, also between stages."""
+    _same(
+        rows,
+        lambda r: r.numbers,
+        "expected meters with the same settings, and with per_group=True as many param groups on "
+        "all ranks",
+        "{:.0f} numbers beside the sums",
+    )
 
 
 def _by_stage(rows: Sequence[Row]) -> dict[float, list[int]]:

@@ -126,6 +126,7 @@ class AutoDrop(MeasuringScheduler):
         self.per_group = per_group
         self._detector = SaturationDetector(float(threshold), buffer_size, min_samples, kernel)
         self._of_groups: list[SaturationDetector] = []
+        self._choices = 0  # of the meter's samples, that angles so far come from
         self.group_drops: list[int] = []
         super().__init__(
             optimizer,
@@ -135,7 +136,7 @@ class AutoDrop(MeasuringScheduler):
             params=params,
             sample=sample,
             seed=seed,
-            tolerance=threshold / 10 if threshold > 0 else 0.01,
+            tolerance=_tolerance(threshold),
             per_tensor=per_tensor,
             per_group=per_group,
             backend=backend,
@@ -158,8 +159,24 @@ class AutoDrop(MeasuringScheduler):
     def _on_optimizer_step(self) -> None:
         reading = self._meter.observe(calls=self._step_count)
         if reading is not None:
+            if self._meter.choices != self._choices:
+                self._choices = self._meter.choices
+                self._compare_samples(reading)
             # The meter does not know of the warm-up.
             self._decide(dataclasses.replace(reading, step=self._optimizer_steps))
+
+    def _compare_samples(self, reading: Reading) -> None:
+        """At the first reading of another sample: a fall that only that explains is no drop's."""
+        before = self.history[-1] if self.history else reading
+        if reading.angle is not None:
+            self._detector.leave(reading.angle, reading.margin + before.margin)
+        parts = reading.per_group or ()
+        for g, (part, detector) in enumerate(zip(parts, self._of_groups, strict=False)):
+            error = part.standard_error
+            if before.per_group is not None and g < len(before.per_group):
+                error += before.per_group[g].standard_error
+            if part.angle is not None:
+                detector.leave(part.angle, 2 * error)  # about 95 %
 
     def _decide(self, reading: Reading) -> None:
         if self.per_group:
@@ -276,6 +293,7 @@ class AutoDrop(MeasuringScheduler):
         self.window = settings["window"]
         self.warmup_steps = settings["warmup_steps"]
         self.per_group = self._meter.per_group = settings["per_group"]
+        self._meter.tolerance = _tolerance(settings["threshold"])
         self._detector = SaturationDetector(
             settings["threshold"],
             settings["buffer_size"],
@@ -292,21 +310,29 @@ class AutoDrop(MeasuringScheduler):
         if isinstance(state_dict, Mapping) and isinstance(state_dict.get("settings"), Mapping):
             # States from before param groups could decide for themselves.
             settings = {"per_group": False, **state_dict["settings"]}
-            nothing: dict[str, Any] = {"detectors": [], "drops": []}
+            nothing: dict[str, Any] = {"drops": []}
             state_dict = {"groups": nothing, **state_dict, "settings": settings}
         super().load_state_dict(state_dict)
 
     def _progress(self) -> dict[str, Any]:
         of_groups = [detector.state_dict() for detector in self._of_groups]
+        # Lists of plain values: torch.distributed.checkpoint would take dicts in them apart.
+        columns = {key: [state[key] for state in of_groups] for key in self._detector.state_dict()}
         return {
             "detector": self._detector.state_dict(),
-            "groups": {"detectors": of_groups, "drops": list(self.group_drops)},
+            "groups": {**columns, "drops": list(self.group_drops)},
         }
 
     def _restore_progress(self, state: Mapping[str, Any]) -> None:
         self._detector.load_state_dict(state["detector"])
         self._of_groups, self.group_drops = [], []
-        self._follow_groups(len(state["groups"]["detectors"]))
-        for detector, saved in zip(self._of_groups, state["groups"]["detectors"], strict=True):
-            detector.load_state_dict(saved)
-        self.group_drops = list(state["groups"]["drops"])
+        groups = state["groups"]
+        self._follow_groups(len(groups["drops"]))
+        for g, detector in enumerate(self._of_groups):
+            detector.load_state_dict({key: groups[key][g] for key in self._detector.state_dict()})
+        self.group_drops = list(groups["drops"])
+
+
+def _tolerance(threshold: float) -> float:
+    """Standard error, degrees, that ``sample="auto"`` aims at."""
+    return threshold / 10 if threshold > 0 else 0.01

@@ -84,6 +84,18 @@ class SaturationDetector:
         self._samples = 0
         self._smoothed: float | None = None
 
+    def leave(self, angle: float, tolerance: float) -> None:
+        """Forget all angles if the next one lies below them by more than measuring explains.
+
+        For angles that are measured in another way from now on: the fall is none of the motion's.
+
+        Args:
+            angle: the next one, degrees.
+            tolerance: degrees; NaN where nothing is known of the errors.
+        """
+        if self._buffer and not angle + tolerance >= min(self._buffer):
+            self.reset()
+
     def update(self, angle: float) -> Verdict:
         """Take the next angle, in degrees."""
         self._buffer.append(angle)

@@ -19,6 +19,7 @@ ROW = Row(
     held=18,
     stage=0,
     num_stages=1,
+    numbers=0,
     elements=5,
     model_elements=10,
     replicated=0,
@@ -41,6 +42,7 @@ def test_sums_and_elements_are_added() -> None:
     ("change", "message"),
     [
         ({"window": 8}, r"same window .* window=4 on rank 0, window=8 on rank 1"),
+        ({"numbers": 9}, r"same settings, .* 0 numbers beside the sums on rank 0, 9 numbers"),
         ({"windows": 1}, r"end the same window.* window number 2 on rank 0, .* 1 on rank 1"),
         ({"steps": 11}, r"as many optimizer steps; got 12 steps on rank 0, 11 steps on rank 1"),
         ({"calls": 14}, r"skipped optimizer steps.* 13 calls on rank 0, 14 calls on rank 1"),
