@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from . import requirements  # noqa: F401
 from .log import JsonLinesLog, TeeLog, read_log
 from .reading import Decision, Reading
 from .schedulers import AnalyticAutoDrop, AnalyticDrop, AutoDrop, EpochAutoDrop, EpochDecision

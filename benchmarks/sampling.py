@@ -262,21 +262,40 @@ def accuracy(run: Run, seeds: int) -> list[dict[str, Any]]:
     return table
 
 
-def drops_of(angles: np.ndarray, threshold: float) -> list[int]:
-    """Readings at which AutoDrop's detector, with its defaults, lowers the rate."""
+def drops_of(angles: np.ndarray, threshold: float, switches: dict[int, float]) -> list[int]:
+    """Readings at which AutoDrop lowers the rate, with its defaults.
+
+    Args:
+        angles: degrees.
+        threshold: degrees.
+        switches: readings that are the first of another sample, and the margins there, degrees.
+    """
     detector = SaturationDetector(threshold, 10, 10, "value")
-    return [i for i, angle in enumerate(angles) if detector.update(float(angle)).saturated]
+    found = []
+    for i, angle in enumerate(angles.tolist()):
+        if i in switches:
+            detector.leave(angle, switches[i])
+        if detector.update(angle).saturated:
+            found.append(i)
+    return found
 
 
-def auto_angles(run: Run, tolerance: float, seed: int) -> tuple[np.ndarray, float]:
-    """Angles of ``sample="auto"`` and the fraction that it settles on."""
+def margins_at(read: Replayed, at: int) -> dict[int, float]:
+    return {at: float(read.margins[at] + read.margins[at - 1])}
+
+
+def auto_angles(
+    run: Run, tolerance: float, seed: int
+) -> tuple[np.ndarray, dict[int, float], float]:
+    """Angles of ``sample="auto"``, its switches, and the fraction that it settles on."""
     auto = AutoFraction(tolerance)
     fraction = auto.start(sum(run.lengths))
     if auto.chosen is not None:
-        return run.exact, 1.0
+        return run.exact, {}, 1.0
     pilot = replay(run, fraction, seed)
     choice = choose(run.lengths, run.labels, Sample(fraction, seed), run.sizes)
     at = run.chunks_of(choice)
+    switches = margins_at(pilot, run.sized)
     for i in range(run.sized, len(run.rows)):
         row = run.rows[i, at]
         sums = (row * choice.expansion[:, None]).sum(axis=0).tolist()
@@ -285,23 +304,32 @@ def auto_angles(run: Run, tolerance: float, seed: int) -> tuple[np.ndarray, floa
             break
     assert auto.chosen is not None
     settled = i + 3
-    later = run.exact if auto.chosen == 1 else replay(run, auto.chosen, seed).angles
-    return np.concatenate([pilot.angles[:settled], later[settled:]]), auto.chosen
+    if auto.chosen == fraction:
+        return pilot.angles, switches, fraction
+    if auto.chosen == 1:
+        later, margin = run.exact, 0.0
+    else:
+        finer = replay(run, auto.chosen, seed)
+        later, margin = finer.angles, float(finer.margins[settled])
+    switches[settled] = margin + float(pilot.margins[settled - 1])
+    return np.concatenate([pilot.angles[:settled], later[settled:]]), switches, auto.chosen
 
 
 def drops(run: Run, seeds: int) -> list[dict[str, Any]]:
     """Whether the same angles, sampled, lead to the same drops: detectors on recorded angles."""
     table = []
     for threshold in (0.1, 1.0, 5.0):
-        wanted = drops_of(run.exact, threshold)
+        wanted = drops_of(run.exact, threshold, {})
         for sample in ("auto", *FRACTIONS):
             same, made, chosen = [], [], []
             for seed in range(seeds):
                 if sample == "auto":
-                    angles, fraction = auto_angles(run, threshold / 10, seed)
+                    angles, switches, fraction = auto_angles(run, threshold / 10, seed)
                 else:
-                    angles, fraction = replay(run, float(sample), seed).angles, float(sample)
-                found = drops_of(angles, threshold)
+                    fraction = float(sample)
+                    fixed = replay(run, fraction, seed)
+                    angles, switches = fixed.angles, margins_at(fixed, run.sized)
+                found = drops_of(angles, threshold, switches)
                 near = [any(abs(d - w) <= 1 for d in found) for w in wanted]
                 same.append(sum(near) / max(len(wanted), 1))
                 made.append(len(found))

@@ -16,6 +16,7 @@ ROOT = pathlib.Path(autodrop_ext.__file__).parent
 
 # Who may import whom, by module or sub-package. Leaves import nothing of the package.
 ARROWS: dict[str, set[str]] = {
+    "requirements": set(),
     "reference": set(),
     "distributed": set(),
     "parameters": {"reference", "distributed"},
@@ -82,7 +83,7 @@ ARROWS: dict[str, set[str]] = {
         "__init__",
     },
     "__main__": {"cli"},
-    "__init__": {"log", "reading", "schedulers", "velocity"},
+    "__init__": {"requirements", "log", "reading", "schedulers", "velocity"},
 }
 
 
@@ -131,6 +132,16 @@ def test_importing_the_package_loads_nothing_optional() -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_an_old_torch_is_refused_in_words() -> None:
+    script = "import torch; torch.__version__ = '2.5.1+cu124'; import autodrop_ext"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith(
+        "ImportError: autodrop_ext needs torch 2.6 or newer, got torch 2.5.1+cu124: "
+        "pip install --upgrade 'torch>=2.6'"
+    )
 
 
 def test_public_names_are_documented() -> None:
