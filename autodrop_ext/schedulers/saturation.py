@@ -85,15 +85,19 @@ class SaturationDetector:
         self._smoothed: float | None = None
 
     def leave(self, angle: float, tolerance: float) -> None:
-        """Forget all angles if the next one lies below them by more than measuring explains.
+        """Forget all angles if the next one falls by more than errors and their spread explain.
 
         For angles that are measured in another way from now on: the fall is none of the motion's.
+        Fewer than three angles have no spread to speak of, and decide nothing soon.
 
         Args:
             angle: the next one, degrees.
             tolerance: degrees; NaN where nothing is known of the errors.
         """
-        if self._buffer and not angle + tolerance >= min(self._buffer):
+        if len(self._buffer) < 3:
+            return
+        least, most = min(self._buffer), max(self._buffer)
+        if not angle + tolerance >= least - (most - least):
             self.reset()
 
     def update(self, angle: float) -> Verdict:
