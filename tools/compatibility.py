@@ -53,7 +53,10 @@ TORCH_PACKAGES = (
 OLD_NUMPY = {"2.6": "numpy==1.26.*"}
 NUMPY_FOR_OLD_TRITON = "numpy<2.4"
 LENIENT_TRITON = (3, 8)
-IGNORED = "ignore:Conversion of an array with ndim:DeprecationWarning"
+IGNORED = (
+    "ignore:Conversion of an array with ndim:DeprecationWarning",
+    "ignore:numpy.core is deprecated:DeprecationWarning",  # in accelerate 1.1
+)
 
 # Tests of the integrations, the oldest version that is allowed and later ones, and what else has to
 # be there. "" is the newest.
@@ -238,8 +241,9 @@ class Bench:
         for name in ("tests", "benchmarks"):
             shutil.copytree(self.source / name, folder / name)
         shutil.copy(self.source / "pyproject.toml", folder)
+        warnings = [option for ignored in IGNORED for option in ("-W", ignored)]
         done = subprocess.run(
-            [environment / "bin/pytest", "-q", "-p", "no:cacheprovider", "-W", IGNORED, *tests],
+            [environment / "bin/pytest", "-q", "-p", "no:cacheprovider", *warnings, *tests],
             cwd=folder,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             capture_output=True,
