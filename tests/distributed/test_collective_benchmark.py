@@ -45,4 +45,4 @@ def test_the_tables(
     assert measured["gather_s"] > 0 and measured["agree_s"] > 0
     assert f"| 2 | {collective.ROW_BYTES} | {measured['gather_s'] * 1e3:.2f} |" in printed
     assert [row["ranks"] for row in data["extrapolated"]] == [8, 16]
-    assert "| 16 | 1,920 | 30 | 30,720 |" in printed
+    assert "| 16 | 2,040 | 32 | 32,640 |" in printed
