@@ -50,36 +50,36 @@ compatibility:   ## docs/compatibility.md: many versions of torch and others; an
 	$(PYTHON) tools/compatibility.py
 
 bench: $(VENV)/.test   ## throughput beside torch's own operations; see benchmarks/README.md
-	$(BIN)/python -m pytest benchmarks/bench_throughput.py -o addopts= --benchmark-json benchmark.json
-	$(BIN)/python benchmarks/report.py benchmark.json
+	$(BIN)/python -m pytest benchmarks/speed/bench_throughput.py -o addopts= --benchmark-json benchmark.json
+	$(BIN)/python benchmarks/speed/report.py benchmark.json
 
 accuracy: $(VENV)/.test   ## the accuracy contract as a table
-	$(BIN)/python benchmarks/accuracy.py
+	$(BIN)/python benchmarks/accuracy/rounding.py
 
 train-table: $(VENV)/.bench   ## every schedule on two small models, three seeds; under half an hour
-	$(BIN)/python benchmarks/train.py table
+	$(BIN)/python benchmarks/training/command.py table
 
 ablations: $(VENV)/.bench   ## AutoDrop's settings one at a time; a quarter of an hour
-	$(BIN)/python benchmarks/train.py ablations
-	$(BIN)/python benchmarks/train.py ablations --model byte-transformer --vary window
+	$(BIN)/python benchmarks/training/command.py ablations
+	$(BIN)/python benchmarks/training/command.py ablations --model byte-transformer --vary window
 
 # DATA is a folder of CIFAR-10, see benchmarks/training.md. Needs a GPU: a CPU takes days.
 cifar:   ## ResNet-18 on CIFAR-10 as in the papers, AutoDrop beside step decay
-	$(PYTHON) benchmarks/train.py run --model resnet18 --schedule autodrop --schedule step --data "$(DATA)"
-	$(PYTHON) benchmarks/train.py report build/training --to build/training
+	$(PYTHON) benchmarks/training/command.py run --model resnet18 --schedule autodrop --schedule step --data "$(DATA)"
+	$(PYTHON) benchmarks/training/command.py report build/training --to build/training
 
 # Offline, with the torch, pybind11, scikit-build-core, cmake and ninja that $(PYTHON) already has.
 gpu:   ## on a machine with a GPU: build, tests, compute-sanitizer, benchmarks; under ten minutes
 	AUTODROP_CUDA=1 CUDAARCHS=native $(PYTHON) -m pip install --no-build-isolation --no-deps --editable .
-	AUTODROP_REQUIRE_GPU=1 $(PYTHON) -m pytest tests/test_gpu.py
+	AUTODROP_REQUIRE_GPU=1 $(PYTHON) -m pytest tests/ops/test_gpu.py
 	$(PYTHON) -m autodrop_ext doctor || true  # needs click and rich, which the machine may lack
 	for tool in memcheck racecheck initcheck; do \
 	  AUTODROP_REQUIRE_GPU=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool \
-	    --error-exitcode 9 $(PYTHON) -m pytest tests/test_gpu.py -k "cuda and (odd or misaligned)" \
+	    --error-exitcode 9 $(PYTHON) -m pytest tests/ops/test_gpu.py -k "cuda and (odd or misaligned)" \
 	    || exit 1; \
 	done
-	$(PYTHON) benchmarks/gpu.py --output benchmarks/results
-	$(PYTHON) benchmarks/sampling.py cost --device cuda --shapes llama8b --dtype bfloat16 \
+	$(PYTHON) benchmarks/speed/gpu.py --output benchmarks/results
+	$(PYTHON) benchmarks/accuracy/sampling.py cost --device cuda --shapes llama8b --dtype bfloat16 \
 	  --json benchmarks/results
 
 clean:

@@ -10,9 +10,9 @@ from typing import Any
 
 from . import requirements  # noqa: F401
 from .log import JsonLinesLog, TeeLog, read_log
+from .meter import AngularVelocity
 from .reading import Decision, Reading
 from .schedulers import AnalyticAutoDrop, AnalyticDrop, AutoDrop, EpochAutoDrop, EpochDecision
-from .velocity import AngularVelocity
 
 __all__ = [
     "AnalyticAutoDrop",

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import Operations, check_name, select
+from .ops import Operations, check_name, select
+from .ops.plan import Plan
 from .parameters import Named, ParameterSource, signature
-from .plan import Plan
 
 _DOUBLES = (torch.float64, torch.complex128)
 _SLICE = 1 << 24  # elements looked at for NaN at a time: 16 MiB of booleans

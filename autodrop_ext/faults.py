@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
-from .arenas import Arenas
-from .backends import Sums
 from .distributed import Ranks
+from .ops import Sums
+from .ops.device_sums import Arenas
 
 _STILL_WINDOWS = 5  # windows without displacement before a warning
 _HALF_DTYPES = (torch.float16, torch.bfloat16)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import reference
 from .distributed import LocalShard, deepspeed, local_shards, local_tensor, unwrap_optimizer
+from .ops import reference
 
 Named = tuple[str, Tensor]
 _TRACKED_DTYPES = (*reference.DTYPES, torch.complex64, torch.complex128, torch.complex32)

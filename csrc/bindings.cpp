@@ -86,7 +86,7 @@ void write_back(const CpuPlan& self, Address arena, Address mean, double scale, 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Compiled core of autodrop_ext; use it through autodrop_ext.backends.";
+  m.doc() = "Compiled core of autodrop_ext; use it through autodrop_ext.ops.";
   m.attr("version") = AUTODROP_VERSION;
   m.attr("cuda_built") = bool{AUTODROP_WITH_CUDA};
   m.attr("cuda_reason") = AUTODROP_CUDA_REASON;  // why not; empty where it was built

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from autodrop_ext.backends import Backend
-from autodrop_ext.backends.cpu import CpuBackend
-from autodrop_ext.backends.pytorch import ReferenceBackend
-from autodrop_ext.backends.triton import TritonBackend
-from autodrop_ext.plan import CHUNK_ELEMENTS
+from autodrop_ext.ops import Backend
+from autodrop_ext.ops.cpu import CpuBackend
+from autodrop_ext.ops.eager import ReferenceBackend
+from autodrop_ext.ops.plan import CHUNK_ELEMENTS
+from autodrop_ext.ops.triton import TritonBackend
 
 Make = Callable[[torch.Generator], list[Tensor]]
 

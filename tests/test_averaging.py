@@ -18,7 +18,7 @@ from cases import BACKENDS, every_backend, every_case, make
 from torch import Tensor
 
 from autodrop_ext.averaging import ParameterAverage, _Part
-from autodrop_ext.plan import Plan
+from autodrop_ext.ops.plan import Plan
 
 WEIGHTS = (1, 2, 3, 4)
 

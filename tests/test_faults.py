@@ -424,7 +424,7 @@ def test_a_copied_pair_works_on() -> None:
 
 
 def test_a_missing_backend_is_refused_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    from autodrop_ext.backends import native
+    from autodrop_ext.ops import native
 
     monkeypatch.setattr(native, "core", None)
     monkeypatch.setattr(native, "import_error", "libfoo.so not found")
@@ -438,8 +438,8 @@ def test_a_missing_backend_is_refused_with_its_reason(monkeypatch: pytest.Monkey
 def test_auto_falls_back_to_the_reference_and_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from autodrop_ext import backends
-    from autodrop_ext.backends import native
+    from autodrop_ext import ops as backends
+    from autodrop_ext.ops import native
 
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(native, "core", None)
@@ -457,8 +457,8 @@ def test_auto_falls_back_to_the_reference_and_says_so(
 
 
 def test_an_unknown_instruction_set_is_refused() -> None:
-    from autodrop_ext.backends.cpu import CpuBackend
-    from autodrop_ext.plan import Plan
+    from autodrop_ext.ops.cpu import CpuBackend
+    from autodrop_ext.ops.plan import Plan
 
     plan = Plan([("x", torch.zeros(3))], torch.device("cpu"))
     with pytest.raises(ValueError, match="does not run 'mmx'"):
@@ -468,7 +468,7 @@ def test_an_unknown_instruction_set_is_refused() -> None:
 def test_a_gpu_without_machine_code_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     from types import SimpleNamespace
 
-    from autodrop_ext.backends import cuda, native
+    from autodrop_ext.ops import cuda, native
 
     core = SimpleNamespace(cuda_built=True, cuda_architectures="80-real 90-real")
     monkeypatch.setattr(native, "core", core)
@@ -484,7 +484,7 @@ def test_a_gpu_without_machine_code_is_explained(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 def test_backends_that_need_a_gpu_say_why_they_are_absent(monkeypatch: pytest.MonkeyPatch) -> None:
-    from autodrop_ext.backends import BACKENDS, native, report
+    from autodrop_ext.ops import BACKENDS, native, report
 
     reason = BACKENDS["cuda"].missing("cuda")
     assert reason is not None

@@ -6,7 +6,7 @@ import click
 
 import autodrop_ext
 
-from .demo import demo
+from .demo.command import demo
 from .doctor import doctor
 from .plot import plot
 from .watch import watch

@@ -15,7 +15,7 @@ from rich.text import Text
 
 import autodrop_ext
 
-from .. import backends
+from .. import ops as backends
 from .selftest import LIMIT, largest_error
 
 _STYLES = {

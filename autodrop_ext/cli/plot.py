@@ -7,10 +7,10 @@ from typing import Any
 
 import click
 
-from ..epoch_plotting import plot_epochs
 from ..log import of_epochs, read_log
-from ..plotting import plot_run
-from ..runs_plotting import plot_runs
+from ..plotting.compare import plot_runs
+from ..plotting.epochs import plot_epochs
+from ..plotting.run import plot_run
 
 _LONGEST = 300  # characters of an error message
 

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from ..meter import AngularVelocity
 from ..reading import angle_of
-from ..velocity import AngularVelocity
 
 LIMIT = 0.02  # degrees, what the package promises
 

@@ -3,7 +3,7 @@
 from . import deepspeed
 from .agreement import Agreement, DisagreementError, Row, add_in_order, agree
 from .engines import local_shards, unwrap_optimizer
-from .ranks import (
+from .group import (
     Holding,
     PipelineStages,
     Ranks,

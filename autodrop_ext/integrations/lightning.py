@@ -8,7 +8,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from ..schedulers import EpochAutoDrop
-from .found import find_schedulers, prefixed
+from .lookup import find_schedulers, prefixed
 
 if TYPE_CHECKING:
     Callback = Any

@@ -14,7 +14,7 @@ except ImportError as error:
     ) from error
 
 from ..schedulers import AutoDrop
-from .found import find_schedulers, prefixed
+from .lookup import find_schedulers, prefixed
 
 
 class AutoDropCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not there for mypy

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 
+from ..meter import HISTORY
 from ..reading import from_columns, to_columns
 from ..theory.checks import count, number
 from ..theory.velocity_model import (
@@ -18,7 +19,6 @@ from ..theory.velocity_model import (
     check_tau0,
     learning_rate,
 )
-from ..velocity import HISTORY
 from .base import OptimizerStepScheduler, as_floats, check_optimizer
 
 if TYPE_CHECKING:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch.optim import Optimizer
 
+from ..checks import check_count, check_factor, check_number
+from ..meter import HISTORY
 from ..reading import Decision, Reading
-from ..velocity import HISTORY
-from .arguments import check_count, check_factor, check_number
+from .auto_window import window_for
 from .base import as_floats
 from .measuring import MeasuringScheduler
 from .saturation import Kernel, SaturationDetector, Verdict
-from .window import window_for
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -35,7 +35,7 @@ class AutoDrop(MeasuringScheduler):
         window: ``k``, optimizer steps per window. The rate can fall by ``factor`` once in 11
             windows, so that short runs need short windows; the paper takes 64 for CIFAR and 640 for
             ImageNet. "auto": from ``num_steps``, see
-            :func:`~autodrop_ext.schedulers.window.window_for`.
+            :func:`~autodrop_ext.schedulers.auto_window.window_for`.
         factor: ``rho``, in (0, 1).
         threshold: degrees per window.
         buffer_size: ``m``, angles that are smoothed over.
@@ -269,7 +269,7 @@ class AutoDrop(MeasuringScheduler):
         Raises:
             ImportError: matplotlib is not installed; it comes with ``autodrop_ext[plot]``.
         """
-        from ..plotting import plot_run
+        from ..plotting.run import plot_run
 
         records = [decision.as_dict() for decision in self.history]
         return plot_run(records, threshold=self._detector.threshold, path=path)

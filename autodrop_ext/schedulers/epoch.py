@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 
 from ..averaging import ParameterAverage
 from ..averaging import problem_of as problem_of_average
+from ..checks import check_callback, check_count, check_number
+from ..meter import HISTORY
 from ..reading import Decision, Reading
-from ..velocity import HISTORY
-from .arguments import check_callback, check_count, check_number
 from .base import as_floats
 from .measuring import MeasuringScheduler
 
@@ -291,7 +291,7 @@ class EpochAutoDrop(MeasuringScheduler):
             ImportError: matplotlib is not installed; it comes with ``autodrop_ext[plot]``.
             ValueError: no epoch has been measured.
         """
-        from ..epoch_plotting import plot_epochs
+        from ..plotting.epochs import plot_epochs
 
         return plot_epochs([decision.as_dict() for decision in self.history], path=path)
 

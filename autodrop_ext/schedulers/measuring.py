@@ -8,10 +8,10 @@ from typing import Any, ClassVar, Literal
 
 from torch.optim import Optimizer
 
-from ..meter_state import ArenaState
+from ..checks import check_callback, check_factor, floors
+from ..distributed.checkpoint import ArenaState
+from ..meter import HISTORY, AngularVelocity
 from ..reading import Decision, from_columns, remember, to_columns
-from ..velocity import HISTORY, AngularVelocity
-from .arguments import check_callback, check_factor, floors
 from .base import OptimizerStepScheduler, as_floats, check_optimizer
 
 

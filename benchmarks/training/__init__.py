@@ -1,1 +1,1 @@
-"""Training runs that compare learning-rate schedules; ``benchmarks/train.py`` is their command."""
+"""Training runs that compare learning-rate schedules; ``command.py`` is their command."""

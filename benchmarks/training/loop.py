@@ -18,7 +18,7 @@ from torch import Generator, nn
 from torch.optim.swa_utils import update_bn
 
 from autodrop_ext import AngularVelocity, Decision, JsonLinesLog
-from autodrop_ext.cli.training import single_thread
+from autodrop_ext.cli.demo.training import single_thread
 
 from .driver import Driver
 from .schedules import SCHEDULES, Setup

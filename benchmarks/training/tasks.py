@@ -11,8 +11,8 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
-from autodrop_ext.cli.digits import Digits
-from autodrop_ext.cli.text import Bytes
+from autodrop_ext.cli.demo.digits import Digits
+from autodrop_ext.cli.demo.text import Bytes
 
 from .cifar import SIDE, Cifar10, load_cifar10
 from .models import resnet, wide_resnet

@@ -16,7 +16,7 @@ namespace {
 using namespace autodrop;
 using namespace autodrop::testing;
 
-// As in cuda/kernels.cu and autodrop_ext/plan.py.
+// As in cuda/kernels.cu and autodrop_ext/ops/plan.py.
 constexpr int kThreads = 256, kWarp = 32;
 constexpr std::int64_t kSmallChunk = 1024, kSmallChunksPerTile = 16;
 

@@ -15,7 +15,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from autodrop_ext import AngularVelocity, AutoDrop, velocity
+from autodrop_ext import AngularVelocity, AutoDrop
+from autodrop_ext import meter as velocity
 from autodrop_ext.distributed import DisagreementError, PipelineStages
 
 SHAPES = {"embedding": (150, 300), "first": (200, 310), "bias": (310,), "second": (90, 500)}

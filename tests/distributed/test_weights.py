@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Partial, Replicate, Shard
 
 from autodrop_ext.distributed import PipelineStages, Ranks, find_ranks, local_shards
-from autodrop_ext.distributed.ranks import Holding
+from autodrop_ext.distributed.group import Holding
 
 
 @dataclass

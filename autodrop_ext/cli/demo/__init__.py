@@ -1,0 +1,1 @@
+"""``autodrop demo``: the tasks, the training, and the command."""

@@ -1,0 +1,160 @@
+"""The demo's training loop: one task, one schedule, one seed."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler
+
+from ...log import JsonLinesLog
+from ...schedulers import AutoDrop
+
+SCHEDULES = ("AutoDrop", "constant", "cosine")
+
+_POINTS = 150  # of a loss curve: the mean loss of each 150th part of the run
+_LAST = 0.05  # part of the run over which the final training loss is averaged
+
+
+class Task(Protocol):
+    """What is trained: a model, its optimizer, its batches, its measure of quality."""
+
+    name: str
+    """Also of the files."""
+    description: str
+    measure: str
+    """Of the quality, as a column's head: "test error %"."""
+    note: str
+    """What a reader must know to judge the table fairly."""
+    steps: int
+    seeds: int
+    window: int
+    """``k`` that suits the default number of steps."""
+
+    def model(self) -> nn.Module:
+        """A new model, from torch's global random state."""
+
+    def optimizer(self, model: nn.Module) -> Optimizer:
+        """A new optimizer at the initial learning rate."""
+
+    def loss(self, model: nn.Module, random: Generator) -> Tensor:
+        """Loss of the next batch."""
+
+    def quality(self, model: nn.Module) -> float:
+        """On data that was not trained on; lower is better."""
+
+
+@dataclass
+class Run:
+    """What one training led to."""
+
+    schedule: str
+    seed: int
+    quality: float = math.nan
+    loss: float = math.nan
+    """Mean over the last twentieth of the run."""
+    lr: float = math.nan
+    drops: int | None = None
+    """None for schedules that do not drop."""
+    share: float = math.nan
+    """Part of the training time that was spent in ``scheduler.step()``."""
+    readings: list[dict[str, Any]] = field(default_factory=list)
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    """``step``, ``loss`` and ``lr``, for the picture."""
+
+
+def train(
+    task: Task,
+    schedule: str,
+    seed: int,
+    *,
+    steps: int,
+    window: int,
+    log: JsonLinesLog | None = None,
+    on_step: Callable[[], object] = lambda: None,
+) -> Run:
+    """Train a task from the start under one of :data:`SCHEDULES`.
+
+    The initial parameters and the order of the batches depend on the seed alone, so that the
+    schedules of one seed start alike.
+
+    Args:
+        task: what to train.
+        schedule: one of :data:`SCHEDULES`.
+        seed: of parameters and batches.
+        steps: optimizer steps.
+        window: of AutoDrop, optimizer steps.
+        log: takes AutoDrop's readings and every schedule's metrics.
+        on_step: called after every step.
+    """
+    run = Run(schedule, seed)
+    with torch.random.fork_rng(devices=[]), single_thread():
+        torch.manual_seed(seed)
+        model = task.model()
+        optimizer = task.optimizer(model)
+        scheduler = _scheduler(schedule, optimizer, steps, window, log)
+        random = Generator().manual_seed(seed)
+        losses: list[float] = []
+        in_step = 0.0  # seconds
+        every = max(1, steps // _POINTS)
+        start = time.perf_counter()
+        for step in range(1, steps + 1):
+            loss = task.loss(model, random)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            losses.append(loss.item())
+            before = time.perf_counter()
+            scheduler.step()
+            in_step += time.perf_counter() - before
+            if step % every == 0:
+                lr = float(optimizer.param_groups[0]["lr"])
+                mean = math.fsum(losses[-every:]) / every
+                run.metrics.append({"step": step, "loss": mean, "lr": lr})
+                if log is not None:
+                    log.metrics(step, loss=mean)
+            on_step()
+        run.share = in_step / (time.perf_counter() - start)
+        run.quality = task.quality(model)
+    last = losses[-max(1, round(_LAST * steps)) :]
+    run.loss = math.fsum(last) / len(last)
+    run.lr = float(optimizer.param_groups[0]["lr"])
+    if isinstance(scheduler, AutoDrop):
+        run.drops = scheduler.num_drops
+        run.readings = [decision.as_dict() for decision in scheduler.history]
+        scheduler.close()
+    return run
+
+
+def _scheduler(
+    schedule: str, optimizer: Optimizer, steps: int, window: int, log: JsonLinesLog | None
+) -> LRScheduler:
+    if schedule == "AutoDrop":
+        return AutoDrop(optimizer, window=window, on_reading=log)
+    if schedule == "constant":
+        return ConstantLR(optimizer, factor=1.0)
+    if schedule == "cosine":
+        return CosineAnnealingLR(optimizer, T_max=steps)
+    raise ValueError(f"schedule: expected one of {SCHEDULES}, got {schedule!r}")
+
+
+@contextmanager
+def single_thread() -> Iterator[None]:
+    """Run torch on one thread.
+
+    The demo's models are so small that a second thread costs more than it brings: up to ten times
+    the time per step on a machine with two busy cores.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

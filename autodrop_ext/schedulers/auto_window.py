@@ -1,0 +1,36 @@
+"""``window="auto"``: the window from the length of the run."""
+
+from __future__ import annotations
+
+import math
+
+from ..checks import check_count, check_number
+
+
+def window_for(
+    num_steps: int, *, factor: float = 0.95, min_samples: int = 10, total_decay: float = 0.01
+) -> int:
+    """The window with which the rate can fall to ``total_decay`` of the initial one, and no lower.
+
+    A drop takes ``min_samples + 1`` windows at least, and multiplies the rate by ``factor``. So
+    ``n`` steps in windows of ``k`` end at ``factor^(n / ((min_samples + 1) k))`` or above; set
+    equal to ``total_decay`` and solved for ``k``, rounded up so that the rate falls no lower. UAI
+    2024, section 4.1, gives the relation ``alpha_0 rho^O(N/k)`` and tunes ``k`` per data set.
+
+    Args:
+        num_steps: ``n``, optimizer steps of the run, without the warm-up.
+        factor: ``rho``, in (0, 1).
+        min_samples: angles since the last drop before smoothing starts.
+        total_decay: in (0, 1).
+
+    Returns:
+        Optimizer steps, at least 1.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong; the message names it.
+    """
+    check_count("num_steps", num_steps, 1)
+    check_number("total_decay", total_decay, "a number between 0 and 1", lambda x: 0 < x < 1)
+    drops = math.log(total_decay) / math.log(factor)
+    # Less a hair, so that a quotient that is a whole number stays one.
+    return max(1, math.ceil(num_steps / ((min_samples + 1) * drops) - 1e-9))

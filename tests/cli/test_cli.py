@@ -1,0 +1,238 @@
+"""cli: every command in small, and what users see when something is wrong."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import autodrop_ext
+from autodrop_ext.cli import doctor as doctor_module
+from autodrop_ext.cli.app import autodrop
+from autodrop_ext.cli.demo.training import SCHEDULES
+from autodrop_ext.cli.selftest import LIMIT, largest_error
+
+
+def run(*arguments):
+    return CliRunner(env={"COLUMNS": "80"}).invoke(autodrop, [str(a) for a in arguments])
+
+
+def one_line_error(result):
+    assert result.exit_code != 0
+    assert isinstance(result.exception, SystemExit), result.exception
+    (line,) = [line for line in result.output.splitlines() if line.startswith("Error: ")]
+    return line
+
+
+# ---- demo -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["digits", "bytes"])
+def small_demo(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    threads = torch.get_num_threads()
+    result = run("demo", "--task", request.param, "--seeds", 1, "--steps", 40, "--output", folder)
+    assert torch.get_num_threads() == threads
+    return request.param, folder, result
+
+
+def test_demo_prints_a_row_for_every_schedule(small_demo):
+    task, folder, result = small_demo
+    assert result.exit_code == 0, result.output
+    rows = [line.split("│")[1:-1] for line in result.output.splitlines() if line.startswith("│")]
+    assert [row[0].strip() for row in rows] == list(SCHEDULES)
+    assert {"digits": "test error %", "bytes": "bits per byte"}[task] in result.output
+    for name, quality, loss, drops, rate, share in ([c.strip() for c in row] for row in rows):
+        assert 0 < float(quality) < 100
+        assert 0 < float(loss) < 10
+        assert (drops == "-") == (name != "AutoDrop")
+        assert (float(rate) == 0) == (name == "cosine")
+        assert share.endswith(" %")
+    assert all(len(line) <= 80 for line in result.output.splitlines() if str(folder) not in line)
+
+
+def test_demo_writes_picture_and_log(small_demo):
+    task, folder, result = small_demo
+    log = folder / f"{task}.jsonl"
+    picture = folder / f"{task}.png"
+    readings, metrics = autodrop_ext.read_log(log)
+    assert len(readings) == 40 // {"digits": 3, "bytes": 2}[task] - 2
+    assert [m["step"] for m in metrics] == list(range(1, 41))
+    assert all(m["loss"] > 0 for m in metrics)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert picture.stat().st_size > 10_000
+    assert f"autodrop plot {log}" in result.output
+    assert str(picture) in result.output
+
+
+def test_demo_replaces_the_log_of_an_earlier_run_and_repeats_it(tmp_path):
+    def lines():
+        result = run("demo", "--seeds", 1, "--steps", 40, "--window", 2, "--output", tmp_path)
+        assert result.exit_code == 0
+        return (tmp_path / "digits.jsonl").read_text()
+
+    assert lines() == lines()
+
+
+def test_demo_that_ends_before_the_first_reading_says_so(tmp_path):
+    result = run("demo", "--seeds", 2, "--steps", 5, "--output", tmp_path)
+    assert result.exit_code == 0
+    assert "No picture" in result.output
+    assert "digits.jsonl" not in result.output
+    assert "seeds 0 to 1, mean ± std" in result.output
+
+
+@pytest.mark.parametrize("option", [("--steps", 0), ("--seeds", 0), ("--task", "mnist")])
+def test_demo_refuses_wrong_options(option, tmp_path):
+    assert option[0] in one_line_error(run("demo", *option, "--output", tmp_path))
+
+
+def test_demo_names_what_is_missing_before_it_trains(monkeypatch, tmp_path):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    error = one_line_error(run("demo", "--output", tmp_path / "new"))
+    assert error == (
+        "Error: the demo needs matplotlib and sklearn: pip install 'autodrop_ext[demo]'"
+    )
+    assert not (tmp_path / "new").exists()
+
+
+def test_demo_refuses_a_folder_that_is_a_file(tmp_path):
+    (tmp_path / "file").touch()
+    assert "--output" in one_line_error(run("demo", "--output", tmp_path / "file" / "below"))
+
+
+# ---- doctor ---------------------------------------------------------------------------------
+
+
+def test_doctor_passes_and_says_what_is_here():
+    result = run("doctor")
+    assert result.exit_code == 0, result.output
+    for expected in (autodrop_ext.__version__, torch.__version__, "cpu: used", "reference: works"):
+        assert expected in result.output
+    assert result.output.splitlines()[-1].startswith("PASS")
+    assert "FAIL" not in result.output
+    assert all(len(line) <= 80 for line in result.output.splitlines())
+
+
+@pytest.mark.parametrize("error", [10 * LIMIT, float("nan")])
+def test_doctor_fails_where_angles_are_wrong(error, monkeypatch):
+    monkeypatch.setattr(doctor_module, "largest_error", lambda backend, device: error)
+    result = run("doctor")
+    assert result.exit_code == 1
+    assert result.output.count("degrees off") >= 2
+    assert "PASS" not in result.output
+
+
+def test_doctor_reports_a_backend_that_crashes(monkeypatch):
+    def crash(backend, device):
+        raise RuntimeError("no [kernel] image")
+
+    monkeypatch.setattr(doctor_module, "largest_error", crash)
+    result = run("doctor")
+    assert result.exit_code == 1
+    assert "FAIL: RuntimeError: no [kernel] image" in result.output
+    assert "backend cpu does not run on cpu" in " ".join(result.output.split())
+
+
+def test_doctor_without_the_core(monkeypatch):
+    monkeypatch.setitem(sys.modules, "autodrop_ext._C", None)
+    result = run("doctor")
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit)
+    assert "loads NO: " in " ".join(result.output.split())
+    assert "pip install --force-reinstall --no-deps autodrop_ext" in result.output
+    assert "FAIL: the compiled core does not load" in result.output
+
+
+def test_selftest_notices_a_wrong_angle(monkeypatch):
+    assert largest_error("reference", "cpu") < LIMIT
+    from autodrop_ext import parts as details
+
+    correct = details.angle_of
+    monkeypatch.setattr(details, "angle_of", lambda d, n, p: correct(0.99 * d, n, p))
+    assert largest_error("reference", "cpu") > LIMIT
+    monkeypatch.setattr(details, "angle_of", lambda d, n, p: None)
+    assert largest_error("reference", "cpu") == float("inf")
+
+
+# ---- plot -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def log(tmp_path):
+    path = tmp_path / "run.jsonl"
+    path.write_text(
+        '{"event": "reading", "step": 6, "angle": 80.0, "lr": [0.1], "dropped": false}\n'
+        '{"event": "metrics", "step": 6, "loss": 0.5}\n'
+        '{"event": "reading", "step": 8, "angle": null, "lr": [0.09], "dropped": true}\n'
+    )
+    return path
+
+
+def test_plot_writes_beside_the_log_or_where_told(log, tmp_path):
+    result = run("plot", log)
+    assert result.exit_code == 0, result.output
+    assert result.output == f"{tmp_path / 'run.png'}: 2 readings, 1 drop\n"
+    assert (tmp_path / "run.png").stat().st_size > 10_000
+    assert run("plot", log, "--output", tmp_path / "other.svg", "--threshold", 1).exit_code == 0
+    assert (tmp_path / "other.svg").read_text().startswith("<?xml")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", "no readings"),
+        (b'{"event": "metrics", "step": 1}\n', "no readings"),
+        (b"broken\n\n", "run.jsonl:1: expected a JSON object"),
+        (b'{"event": "other"}\n', "run.jsonl:1: expected a reading or metrics"),
+        (b'{"event": "reading", "angle": 80.0}\n', "'step'"),
+        (b'{"event": "reading", "step": 1, "angle": "x"}\n', "'x'"),
+        (b"\xff\xfe\x00", "codec"),
+        (b"x" * 10_000 + b"\n\n", " ..."),
+    ],
+)
+def test_plot_refuses_a_broken_log_in_one_line(content, expected, log):
+    log.write_bytes(content)
+    error = one_line_error(run("plot", log))
+    assert expected in error
+    assert len(error) < 500
+
+
+def test_plot_refuses_what_it_cannot_read_or_write(log, tmp_path):
+    assert "does not exist" in one_line_error(run("plot", tmp_path / "none.jsonl"))
+    assert "none/a.png" in one_line_error(run("plot", log, "--output", tmp_path / "none/a.png"))
+    assert "xyz" in one_line_error(run("plot", log, "--output", tmp_path / "a.xyz"))
+
+
+def test_plot_without_matplotlib_names_the_extra(log, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert "pip install 'autodrop_ext[plot]'" in one_line_error(run("plot", log))
+
+
+# ---- the program ----------------------------------------------------------------------------
+
+
+def test_version_and_help():
+    assert run("--version").output == f"autodrop_ext, version {autodrop_ext.__version__}\n"
+    output = run("--help").output
+    assert all(command in output for command in ("demo", "doctor", "plot"))
+    for command in ("demo", "doctor", "plot"):
+        assert run(command, "--help").exit_code == 0
+
+
+@pytest.mark.parametrize("module", ["click", "rich"])
+def test_without_click_or_rich_the_extra_is_named(module, monkeypatch):
+    from autodrop_ext.cli import main
+
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(SystemExit, match=r"pip install 'autodrop_ext\[cli\]'"):
+        main()
+
+
+def test_runs_as_a_module():
+    command = [sys.executable, "-m", "autodrop_ext", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == f"autodrop_ext, version {autodrop_ext.__version__}\n"

@@ -1,0 +1,208 @@
+"""cli: ``autodrop watch``, and ``autodrop plot`` of epochs and of several logs."""
+
+from __future__ import annotations
+
+import io
+import math
+import pathlib
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from rich.console import Console
+
+from autodrop_ext.cli import watch as watch_module
+from autodrop_ext.cli.app import autodrop
+from autodrop_ext.cli.live_view import render
+from autodrop_ext.log import JsonLinesLog
+from autodrop_ext.plotting.compare import plot_runs
+from autodrop_ext.reading import Decision
+from autodrop_ext.schedulers import EpochDecision
+
+
+def run(*arguments: object) -> Any:
+    return CliRunner(env={"COLUMNS": "80"}).invoke(autodrop, [str(a) for a in arguments])
+
+
+def shown(width: int = 80, **log: Any) -> list[str]:
+    console = Console(width=width, file=io.StringIO())
+    console.print(render("run.jsonl", log.get("readings", []), log.get("metrics", []), width=width))
+    return console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+
+
+def decision(window: int, **values: Any) -> Decision:
+    plain: dict[str, Any] = {
+        "step": 64 * (window + 1),
+        "window": window,
+        "angle": 80.0 + window % 7,
+    }
+    plain |= {"cosine": 0.1, "norm": 1.0, "previous_norm": 1.0, "lr": (0.1,)}
+    return Decision(**(plain | values))
+
+
+def epoch(number: int, **values: Any) -> EpochDecision:
+    plain = vars(decision(number)) | {"step": 10 * number, "change": 1.0, "threshold": 0.01}
+    return EpochDecision(**(plain | values))
+
+
+def long_run(path: pathlib.Path, drops: int = 12) -> JsonLinesLog:
+    log = JsonLinesLog(path)
+    lr = 0.1
+    for window in range(2, 2 + 11 * drops):
+        last = (window - 1) % 11 == 0
+        lr *= 0.8 if last else 1.0
+        smoothed = 84.0 + window / 50 if (window - 1) % 11 in (0, 10) else None
+        rise = -0.5 if last else None
+        log(decision(window, smoothed=smoothed, rise=rise, lr=(lr,), dropped=last))
+        log.metrics(64 * (window + 1), loss=3 / window)
+    log.close()
+    return log
+
+
+def test_once_shows_the_whole_run_in_eighty_columns(tmp_path: pathlib.Path) -> None:
+    log = long_run(tmp_path / "run.jsonl")
+    result = run("watch", log.path, "--once")
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    head = lines[0]
+    assert "step 8,576" in head
+    assert "132 readings" in head
+    assert "12 drops" in head
+    by_label = {line.split()[0]: line for line in lines if line.strip()}
+    assert by_label["loss"].endswith("0.02256")
+    assert by_label["angle"].endswith("80.00°")
+    assert by_label["rate"].endswith("0.00687")
+    assert by_label["drops"].count("▼") == 12
+    # Highest at first, lowest at last: losses and rates fall over more than a decade.
+    for label in ("loss", "rate"):
+        curve = by_label[label].split()[1]
+        assert curve[0] == "█"
+        assert curve[-1] == "▁"
+    assert lines[-1].split() == ["8,576", "133", "80.00°", "86.66°", "-0.50°", "0.00687", "dropped"]
+
+
+def test_without_a_terminal_it_shows_once_and_ends(tmp_path: pathlib.Path) -> None:
+    log = long_run(tmp_path / "run.jsonl", drops=1)
+    assert "11 readings   1 drop " in run("watch", log.path).output
+    missing = run("watch", tmp_path / "none.jsonl")
+    assert missing.exit_code == 1
+    assert "none.jsonl does not exist" in missing.output
+
+
+def test_it_follows_a_log_that_grows(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a terminal, with the waiting replaced by what the run does in the meantime."""
+    path = tmp_path / "run.jsonl"
+    log = JsonLinesLog(path)
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, height=40)
+    monkeypatch.setattr(watch_module, "Console", lambda **options: console)
+    events = iter(["first", "second", "ctrl-c"])
+    seen: list[str] = []
+
+    def sleep(seconds: float) -> None:
+        seen.append(console.file.getvalue())  # type: ignore[attr-defined]
+        event = next(events)
+        if event == "ctrl-c":
+            raise KeyboardInterrupt
+        log(decision(2 if event == "first" else 3))
+
+    monkeypatch.setattr(watch_module.time, "sleep", sleep)
+    assert run("watch", path, "--interval", 0.5).exit_code == 0
+    assert "Waiting for" in seen[0]
+    assert "step 192" in seen[1]
+    assert "step 192" not in seen[0]
+    assert "step 256" in seen[2]
+
+
+@pytest.mark.parametrize("width", [20, 40, 80, 200])
+def test_every_width_and_every_gap(width: int) -> None:
+    readings = [
+        {"step": 5, "angle": None, "lr": [], "dropped": False},
+        {"step": 10, "window": 3, "angle": 80.0, "smoothed": None, "lr": [0.0], "dropped": True},
+    ]
+    metrics = [{"step": 1, "loss": None}, {"step": 2, "accuracy": 1.0}]
+    lines = shown(width, readings=readings, metrics=metrics)
+    assert any("▼" in line for line in lines)
+    assert all(len(line) <= width for line in lines)
+    assert not any("nan" in line or "None" in line for line in lines)
+    assert any("No readings yet" in line for line in shown(80))
+
+
+def test_epochs_have_their_own_columns() -> None:
+    epochs = [epoch(n, waited=n % 3).as_dict() for n in range(1, 9)]
+    text = "\n".join(shown(readings=epochs))
+    for word in ("epoch", "change", "threshold", "waited"):
+        assert word in text
+    assert "smoothed" not in text
+
+
+@pytest.mark.parametrize("content", ["broken\n", '{"event": "reading", "step": 1, "lr": 3}\n'])
+def test_a_broken_log_is_one_line(content: str, tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "run.jsonl"
+    path.write_text(content)
+    result = run("watch", path, "--once")
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit)
+    assert sum(line.startswith("Error: ") for line in result.output.splitlines()) == 1
+
+
+# ---- plot: epochs, and several logs ---------------------------------------------------------
+
+
+def test_plot_of_epochs(tmp_path: pathlib.Path) -> None:
+    log = JsonLinesLog(tmp_path / "epochs.jsonl")
+    for n in range(1, 9):
+        log(epoch(n, dropped=n == 5))
+    result = run("plot", log.path)
+    assert result.output == f"{tmp_path / 'epochs.png'}: 8 readings, 1 drop\n"
+    assert (tmp_path / "epochs.png").stat().st_size > 10_000
+    refused = run("plot", log.path, "--threshold", 1)
+    assert refused.exit_code == 2
+    assert "--threshold: expected none, the log of epochs has it" in refused.output
+
+
+def test_plot_of_several_logs(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, drops in (("a", 1), ("b", 2)):
+        (tmp_path / name).mkdir()
+        long_run(tmp_path / name / "run.jsonl", drops)
+    long_run(tmp_path / "c.jsonl", 3)
+    result = run("plot", "a/run.jsonl", "b/run.jsonl")
+    assert result.exit_code == 0, result.output
+    assert result.output.splitlines() == [
+        "comparison.png:",
+        "  a/run.jsonl: 11 readings, 1 drop",
+        "  b/run.jsonl: 22 readings, 2 drops",
+    ]
+    assert (tmp_path / "comparison.png").stat().st_size > 10_000
+    assert run("plot", "a/run.jsonl", "c.jsonl", "--output", "two.svg").exit_code == 0
+    assert "got one twice" in run("plot", "c.jsonl", "./c.jsonl").output
+    assert (
+        "expected none with several"
+        in run("plot", "c.jsonl", "a/run.jsonl", "--threshold", 1).output
+    )
+
+
+def test_what_a_comparison_draws() -> None:
+    measured = [d.as_dict() for d in (decision(2, smoothed=80.0), decision(3, lr=(0.05, 0.1)))]
+    epochs = [epoch(n, lr=(0.2,)).as_dict() for n in (1, 2)]
+    loss = [{"step": 3, "loss": 1.0}, {"step": 4, "accuracy": 1.0}]
+    figure = plot_runs({"windows": (measured, []), "epochs": (epochs, loss)})
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert titles == ["Training loss", "Angular velocity, smoothed", "Learning rate"]
+    (loss_line,) = figure.axes[0].lines
+    windows, of_epochs = figure.axes[1].lines
+    assert loss_line.get_color() == of_epochs.get_color() != windows.get_color()
+    assert windows.get_ydata()[0] == 80.0
+    assert math.isnan(windows.get_ydata()[1])
+    assert list(of_epochs.get_ydata()) == [81.0, 82.0]
+    assert list(figure.axes[2].lines[0].get_ydata()) == [0.1, 0.05]
+    assert len(plot_runs({"windows": (measured, [])}).axes) == 2
+    many = plot_runs({str(i): (measured, []) for i in range(10)}).axes[0].lines
+    assert len({(line.get_color(), line._unscaled_dash_pattern) for line in many}) == 10
+    with pytest.raises(ValueError, match=r"runs\['a'\]: expected at least one reading"):
+        plot_runs({"a": ([], [])})
+    with pytest.raises(ValueError, match="runs: expected at least one, got none"):
+        plot_runs({})
