@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import requirements  # noqa: F401
+from . import checks  # noqa: F401
 from .log import JsonLinesLog, TeeLog, read_log
 from .meter import AngularVelocity
 from .reading import Decision, Reading

@@ -1,8 +1,7 @@
-"""Which tensors are watched: read anew whenever they may have changed, named for messages."""
+"""Which tensors are watched: looked up whenever they may have changed, named for messages."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -10,11 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .distributed import LocalShard, deepspeed, local_shards, local_tensor, unwrap_optimizer
-from .ops import reference
+from .distributed import deepspeed
+from .distributed.engines import local_shards, unwrap_optimizer
+from .distributed.shards import LocalShard, local_tensor
+from .ops.memory import Named
+from .ops.reference import DTYPES
 
-Named = tuple[str, Tensor]
-_TRACKED_DTYPES = (*reference.DTYPES, torch.complex64, torch.complex128, torch.complex32)
+_TRACKED_DTYPES = (*DTYPES, torch.complex64, torch.complex128, torch.complex32)
 
 
 class ParameterSource:
@@ -35,6 +36,9 @@ class ParameterSource:
         self._read: Callable[[], Iterable[Any]] | None = None
         self._fixed: list[Named] = []
         self._fixed_groups: list[dict[str, Any]] = []
+        self._aliases: list[Tensor] = []
+        self._addresses: list[int] = []
+        self._signature: list[list[Any]] = []
         params = unwrap_optimizer(params)
         if isinstance(params, Optimizer):
             self._optimizer = params
@@ -65,9 +69,9 @@ class ParameterSource:
             self._zero = deepspeed.zero_optimizer_of(self._optimizer)
             if self._zero is not None:
                 return deepspeed.zero_shards(self._zero)
-        self.check()
         named = self._trainable()
         for name, parameter in named:
+            _check_trackable(name, parameter)
             if deepspeed.is_partitioned(parameter):
                 raise RuntimeError(
                     f"{name}: expected a parameter with data, got one that DeepSpeed ZeRO-3 has "
@@ -77,7 +81,7 @@ class ParameterSource:
         shards = local_shards(named)  # one for each distinct parameter, in this order
         distinct = dict.fromkeys(id(parameter) for _, parameter in named)
         return [
-            dataclasses.replace(shard, group=group_of.get(i, 0))
+            shard._replace(group=group_of.get(i, 0))
             for shard, i in zip(shards, distinct, strict=True)
         ]
 
@@ -85,9 +89,19 @@ class ParameterSource:
         """Param groups that the parameters come in; 1 where they come without."""
         return max(1, len(self._groups()))
 
-    def named(self) -> list[Named]:
-        """Names and local tensors of all trainable parameters; raises as :meth:`shards`."""
-        return [(shard.name, shard.tensor) for shard in self.shards()]
+    def watch(self, shards: Sequence[LocalShard]) -> None:
+        """Remember the parameters as they are, for :meth:`moved` and :meth:`unchanged`."""
+        self._aliases = [shard.tensor for shard in shards]
+        self._addresses = [alias.data_ptr() for alias in self._aliases]
+        self._signature = self._sign()
+
+    def moved(self) -> bool:
+        """Whether memory of the watched shards is elsewhere; cheap enough for every step."""
+        return [alias.data_ptr() for alias in self._aliases] != self._addresses
+
+    def unchanged(self) -> bool:
+        """Whether the watched shards are still what :meth:`shards` would return."""
+        return not self.moved() and self._sign() == self._signature
 
     def tensors(self) -> list[Tensor]:
         """The local tensors without names or checks, for cheap comparison."""
@@ -98,8 +112,11 @@ class ParameterSource:
             return [local_tensor(p) for group in groups for p in group["params"] if p.requires_grad]
         return [local_tensor(p) for _, p in self._trainable()]
 
+    def _sign(self) -> list[list[Any]]:
+        return [*signature(self.tensors()), [self.num_groups()]]
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_zero": None}
+        return {**self.__dict__, "_zero": None, "_aliases": [], "_addresses": [], "_signature": []}
 
     def _trainable(self) -> list[Named]:
         return [(name, p) for name, p in self._all() if not self._frozen(p)]

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from ..angle import angle_of
 from ..meter import AngularVelocity
-from ..reading import angle_of
 
 LIMIT = 0.02  # degrees, what the package promises
 
