@@ -57,8 +57,8 @@ std::vector<Handle> handles_of(const py::object& allocate, const py::list& tenso
 // tensor, and torch.utils.swap_tensors refuses tensors with more than one.
 struct ParameterReader {
   TensorFunctions functions;
-  std::size_t
-      impl_offset;  // bytes from a Python tensor to the pointer that an at::Tensor consists of
+  // Bytes from a Python tensor to the pointer that its at::Tensor consists of.
+  std::size_t impl_offset;
   py::object tensor_type;     // torch.Tensor
   py::object parameter_type;  // torch.nn.Parameter
   py::object base_type;       // torch._C.TensorBase
@@ -118,8 +118,8 @@ struct ParameterReader {
             py::reinterpret_borrow<py::object>(PySequence_Fast_GET_ITEM(members.ptr(), i));
         const bool plain = is_plain(tensor);
         if (!plain) impl_of(tensor);  // raises TypeError if it is not a tensor
-        if (!needs_gradient(tensor, plain) && (frozen.is_none() || frozen(tensor).cast<bool>())) {
-          continue;
+        if (!needs_gradient(tensor, plain)) {
+          if (frozen.is_none() || py::cast<bool>(py::object(frozen(tensor)))) continue;
         }
         if (plain || local.is_none()) {
           if (!visit(g, tensor)) return false;

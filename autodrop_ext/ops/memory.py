@@ -67,6 +67,9 @@ class MemoryWatch:
     Raises:
         TypeError: ``groups`` holds something that is not a tensor.
         RuntimeError: torch gives no address of a tensor.
+
+    Attributes:
+        why_slow: why Python compares; empty where the compiled core does.
     """
 
     def __init__(
@@ -79,17 +82,23 @@ class MemoryWatch:
     ) -> None:
         self._memory: Any
         self._parameters: Any
+        self.why_slow = why_slow()
         compiled = _probe(SYMBOLS)
         with torch._C.DisableTorchFunction():
-            if isinstance(compiled, str):
-                self._memory = _Memory(aliases)
-                self._parameters = _Parameters(groups, frozen, local)
-            else:
+            if isinstance(compiled, _Compiled):
                 core = compiled.core
-                self._memory = core.WatchedMemory(
-                    compiled.addresses, compiled.allocate, list(aliases)
-                )
-                self._parameters = core.WatchedParameters(compiled.reader, groups, frozen, local)
+                try:
+                    self._memory = core.WatchedMemory(
+                        compiled.addresses, compiled.allocate, list(aliases)
+                    )
+                    self._parameters = core.WatchedParameters(
+                        compiled.reader, groups, frozen, local
+                    )
+                    return
+                except RuntimeError as error:  # Python's comparison raises it again if it must
+                    self.why_slow = f"the compiled comparison refused these tensors: {error}"
+            self._memory = _Memory(aliases)
+            self._parameters = _Parameters(groups, frozen, local)
 
     def moved(self) -> bool:
         """Whether any alias has another address, or a storage of another size, than at first."""
@@ -127,6 +136,7 @@ def why_slow() -> str:
 def _nothing() -> MemoryWatch:
     watch = MemoryWatch.__new__(MemoryWatch)
     watch._memory = watch._parameters = None
+    watch.why_slow = "it is a copy, which watches nothing"
     return watch
 
 

@@ -7,6 +7,7 @@ import gc
 import pickle
 from collections.abc import Callable, Iterator
 from multiprocessing.reduction import ForkingPickler
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -221,6 +222,7 @@ def test_python_is_used_only_where_a_function_is_missing(way: str) -> None:
         # Every torch that the tests run on has the functions. If a later one lacks them, this says
         # so, and nothing else would.
         assert memory.why_slow() == ""
+        assert Watched().watch.why_slow == ""
     else:
         assert "lacks a function of its C interface" in memory.why_slow()
         assert "aoti_torch_not_there" in memory.why_slow()
@@ -233,6 +235,27 @@ def test_without_the_core_python_is_used(monkeypatch: pytest.MonkeyPatch) -> Non
     watched = Watched()
     assert watched.watch.matches(watched.groups())
     give_other_memory(watched)
+    assert not watched.watch.matches(watched.groups())
+
+
+def test_what_the_core_refuses_is_compared_in_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> None:
+        raise RuntimeError("an unknown layout")
+
+    core = native.core
+    assert core is not None
+    partly = SimpleNamespace(
+        WatchedMemory=core.WatchedMemory,
+        ParameterReader=core.ParameterReader,
+        WatchedParameters=refuse,
+    )
+    monkeypatch.setattr(memory, "SYMBOLS", (*memory.SYMBOLS, memory.SYMBOLS[0]))  # a new look-up
+    monkeypatch.setattr(native, "core", partly)
+    watched = Watched()
+    assert "an unknown layout" in watched.watch.why_slow
+    assert watched.watch.matches(watched.groups())
+    watched.net.share_memory()
+    assert watched.watch.moved()
     assert not watched.watch.matches(watched.groups())
 
 
