@@ -19,6 +19,7 @@ from .faults import Faults
 from .ops import check_name
 from .ops.device_sums import NamedArenas
 from .ops.interface import Form, Sums
+from .ops.memory import no_garbage_collection
 from .ops.window_sums import EVERYTHING, Extra, Watched, WindowSums, fields_of, on_cpu
 from .parameters import ParameterSource
 from .parts import Parts
@@ -182,7 +183,8 @@ class AngularVelocity:
             self._faults.parameters_changed(WINDOWS_FOR_ANGLE)
             self._discard(self.position)
         if self._sums is None:
-            self._build()
+            with no_garbage_collection():
+                self._build()
         elif not self._spoiled:
             self._sums.begin_window()
 

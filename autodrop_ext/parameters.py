@@ -76,13 +76,7 @@ class ParameterSource:
                     f"{name}: expected a parameter with data, got one that DeepSpeed ZeRO-3 has "
                     "partitioned; give the scheduler engine.optimizer, or params=engine.optimizer"
                 )
-        group_of = self._group_of()
-        shards = local_shards(named)  # one for each distinct parameter, in this order
-        distinct = dict.fromkeys(id(parameter) for _, parameter in named)
-        return [
-            shard._replace(group=group_of.get(i, 0))
-            for shard, i in zip(shards, distinct, strict=True)
-        ]
+        return local_shards(named, self._group_of())
 
     def num_groups(self) -> int:
         """Param groups that the parameters come in; 1 where they come without."""
