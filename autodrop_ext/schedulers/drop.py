@@ -236,7 +236,7 @@ class DropScheduler(StepScheduler):
 
     def _read_settings(self, settings: Entries) -> dict[str, Any]:
         return {
-            "min_lrs": settings.list("min_lr", checks.at_least_zero),
+            "min_lrs": settings.list("min_lr", checks.at_least_zero, length=len(self.min_lrs)),
         }
 
     def _read_progress(self, state: Entries, settings: Mapping[str, Any]) -> dict[str, Any]:
