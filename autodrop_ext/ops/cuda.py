@@ -17,9 +17,9 @@ _NO_CODE = ("cudaErrorNoKernelImageForDevice", "cudaErrorUnsupportedPtxVersion")
 class CudaBackend:
     name = "cuda"
 
-    def missing(self, device_type: str) -> str | None:
-        if device_type != "cuda":
-            return f"it runs on cuda tensors, not on {device_type}"
+    def missing(self, device: torch.device) -> str | None:
+        if device.type != "cuda":
+            return f"it runs on cuda tensors, not on {device.type}"
         if native.core is None:
             return native.why_missing()
         if not native.core.cuda_built:
@@ -31,22 +31,25 @@ class CudaBackend:
             return "this torch runs on AMD GPUs, which the triton backend serves"
         if not torch.cuda.is_available():
             return "torch sees no CUDA GPU"
-        return _probe()
+        return _probe(torch.cuda.current_device() if device.index is None else device.index)
 
     def bind(self, plan: Plan) -> CudaOperations:
         return CudaOperations(plan)
 
 
 @functools.cache
-def _probe() -> str | None:
-    """Launch a kernel on every visible GPU; what went wrong, or None."""
+def _probe(device: int) -> str | None:
+    """Launch a kernel on one GPU; what went wrong, or None.
+
+    Only the GPU that is used: a context takes hundreds of megabytes on each that is touched, for
+    every rank of a machine.
+    """
     assert native.core is not None, "checked by CudaBackend.missing"
     torch.cuda.current_device()  # initialises CUDA
-    for device in range(torch.cuda.device_count()):
-        try:
-            native.core.cuda_probe(device)
-        except RuntimeError as error:
-            return explain(str(error), device)
+    try:
+        native.core.cuda_probe(device)
+    except RuntimeError as error:
+        return explain(str(error), device)
     return None
 
 

@@ -96,7 +96,7 @@ class Reader:
                 labels=[f"{s.name}|{s.layout}|{s.part}" for s in members],
                 sizes=sizes,
             )
-            self.arenas.append(Arenas(plan, select(backend, device.type)))
+            self.arenas.append(Arenas(plan, select(backend, device)))
             kept.append([members[segment.index] for segment in plan.segments])
         choices = [arenas.plan.choice for arenas in self.arenas]
         drawn = [choice.digest for choice in choices if choice is not None]

@@ -160,7 +160,7 @@ def measure(name: str, dtype: torch.dtype, device: torch.device) -> list[dict[st
     synchronize(device)
     plan_seconds = time.perf_counter() - start
     wanted = ("cuda", "triton") if device.type == "cuda" else ("cpu",)
-    usable = [b for b in wanted if BACKENDS[b].missing(device.type) is None]
+    usable = [b for b in wanted if BACKENDS[b].missing(device) is None]
     arenas = {b: Arenas(plan, BACKENDS[b]) for b in usable}
     for a in arenas.values():
         a.begin("sum")

@@ -54,7 +54,7 @@ def run(tensors: list[Tensor], backend: str, form: str) -> tuple[list[Tensor], l
 
 
 def require(backend: str) -> None:
-    reason = BACKENDS[backend].missing("cuda")
+    reason = BACKENDS[backend].missing(torch.device("cuda"))
     assert reason is None, reason
 
 
