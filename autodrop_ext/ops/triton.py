@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import os
@@ -15,6 +14,7 @@ from torch import Tensor
 from . import reference
 from .interface import Sums
 from .plan import Plan
+from .streams import StreamUse, current_device
 
 
 class TritonBackend:
@@ -71,12 +71,16 @@ class TritonOperations:
         sums = functools.partial(torch.zeros, dtype=torch.float64, device=plan.device)
         self.per_tensor = sums((plan.num_rows, 4))
         self._partials = sums((plan.num_chunks, 4))
+        tables = (plan.chunks, plan.tensor_chunks, plan.weights, *(r for _, _, r in self._launches))
+        parameters = (part for s in plan.segments for part in (s.alias, s.flat))
+        buffers = (self.per_tensor, self._partials)
+        self._streams = StreamUse(plan.device, (*tables, *buffers, *parameters))
 
     def accumulate(
         self, running: Tensor, mean: Tensor | None, *, first: bool, weight: float = 1.0
     ) -> None:
         self._plan.refresh()
-        with self._on_device():
+        with self._on(running, mean):
             for dtype, aligned, rows in self._launches:
                 self._kernels.accumulate_kernel[(len(rows),)](
                     self._plan.chunks,
@@ -94,7 +98,7 @@ class TritonOperations:
                 )
 
     def close_sum(self, running: Tensor, previous: Tensor, before: Tensor, window: int) -> Sums:
-        with self._on_device():
+        with self._on(running, previous, before):
             if self._plan.num_chunks:
                 self._kernels.close_sum_kernel[(self._plan.num_chunks,)](
                     self._plan.chunks,
@@ -108,7 +112,7 @@ class TritonOperations:
             return self._total(1.0 / window**2, 1.0 / window**2)
 
     def close_delta(self, running: Tensor, previous: Tensor, mean: Tensor, window: int) -> Sums:
-        with self._on_device():
+        with self._on(running, previous, mean):
             if self._plan.num_chunks:
                 self._kernels.close_delta_kernel[(self._plan.num_chunks,)](
                     self._plan.chunks,
@@ -125,7 +129,7 @@ class TritonOperations:
     def write_back(self, arena: Tensor, mean: Tensor | None, scale: float) -> None:
         # A plain float argument would be rounded to float32.
         factor = torch.tensor(scale, dtype=torch.float64, device=self._plan.device)
-        with self._on_device():
+        with self._on(arena, mean):
             for dtype, aligned, rows in self._launches:
                 self._kernels.write_back_kernel[(len(rows),)](
                     self._plan.chunks,
@@ -141,13 +145,11 @@ class TritonOperations:
                 )
         self._plan.publish()
 
-    def _on_device(self) -> AbstractContextManager[object]:
+    def _on(self, *arenas: Tensor | None) -> AbstractContextManager[object]:
         """Triton launches on the current device, on the stream that is current there."""
-        device = self._plan.device
-        if device.type == "cpu":
-            return contextlib.nullcontext()
-        guard: AbstractContextManager[object] = torch.cuda.device(device)
-        return guard
+        if self._plan.device.type != "cpu":
+            self._streams.current(*arenas)
+        return current_device(self._plan.device)
 
     def _type(self, dtype: torch.dtype) -> Any:
         """Element type for a kernel; bfloat16 goes by its bits."""
