@@ -10,6 +10,7 @@
 // Every operation is rounded as written: compile without contraction.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "core/numeric.h"
@@ -131,7 +132,7 @@ AUTODROP_HD static inline ClosedElement close_delta_element_on_gpu(float& runnin
   const double exact = (static_cast<double>(mean) - residual) + d0 * per_step;
   const float rounded = static_cast<float>(exact);
   const double new_mean = static_cast<double>(rounded);
-  const double unit = (new_mean < 0.0 ? -new_mean : new_mean) * kResidualUnit;
+  const double unit = std::fabs(new_mean) * kResidualUnit;
   const float code = residual_code(new_mean - exact, unit, rounded);
   const std::uint32_t low = static_cast<std::uint32_t>(static_cast<std::int32_t>(code)) & 0xffu;
   const std::uint32_t bits = numeric::bit_cast<std::uint32_t>(running);
