@@ -140,7 +140,7 @@ class ParameterAverage:
         parts = []
         for (device, doubles), named in groups.items():
             plan = Plan(named, device)
-            operations = None if doubles else select(self._backend, device.type).bind(plan)
+            operations = None if doubles else select(self._backend, device).bind(plan)
             parts.append(_Part(plan, operations))
         self._parts = parts
 
