@@ -64,11 +64,11 @@ def plot(logs: tuple[Path, ...], output: Path | None, threshold: float | None) -
         for readings, _ in runs.values()
     ]
     if len(logs) == 1:
-        click.echo(f"{target}: {_count(counts[0][0], 'reading')}, {_count(counts[0][1], 'drop')}")
+        click.echo(f"{target}: {count(counts[0][0], 'reading')}, {count(counts[0][1], 'drop')}")
         return
     click.echo(f"{target}:")
     for name, (readings_, drops) in zip(runs, counts, strict=True):
-        click.echo(f"  {name}: {_count(readings_, 'reading')}, {_count(drops, 'drop')}")
+        click.echo(f"  {name}: {count(readings_, 'reading')}, {count(drops, 'drop')}")
 
 
 def _read(log: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -106,5 +106,6 @@ def explain(log: Path, error: Exception) -> str:
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
 
 
-def _count(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+def count(number: int, noun: str) -> str:
+    """A number with its noun, in the plural unless it is one."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

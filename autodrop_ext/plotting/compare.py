@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from .run import (
-    Dashes,
+from .panels import (
     Record,
     column,
+    draw_losses,
     finish,
     line_style,
     log_if_wide,
     make_panels,
     name_panel,
     smoothed_line,
-    steps_of,
 )
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -53,62 +51,23 @@ def plot_runs(
     losses = {n: m for n, (_, m) in runs.items() if any(r.get("loss") is not None for r in m)}
     figure, panels = make_panels([1.2, 1.2, 1.0] if losses else [1.2, 1.0])
     angle, rate = panels[-2:]
-    # A run keeps its colour in all panels, also where another one has no loss.
+    # A run keeps its colour in all panels, also if another one has no loss.
     styles = {name: line_style(i) for i, name in enumerate(runs)}
     if losses:
-        name_panel(panels[0], "Training loss")
-        _draw_lines(panels[0], losses, styles, "loss")
-        panels[0].set_ylabel("loss")
-    name_panel(angle, "Angular velocity, smoothed")
+        draw_losses(panels[0], losses, styles)
+    name_panel(angle, "Angular velocity, smoothed", "degrees")
+    name_panel(rate, "Learning rate", "learning rate")
+    everything: list[float] = []
     for name, (readings, _) in runs.items():
         steps, values = smoothed_line(readings)
         if not any(map(math.isfinite, values)):
-            steps, values = steps_of(readings), column(readings, "angle")
-        color, dashes = styles[name]
-        axes_label = None if losses else name
-        angle.plot(
-            steps,
-            values,
-            color=color,
-            linestyle=dashes,
-            linewidth=1.4,
-            label=axes_label,
-            marker=".",
-            markersize=3,
+            steps, values = column(readings, "step"), column(readings, "angle")
+        label = None if losses else name
+        angle.plot(steps, values, **styles[name], marker=".", markersize=3, label=label)
+        rates = column([{"lr": (r.get("lr") or [None])[0]} for r in readings], "lr")
+        everything += rates
+        rate.plot(
+            column(readings, "step"), rates, **styles[name], drawstyle="steps-post", label=name
         )
-    angle.set_ylabel("degrees")
-    name_panel(rate, "Learning rate")
-    rates = {
-        name: [{"step": r["step"], "lr": (r.get("lr") or [None])[0]} for r in readings]
-        for name, (readings, _) in runs.items()
-    }
-    _draw_lines(rate, rates, styles, "lr", drawstyle="steps-post")
-    rate.set_ylabel("learning rate")
-    finish(figure, panels, path, title)
-    return figure
-
-
-def _draw_lines(
-    axes: Axes,
-    runs: Mapping[str, Sequence[Record]],
-    styles: Mapping[str, tuple[str, Dashes]],
-    key: str,
-    drawstyle: Literal["default", "steps-post"] = "default",
-) -> None:
-    """One line for each run that has the key."""
-    everything: list[float] = []
-    for name, records in runs.items():
-        having = [r for r in records if key in r]
-        values = column(having, key)
-        everything += values
-        color, dashes = styles[name]
-        axes.plot(
-            steps_of(having),
-            values,
-            color=color,
-            linestyle=dashes,
-            linewidth=1.4,
-            drawstyle=drawstyle,
-            label=name,
-        )
-    log_if_wide(axes, everything)
+    log_if_wide(rate, everything)
+    return finish(figure, panels, path, title)

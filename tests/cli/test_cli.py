@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 
@@ -10,10 +11,11 @@ import torch
 from click.testing import CliRunner
 
 import autodrop_ext
+from autodrop_ext import AngularVelocity
 from autodrop_ext.cli import doctor as doctor_module
 from autodrop_ext.cli.app import autodrop
 from autodrop_ext.cli.demo.training import SCHEDULES
-from autodrop_ext.cli.selftest import LIMIT, largest_error
+from autodrop_ext.cli.doctor import LIMIT, largest_error
 
 
 def run(*arguments):
@@ -147,15 +149,17 @@ def test_doctor_without_the_core(monkeypatch):
     assert "FAIL: the compiled core does not load" in result.output
 
 
-def test_selftest_notices_a_wrong_angle(monkeypatch):
+@pytest.mark.parametrize("wrong", [lambda angle: angle + 0.03, lambda angle: None])
+def test_selftest_notices_a_wrong_angle(wrong, monkeypatch):
     assert largest_error("reference", "cpu") < LIMIT
-    from autodrop_ext import parts as details
+    observe = AngularVelocity.observe
 
-    correct = details.angle_of
-    monkeypatch.setattr(details, "angle_of", lambda d, n, p: correct(0.99 * d, n, p))
+    def observe_wrongly(meter, **keywords):
+        reading = observe(meter, **keywords)
+        return reading and dataclasses.replace(reading, angle=wrong(reading.angle))
+
+    monkeypatch.setattr(AngularVelocity, "observe", observe_wrongly)
     assert largest_error("reference", "cpu") > LIMIT
-    monkeypatch.setattr(details, "angle_of", lambda d, n, p: None)
-    assert largest_error("reference", "cpu") == float("inf")
 
 
 # ---- plot -----------------------------------------------------------------------------------

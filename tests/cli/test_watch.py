@@ -13,7 +13,7 @@ from rich.console import Console
 
 from autodrop_ext.cli import watch as watch_module
 from autodrop_ext.cli.app import autodrop
-from autodrop_ext.cli.live_view import render
+from autodrop_ext.cli.watch import render
 from autodrop_ext.log import JsonLinesLog
 from autodrop_ext.plotting.compare import plot_runs
 from autodrop_ext.reading import Decision

@@ -14,9 +14,9 @@ from rich.table import Table
 
 from ...log import JsonLinesLog
 from ...plotting.run import plot_comparison
-from . import theory as theory_tasks
 from .digits import Digits
 from .text import Bytes
+from .theory import ALGORITHM_ITERATIONS, NQM_ITERATIONS, NQM_LEAST, NQM_SEEDS, nqm, theory
 from .training import SCHEDULES, Run, Task, train
 
 _TASKS: dict[str, type[Digits] | type[Bytes]] = {"digits": Digits, "bytes": Bytes}
@@ -132,14 +132,14 @@ def _without_data(
     _make(output)
     console = Console()
     if name == "theory":
-        steps = steps or theory_tasks.ALGORITHM_ITERATIONS
-        theory_tasks.theory(console, output, iterations=steps)
+        steps = steps or ALGORITHM_ITERATIONS
+        theory(console, output, iterations=steps)
         return
-    steps = steps or theory_tasks.NQM_ITERATIONS
-    if steps < theory_tasks.NQM_LEAST:
-        raise click.UsageError(f"--steps: expected at least {theory_tasks.NQM_LEAST}, got {steps}")
-    last = first_seed + (seeds or theory_tasks.NQM_SEEDS)
-    theory_tasks.nqm(console, output, iterations=steps, seeds=range(first_seed, last))
+    steps = steps or NQM_ITERATIONS
+    if steps < NQM_LEAST:
+        raise click.UsageError(f"--steps: expected at least {NQM_LEAST}, got {steps}")
+    last = first_seed + (seeds or NQM_SEEDS)
+    nqm(console, output, iterations=steps, seeds=range(first_seed, last))
 
 
 def _make(output: Path) -> None:
