@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 
@@ -119,6 +120,40 @@ def test_doctor_passes_and_says_what_is_here():
     assert all(len(line) <= 80 for line in result.output.splitlines())
 
 
+@pytest.mark.parametrize(
+    ("architectures", "expected"),
+    [
+        ("90-real", "sm_90 (H100, H200)"),
+        ("80-real 89-real 120-real 120-virtual", None),
+        ("90a-real;77-real", "sm_90 (H100, H200), sm_77"),
+        ("86", "sm_86 (A10, A40, RTX 30), newer GPUs (compiled when first used)"),
+        ("native", "native, newer GPUs (compiled when first used)"),
+    ],
+)
+def test_architectures_have_the_names_of_gpus(architectures, expected):
+    names = doctor_module.name_architectures(architectures)
+    if expected is None:
+        expected = "sm_80 (A100, A30), sm_89 (L4, L40, RTX 40), sm_120 (RTX 50), "
+        expected += "newer GPUs (compiled when first used)"
+    assert names == expected
+
+
+def test_doctor_has_colours_in_a_terminal_only(monkeypatch, capsys):
+    monkeypatch.setattr(doctor_module, "largest_error", lambda backend, device: 0.0)
+    monkeypatch.setenv("COLUMNS", "80")
+    doctor_module.examine()
+    plain = capsys.readouterr().out
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    doctor_module.examine()
+    colored = capsys.readouterr().out
+    assert "\x1b[1;32mPASS\x1b[0m" in colored
+    assert re.sub(r"\x1b\[[0-9;]*m", "", colored) == plain
+    monkeypatch.setenv("NO_COLOR", "1")
+    doctor_module.examine()
+    assert capsys.readouterr().out == plain
+
+
 @pytest.mark.parametrize("error", [10 * LIMIT, float("nan")])
 def test_doctor_fails_where_angles_are_wrong(error, monkeypatch):
     monkeypatch.setattr(doctor_module, "largest_error", lambda backend, device: error)
@@ -179,9 +214,10 @@ def log(tmp_path):
 def test_plot_writes_beside_the_log_or_where_told(log, tmp_path):
     result = run("plot", log)
     assert result.exit_code == 0, result.output
-    assert result.output == f"{tmp_path / 'run.png'}: 2 readings, 1 drop\n"
+    assert result.stdout == f"{tmp_path / 'run.png'}: 2 readings, 1 drop\n"
+    assert "does not have the run's threshold" in result.stderr
     assert (tmp_path / "run.png").stat().st_size > 10_000
-    assert run("plot", log, "--output", tmp_path / "other.svg", "--threshold", 1).exit_code == 0
+    assert run("plot", log, "-o", tmp_path / "other.svg", "--threshold", 1).exit_code == 0
     assert (tmp_path / "other.svg").read_text().startswith("<?xml")
 
 
@@ -194,7 +230,7 @@ def test_plot_writes_beside_the_log_or_where_told(log, tmp_path):
         (b'{"event": "other"}\n', "run.jsonl:1: expected a reading or metrics"),
         (b'{"event": "reading", "angle": 80.0}\n', "'step'"),
         (b'{"event": "reading", "step": 1, "angle": "x"}\n', "'x'"),
-        (b"\xff\xfe\x00", "codec"),
+        (b"\xff\xfe\x00", "run.jsonl:1: expected a JSON object"),
         (b"x" * 10_000 + b"\n\n", " ..."),
     ],
 )
@@ -232,8 +268,19 @@ def test_without_click_or_rich_the_extra_is_named(module, monkeypatch):
     from autodrop_ext.cli import main
 
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(SystemExit, match=r"pip install 'autodrop_ext\[cli\]'"):
+    monkeypatch.setattr(sys, "argv", ["autodrop", "plot"])
+    with pytest.raises(SystemExit, match=f"need {module}: .*autodrop_ext\\[cli\\]"):
         main()
+
+
+def test_doctor_needs_neither_click_nor_rich():
+    script = "import sys; sys.modules.update(click=None, rich=None); import runpy; "
+    script += "sys.argv = ['autodrop', 'doctor']; "
+    script += "runpy.run_module('autodrop_ext', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == run("doctor").output
+    assert done.stderr == ""
 
 
 def test_runs_as_a_module():
