@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,8 @@ from .panels import (
     log_if_wide,
     make_panels,
     name_panel,
-    smoothed_line,
+    number,
+    running_mean,
 )
 
 if TYPE_CHECKING:
@@ -30,18 +30,21 @@ def plot_runs(
     path: str | Path | None = None,
     title: str | None = None,
 ) -> Figure:
-    """Draw several measured runs into one picture: losses, smoothed angles, learning rates.
+    """Draw several measured runs into one picture: losses, angles and learning rates.
+
+    Losses and angles are running means over a 40th of each run; behind the losses the values
+    themselves are thin lines. Angles of single windows scatter too much for several runs to share
+    a panel, and smoothed ones are there for two windows before each drop only.
 
     Args:
-        runs: readings and metrics by name, as :func:`~autodrop_ext.read_log` gives them; of
-            ``AutoDrop`` or ``EpochAutoDrop``, whose angles are not smoothed. Of several param
-            groups the first one's rate is drawn.
-        path: where to save the picture; its ending gives the format.
-        title: above the picture.
+        runs: Readings and metrics by name, as :func:`~autodrop_ext.read_log` returns them. Of
+            several param groups the first one's rate is drawn.
+        path: The picture; its ending gives the format.
+        title: The text above the picture.
 
     Raises:
         ImportError: matplotlib is not installed; it comes with ``autodrop_ext[plot]``.
-        ValueError: there is no run, or one without readings.
+        ValueError: There is no run, or one without readings.
     """
     if not runs:
         raise ValueError("runs: expected at least one, got none")
@@ -54,20 +57,16 @@ def plot_runs(
     # A run keeps its colour in all panels, also if another one has no loss.
     styles = {name: line_style(i) for i, name in enumerate(runs)}
     if losses:
-        draw_losses(panels[0], losses, styles)
-    name_panel(angle, "Angular velocity, smoothed", "degrees")
+        draw_losses(panels[0], losses, styles, named=False)
+    name_panel(angle, "Angular velocity, running mean", "degrees")
     name_panel(rate, "Learning rate", "learning rate")
     everything: list[float] = []
+    lines = {}
     for name, (readings, _) in runs.items():
-        steps, values = smoothed_line(readings)
-        if not any(map(math.isfinite, values)):
-            steps, values = column(readings, "step"), column(readings, "angle")
-        label = None if losses else name
-        angle.plot(steps, values, **styles[name], marker=".", markersize=3, label=label)
-        rates = column([{"lr": (r.get("lr") or [None])[0]} for r in readings], "lr")
+        steps = column(readings, "step")
+        angle.plot(*running_mean(steps, column(readings, "angle")), **styles[name])
+        rates = [number((r.get("lr") or [None])[0]) for r in readings]
         everything += rates
-        rate.plot(
-            column(readings, "step"), rates, **styles[name], drawstyle="steps-post", label=name
-        )
+        (lines[name],) = rate.plot(steps, rates, **styles[name], drawstyle="steps-post")
     log_if_wide(rate, everything)
-    return finish(figure, panels, path, title)
+    return finish(figure, panels, path, title, lines=lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,23 +12,28 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 Record = Mapping[str, Any]
 """One line of a log: a reading (``Decision.as_dict()``) or metrics (``step`` and values)."""
-
-Dashes = str | tuple[float, Sequence[float]]
 
 RAW = "0.6"  # Measured values are grey, and what is computed from them has a colour.
 OWN = "#1f5fa8"
 LIMIT = "#222222"
 DROP = "#c8321e"
 DELAY = "#b8860b"
-# The lines that a run is compared with differ in colour and in dashes.
-_OTHERS: tuple[tuple[str, Dashes], ...] = (
-    ("#b8860b", (0, (4, 1.5))),
-    ("#3a8a5f", (0, (1, 1))),
-    ("#7b4fa3", (0, (6, 1, 1, 1))),
-)
+
+# Lines differ in colour and in dashes, so that they can be told apart without seeing colours. Red
+# is left to drops.
+_COLORS = (OWN, "#c9820a", "#2f8f5b", "#7b4fa3", "#d1578f", "#1497ad", "#7a5230", "#5c6370")
+_DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (6, 1, 1, 1)))
+
+# Axes of larger numbers overflow, and so do logarithmic ones of smaller numbers than its inverse.
+# Angles, rates and losses are far from both.
+_LARGEST = 1e100
+_MEANS = 40  # A running mean covers this part of a run.
+_TITLE = 95  # characters of a row of the title
+_LEGEND = 110  # characters of a row of the legend above the panels
 
 
 def make_panels(heights: Sequence[float]) -> tuple[Figure, list[Axes]]:
@@ -57,8 +63,18 @@ def finish(
     path: str | Path | None,
     title: str | None,
     xlabel: str = "optimizer step",
+    lines: Mapping[str, Line2D] | None = None,
 ) -> Figure:
-    """Add legends, the name of the x-axis and a title, and save the picture if there is a path."""
+    """Add legends, the name of the x-axis and a title, and save the picture if there is a path.
+
+    Args:
+        figure: The figure.
+        panels: Its panels, from top to bottom. Each has a legend of its labelled lines.
+        path: The picture; its ending gives the format.
+        title: The text above the picture.
+        xlabel: The name of the x-axis.
+        lines: Lines that all panels share, by name, for a legend above all panels.
+    """
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.01)
@@ -72,13 +88,27 @@ def finish(
                 frameon=False,
                 fontsize="small",
                 borderaxespad=0.1,
-                handlelength=1.6,
+                handlelength=1.8,
                 columnspacing=1.4,
             )
+    if lines:
+        longest = max(map(len, lines)) + 8
+        legend = figure.legend(
+            list(lines.values()),
+            list(lines),
+            loc="outside upper left",
+            ncols=max(1, min(len(lines), _LEGEND // longest)),
+            frameon=False,
+            fontsize="small",
+            handlelength=3.2,
+        )
+        for text in legend.get_texts():
+            text.set_parse_math(False)  # A name with two dollar signs is no formula.
     panels[-1].set_xlabel(xlabel)
     figure.align_ylabels()
     if title:
-        figure.suptitle(title, fontsize="large")
+        # matplotlib's own wrapping would read dollar signs as a formula all the same.
+        figure.suptitle(textwrap.fill(title, _TITLE), fontsize="large", parse_math=False)
     if path is not None:
         figure.savefig(path, dpi=150)
     return figure
@@ -90,27 +120,50 @@ def name_panel(axes: Axes, text: str, unit: str) -> None:
     axes.set_ylabel(unit)
 
 
+def number(value: Any) -> float:
+    """Return a value of a record as a float: NaN if there is none or no axis can show it."""
+    try:
+        found = math.nan if value is None else float(value)
+    except OverflowError:  # an integer that no float can hold
+        return math.nan
+    return found if abs(found) < _LARGEST else math.nan
+
+
 def column(records: Sequence[Record], key: str) -> list[float]:
     """Return the values of a key, and NaN where there is none: matplotlib leaves a gap there."""
-    return [math.nan if r.get(key) is None else float(r[key]) for r in records]
+    return [number(r.get(key)) for r in records]
+
+
+def running_mean(
+    steps: Sequence[float], values: Sequence[float]
+) -> tuple[list[float], list[float]]:
+    """Return steps, and the mean of the values around each: about a 40th of the run.
+
+    The mean is centred, and runs over fewer values at both ends. Of long runs about a thousand
+    steps are returned, which is more than a picture shows.
+    """
+    half = len(values) // _MEANS // 2
+    at = range(0, len(values), max(1, len(values) // 1000))
+    return [steps[i] for i in at], [mean(values[max(0, i - half) : i + half + 1]) for i in at]
+
+
+def mean(values: Sequence[float]) -> float:
+    """Return the mean of the finite values, NaN if there are none."""
+    finite = [v for v in values if math.isfinite(v)]
+    return math.fsum(finite) / len(finite) if finite else math.nan
 
 
 def line_style(i: int) -> dict[str, Any]:
-    """Return matplotlib's arguments for the i-th line of a panel; the run's own line is the first.
-
-    The next nine are all different.
-    """
-    if i == 0:
-        return {"color": OWN, "linestyle": "-", "linewidth": 1.4}
-    turns, other = divmod(i - 1, len(_OTHERS))
-    dashes = _OTHERS[(other + turns) % len(_OTHERS)][1]
-    return {"color": _OTHERS[other][0], "linestyle": dashes, "linewidth": 1.4}
+    """Return matplotlib's arguments for the i-th line of a panel; the first 32 are different."""
+    turns, color = divmod(i, len(_COLORS))
+    dashes = _DASHES[(i + turns) % len(_DASHES)]
+    return {"color": _COLORS[color], "linestyle": dashes, "linewidth": 1.4}
 
 
 def log_if_wide(axes: Axes, values: Sequence[float]) -> None:
     """Make the y-axis logarithmic if a linear one would hide the small values."""
     finite = [v for v in values if math.isfinite(v)]
-    if finite and min(finite) > 0 and max(finite) > 5 * min(finite):
+    if finite and min(finite) > 1 / _LARGEST and max(finite) > 5 * min(finite):
         log_scale(axes, min(finite), max(finite))
 
 
@@ -126,18 +179,28 @@ def log_scale(axes: Axes, lowest: float, highest: float) -> None:
 
 
 def draw_losses(
-    axes: Axes, losses: Mapping[str, Sequence[Record]], styles: Mapping[str, dict[str, Any]]
+    axes: Axes,
+    losses: Mapping[str, Sequence[Record]],
+    styles: Mapping[str, dict[str, Any]],
+    named: bool = True,
 ) -> None:
-    """Draw one line for each run, in its style; names are in the legend if there are several."""
-    name_panel(axes, "Training loss", "loss")
+    """Draw the loss of each run in its style.
+
+    Of several runs the running mean is drawn, with the values themselves as a thin line behind it,
+    and their names are in the legend of the panel if they are ``named``.
+    """
+    several = len(losses) > 1
+    name_panel(axes, "Training loss" + (", running mean" if several else ""), "loss")
     everything: list[float] = []
     for name, metrics in losses.items():
         # A log may mix records of a loss with records of other values.
         with_loss = [m for m in metrics if "loss" in m]
-        values = column(with_loss, "loss")
+        steps, values = column(with_loss, "step"), column(with_loss, "loss")
         everything += values
-        label = name if len(losses) > 1 else None
-        axes.plot(column(with_loss, "step"), values, **styles[name], label=label)
+        if several:
+            axes.plot(steps, values, color=styles[name]["color"], linewidth=0.6, alpha=0.25)
+            steps, values = running_mean(steps, values)
+        axes.plot(steps, values, **styles[name], label=name if several and named else None)
     log_if_wide(axes, everything)
 
 
@@ -146,21 +209,28 @@ def draw_rates(
 ) -> None:
     """Draw the learning rate of every param group as steps, on a logarithmic axis if possible.
 
+    Groups whose rates are equal all along share a line.
+
     Args:
-        axes: the panel.
-        x: one value for each reading.
-        readings: their ``lr`` has one rate for each param group; groups may come later.
-        name: for the legend; without one, two to four groups are numbered there.
+        axes: The panel.
+        x: One value for each reading.
+        readings: Their ``lr`` has one rate for each param group; groups may come later.
+        name: The text in the legend. Without it, up to four different lines are numbered there.
     """
     name_panel(axes, "Learning rate", "learning rate")
-    groups = max(len(r.get("lr") or ()) for r in readings)
+    lines: dict[tuple[float | None, ...], list[int]] = {}
+    for g in range(max(len(r.get("lr") or ()) for r in readings)):
+        of_group = tuple(r["lr"][g] if len(r.get("lr") or ()) > g else None for r in readings)
+        lines.setdefault(of_group, []).append(g)
     finite: list[float] = []
-    for g in range(groups):
-        rates = [float(r["lr"][g]) if len(r.get("lr") or ()) > g else math.nan for r in readings]
-        finite += filter(math.isfinite, rates)
-        label = name or (f"param group {g}" if 1 < groups <= 4 else None)
-        axes.plot(x, rates, **line_style(g), drawstyle="steps-post", label=label, zorder=3)
-    if finite and min(finite) > 0:
+    for i, (rates, groups) in enumerate(lines.items()):
+        values = [number(rate) for rate in rates]
+        finite += filter(math.isfinite, values)
+        label = name
+        if label is None and 1 < len(lines) <= 4:
+            label = f"param group{'s' if len(groups) > 1 else ''} {', '.join(map(str, groups))}"
+        axes.plot(x, values, **line_style(i), drawstyle="steps-post", label=label, zorder=3)
+    if finite and min(finite) > 1 / _LARGEST:
         log_scale(axes, min(finite), max(finite))
         # Another schedule's rate may end at zero, and would stretch the axis without end.
         axes.set_ylim(min(finite) / 1.5, max(finite) * 1.5)
@@ -185,18 +255,3 @@ def mark_drops(panels: Sequence[Axes], at: Sequence[float]) -> None:
     times = "once" if len(at) == 1 else f"{len(at)} times"
     note = f"rate dropped {times} (red lines, all panels)" if at else "rate never dropped"
     panels[-1].plot([], [], color=DROP, linewidth=1, alpha=0.8, label=note)
-
-
-def smoothed_line(readings: Sequence[Record]) -> tuple[list[float], list[float]]:
-    """Return steps and smoothed angles, with a gap after every drop.
-
-    A drop empties the buffer: what is smoothed after it is not compared with what was before, so
-    the line breaks there even if every reading has a smoothed value.
-    """
-    steps: list[float] = []
-    values: list[float] = []
-    for reading, value in zip(readings, column(readings, "smoothed"), strict=True):
-        gap = bool(reading.get("dropped"))
-        steps += [float(reading["step"])] * (1 + gap)
-        values += [value, math.nan][: 1 + gap]
-    return steps, values

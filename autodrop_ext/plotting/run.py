@@ -20,7 +20,7 @@ from .panels import (
     make_panels,
     mark_drops,
     name_panel,
-    smoothed_line,
+    number,
 )
 
 if TYPE_CHECKING:
@@ -139,6 +139,21 @@ def _by_group(readings: Sequence[Record]) -> list[list[Record]]:
     ]
 
 
+def _smoothed_line(readings: Sequence[Record]) -> tuple[list[float], list[float]]:
+    """Return steps and smoothed angles, with a gap after every drop.
+
+    A drop empties the buffer: what is smoothed after it is not compared with what was before, so
+    the line breaks there even if every reading has a smoothed value.
+    """
+    steps: list[float] = []
+    values: list[float] = []
+    for reading, value in zip(readings, column(readings, "smoothed"), strict=True):
+        gap = bool(reading.get("dropped"))
+        steps += [float(reading["step"])] * (1 + gap)
+        values += [value, math.nan][: 1 + gap]
+    return steps, values
+
+
 def _draw_angle(axes: Axes, readings: Sequence[Record], groups: Sequence[Sequence[Record]]) -> None:
     name_panel(axes, "Angular velocity", "degrees")
     steps = column(readings, "step")
@@ -153,26 +168,53 @@ def _draw_angle(axes: Axes, readings: Sequence[Record], groups: Sequence[Sequenc
             linewidth=0,
             label="95 % interval (sampled)",
         )
-    axes.plot(steps, angles, ".", color=RAW, markersize=3, label="each window")
+    axes.plot(
+        steps,
+        angles,
+        ".",
+        color=RAW,
+        markersize=3,
+        label="each window, whole model" if groups else "each window",
+    )
     for g, records in enumerate(groups or [readings]):
         label = f"group {g}, smoothed" if groups else "smoothed (starts over after a drop)"
-        axes.plot(*smoothed_line(records), **line_style(g), marker=".", markersize=4.5, label=label)
+        axes.plot(
+            *_smoothed_line(records), **line_style(g), marker=".", markersize=4.5, label=label
+        )
 
 
 def _draw_rise(axes: Axes, readings: Sequence[Record], threshold: float | None) -> None:
     name_panel(axes, "Rise of the smoothed angle: why the rate drops", "degrees\nper window")
-    for dropped, marker, color, size, label in (
-        (False, "o", OWN, 3.5, "rate kept"),
-        (True, "v", DROP, 4, "rate dropped"),
+    rises = column(readings, "rise")
+    # A rise below the threshold lowers no rate that is at its lower bound already.
+    below = [threshold is not None and rise < threshold for rise in rises]
+    dropped = [bool(r.get("dropped")) for r in readings]
+    for chosen, marker, color, filled, label in (
+        ((False, False), "o", OWN, True, "kept"),
+        ((False, True), "v", DROP, False, "kept at min_lr"),
+        ((True, None), "v", DROP, True, "dropped"),
     ):
-        chosen = [r for r in readings if bool(r.get("dropped")) == dropped]
-        steps, rises = column(chosen, "step"), column(chosen, "rise")
-        axes.plot(steps, rises, marker, color=color, markersize=size, label=label)
+        points = [
+            (number(r["step"]), rise)
+            for r, rise, at_drop, is_below in zip(readings, rises, dropped, below, strict=True)
+            if at_drop == chosen[0] and chosen[1] in (None, is_below)
+        ]
+        if chosen == (False, True) and not points:
+            continue
+        axes.plot(
+            [step for step, _ in points],
+            [rise for _, rise in points],
+            marker,
+            color=color,
+            markerfacecolor=color if filled else "none",
+            markersize=3.5 if marker == "o" else 4,
+            label=label,
+        )
     if threshold is not None:
         axes.axhline(
             threshold, color=LIMIT, linewidth=1, linestyle="--", label=f"threshold {threshold:g}°"
         )
-        values = [v for v in column(readings, "rise") if math.isfinite(v)]
+        values = [v for v in rises if math.isfinite(v)]
         lowest = min([threshold, *values])
         span = max([threshold, *values]) - lowest or 1.0
         axes.axhspan(lowest - span, threshold, color=DROP, alpha=0.06, linewidth=0)
