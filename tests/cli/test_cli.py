@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import statistics
 import subprocess
 import sys
 
@@ -78,6 +79,17 @@ def test_demo_replaces_the_log_of_an_earlier_run_and_repeats_it(tmp_path):
         return (tmp_path / "digits.jsonl").read_text()
 
     assert lines() == lines()
+
+
+def test_demo_says_how_much_the_filter_moves_angles(tmp_path):
+    result = run("demo", "--seeds", 1, "--steps", 90, "--kernel", "time", "--output", tmp_path)
+    readings, _ = autodrop_ext.read_log(tmp_path / "digits.jsonl")
+    moved = [abs(r["smoothed"] - r["angle"]) for r in readings if r["smoothed"] is not None]
+    text = " ".join(result.output.split())
+    assert "(kernel='time'): ten angles in a row scatter by" in text
+    assert f"moves the newest one by {statistics.fmean(moved):.1f} degrees" in text
+    refused = one_line_error(run("demo", "--task", "nqm", "--kernel", "time"))
+    assert "--kernel: expected none with --task nqm" in refused
 
 
 def test_demo_that_ends_before_the_first_reading_says_so(tmp_path):
