@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.text import Text
+from PIL import Image
 from rich.console import Console
 
 from autodrop_ext import JsonLinesLog
@@ -58,10 +59,18 @@ def main() -> None:
         threshold=0.1,
         title=f"{task.name}, seed {SEED}, window {task.window}: {task.description}",
     )
-    figure.savefig(to / "digits.png", dpi=150)
+    save(figure, to / "digits.png")
     darken(figure)
-    figure.savefig(to / "digits-dark.png", dpi=150)
+    save(figure, to / "digits-dark.png")
     (to / "watch.svg").write_text(film(reader), encoding="utf-8")
+
+
+def save(figure: Figure, path: pathlib.Path) -> None:
+    """Save a picture in 128 colours, which is a third of the size and looks the same."""
+    whole = io.BytesIO()
+    figure.savefig(whole, dpi=150, format="png")
+    with Image.open(whole) as image:
+        image.convert("RGB").quantize(128).save(path, optimize=True)
 
 
 # ---- dark pages -------------------------------------------------------------------------------

@@ -93,8 +93,8 @@ def _draw(name: str, run: LogReader, target: Path, threshold: float | None) -> N
     if kind == "epochs":
         plot_epochs(run.readings, path=target, title=title)
     elif kind == "anytime":
-        critical = {k: run.settings[k] for k in ("critical",) if k in run.settings}
-        plot_anytime(run.readings, run.metrics, **critical, path=target, title=title)
+        critical = run.settings.get("critical")
+        plot_anytime(run.readings, run.metrics, critical=critical, path=target, title=title)
     else:
         threshold = run.settings.get("threshold") if threshold is None else threshold
         if threshold is None:

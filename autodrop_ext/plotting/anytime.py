@@ -31,7 +31,7 @@ def plot_anytime(
     decisions: Sequence[Record],
     metrics: Sequence[Record] = (),
     *,
-    critical: float = 0.25,
+    critical: float | None = None,
     path: str | Path | None = None,
     title: str | None = None,
 ) -> Figure:
@@ -45,7 +45,8 @@ def plot_anytime(
             length of the window), ``cosine``, ``mean_cosine``, ``power`` (the exponent) and ``lr``
             are drawn.
         metrics: Dicts with ``step`` and ``loss``. Without a loss there is no panel for it.
-        critical: The cosine below which the rate falls; 1/4 is that of a random walk.
+        critical: The scheduler's cosine below which the rate falls, drawn as a line. 1/4 is that
+            of a random walk.
         path: The picture; its ending gives the format.
         title: The text above the picture.
 
@@ -70,9 +71,9 @@ def plot_anytime(
     name_panel(cosine, "Cosine of the angle: why the rate falls", "cosine")
     cosine.plot(steps, column(decisions, "cosine"), ".", color=RAW, markersize=4, label="window")
     cosine.plot(steps, column(decisions, "mean_cosine"), **line_style(0), label="mean")
-    cosine.axhline(
-        critical, color=LIMIT, linewidth=1, linestyle="--", label=f"critical {critical:g}"
-    )
+    if critical is not None:
+        label = f"critical {critical:g}"
+        cosine.axhline(critical, color=LIMIT, linewidth=1, linestyle="--", label=label)
     name_panel(power, "Exponent p: the rate falls as step$^{-p}$", "exponent")
     power.plot(steps, column(decisions, "power"), color=OWN, linewidth=1.4, drawstyle="steps-pre")
     power.set_ylim(bottom=0)

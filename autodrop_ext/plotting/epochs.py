@@ -32,16 +32,16 @@ def plot_epochs(
     """Draw the angular velocity, its change with the threshold, and the learning rate over epochs.
 
     Args:
-        decisions: dicts of ``EpochDecision.as_dict()``.
-        path: where to save the picture; its ending gives the format.
-        title: above the picture.
+        decisions: Dicts of ``EpochDecision.as_dict()``.
+        path: The picture; its ending gives the format.
+        title: The text above the picture.
 
     Returns:
         The figure, which belongs to no window and to no ``pyplot`` state.
 
     Raises:
         ImportError: matplotlib is not installed; it comes with ``autodrop_ext[plot]``.
-        ValueError: there are no decisions.
+        ValueError: There are no decisions.
     """
     if not decisions:
         raise ValueError("decisions: expected at least one, got none; step() makes one an epoch")

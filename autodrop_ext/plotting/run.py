@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from .anytime import plot_anytime
 from .panels import (
     DROP,
     LIMIT,
@@ -41,23 +42,27 @@ def plot_run(
     """Draw a run over its optimizer steps: loss, angular velocity, its rise, learning rate.
 
     Every drop is a thin line through all panels; the panel of the rise shows its cause, a rise
-    below the threshold.
+    below the threshold. A run of ``AnytimeAutoDrop`` is drawn by
+    :func:`~autodrop_ext.plotting.anytime.plot_anytime`.
 
     Args:
-        readings: dicts of ``Decision.as_dict()``, or the readings of ``read_log``.
-        metrics: dicts with ``step`` and ``loss``, or the metrics of ``read_log``. Without a loss
+        readings: Dicts of ``Decision.as_dict()``, or the readings of ``read_log``.
+        metrics: Dicts with ``step`` and ``loss``, or the metrics of ``read_log``. Without a loss
             among them there is no panel for it.
-        threshold: of the scheduler, degrees per window; drawn where given.
-        path: where to save the picture; its ending gives the format.
-        title: above the picture.
+        threshold: The scheduler's threshold in degrees per window, drawn as a line. Without it,
+            drops that ``min_lr`` held back cannot be told from rates that were kept.
+        path: The picture; its ending gives the format.
+        title: The text above the picture.
 
     Returns:
         The figure, which belongs to no window and to no ``pyplot`` state.
 
     Raises:
         ImportError: matplotlib is not installed; it comes with ``autodrop_ext[plot]``.
-        ValueError: there are no readings.
+        ValueError: There are no readings.
     """
+    if any("power" in reading for reading in readings):
+        return plot_anytime(readings, metrics, path=path, title=title)
     losses = {"loss": metrics} if any(m.get("loss") is not None for m in metrics) else {}
     return _draw(readings, losses, {}, threshold, path, title)
 
@@ -71,19 +76,19 @@ def plot_comparison(
     path: str | Path | None = None,
     title: str | None = None,
 ) -> Figure:
-    """As :func:`plot_run`, with the losses and learning rates of other schedules beside it.
+    """Draw a run as :func:`plot_run` does, with the losses and rates of other schedules in it.
 
     Args:
-        readings: of the AutoDrop run.
-        runs: for each schedule by name its metrics: dicts with ``step``, ``loss`` and ``lr``.
-        own: the name in ``runs`` of the run that the readings belong to.
-        threshold: degrees per window; drawn where given.
-        path: where to save the picture; its ending gives the format.
-        title: above the picture.
+        readings: The readings of the AutoDrop run.
+        runs: The metrics of each schedule by name: dicts with ``step``, ``loss`` and ``lr``.
+        own: The name in ``runs`` of the run that the readings belong to.
+        threshold: As for :func:`plot_run`.
+        path: The picture; its ending gives the format.
+        title: The text above the picture.
 
     Raises:
         ImportError: matplotlib is not installed; it comes with ``autodrop_ext[plot]``.
-        ValueError: there are no readings, or ``own`` is not among the runs.
+        ValueError: There are no readings, or ``own`` is not among the runs.
     """
     if own not in runs:
         raise ValueError(f"own: expected one of {sorted(runs)}, got {own!r}")

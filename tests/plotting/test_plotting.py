@@ -178,6 +178,8 @@ def test_what_is_drawn_of_growing_windows(tmp_path):
     assert doublings == [run[7]["step"], run[15]["step"]]
     assert legend(rate) == ["window doubles, from 16 to 64 steps"]
     assert len(plot_anytime(run).axes) == 3
+    assert "critical" not in " ".join(legend(plot_anytime(run).axes[0]))
+    assert titles(plot_run(run)) == names[1:]
     with pytest.raises(ValueError, match="decisions: expected at least one, got none"):
         plot_anytime([])
 
