@@ -1,4 +1,4 @@
-"""How far float32 sums may move an angle.
+"""From four sums to an angle, and how far float32 sums may move it.
 
 A window's mean carries the roundings of ``k`` additions. Where steps are tiny they repeat from step
 to step and add up, so that the error of a mean ``m`` has the variance
@@ -18,10 +18,10 @@ that the expected sums are ``|s_i|^2 + sigma_i^2 + sigma_{i-1}^2`` and
 from __future__ import annotations
 
 import math
+import operator
+from collections.abc import Sequence
 
-from .ops import Sums
-from .ops.device_sums import Form
-from .reading import angle_of
+from .ops.interface import Form, Sums
 
 FLOOR = 1e-6
 """Degrees. Near 0 and 180 degrees the arc cosine turns the last bit of a float64 into 8.5e-7."""
@@ -29,7 +29,22 @@ FLOOR = 1e-6
 CONVERT_TO_DELTA = 0.01  # degrees of rounding error in sum form
 CONVERT_TO_SUM = 0.005  # half of it, so that the form does not swing from window to window
 
+PAIRS = ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2))
+"""Order of the six covariances of dot, norm and previous norm."""
+
 _SPREAD = 3.0  # standard deviations of the zero-mean part that the bound covers
+
+
+def angle_of(dot: float, norm: float, previous_norm: float) -> tuple[float, float] | None:
+    """Angle in degrees and cosine from ``<s, s'>``, ``|s|^2`` and ``|s'|^2``.
+
+    Computed without the papers' epsilon, which would pull short displacements to 90 degrees.
+    None where a norm is zero or anything is not finite.
+    """
+    if not (math.isfinite(dot) and 0 < norm < math.inf and 0 < previous_norm < math.inf):
+        return None
+    cosine = max(-1.0, min(1.0, dot / (math.sqrt(norm) * math.sqrt(previous_norm))))
+    return math.degrees(math.acos(cosine)), cosine
 
 
 def mean_variance(window: int, sums: Sums, form: str) -> float:
@@ -82,3 +97,36 @@ def better_form(
     in_sum_form = mean_variance(window, sums, "sum")
     error = angle_error(sums, (in_sum_form, in_sum_form, in_sum_form), elements)
     return "sum" if error < CONVERT_TO_SUM else "delta"
+
+
+def gradient(dot: float, norm: float, previous_norm: float) -> list[float]:
+    """Weights of the six covariances in the variance of the cosine (delta method)."""
+    length = math.sqrt(norm) * math.sqrt(previous_norm)
+    cosine = dot / length
+    g = (1 / length, -cosine / (2 * norm), -cosine / (2 * previous_norm))
+    return [(1 if i == j else 2) * g[i] * g[j] for i, j in PAIRS]
+
+
+def standard_error(
+    dot: float, norm: float, previous_norm: float, covariances: Sequence[float]
+) -> float:
+    """Standard error of the angle of three estimates, in degrees; NaN where it is undefined.
+
+    Near 0 and 180 degrees, where the angle is no smooth function of the cosine, it is half the
+    width of what the cosine's standard error covers.
+
+    Args:
+        dot: ``D``, an estimate like the two others.
+        norm: ``A``.
+        previous_norm: ``B``.
+        covariances: their covariances, six.
+    """
+    if not (math.isfinite(dot) and 0 < norm < math.inf and 0 < previous_norm < math.inf):
+        return math.nan
+    if not all(map(math.isfinite, covariances)):
+        return math.nan
+    cosine = dot / (math.sqrt(norm) * math.sqrt(previous_norm))
+    direction = gradient(dot, norm, previous_norm)
+    error = math.sqrt(max(math.fsum(map(operator.mul, direction, covariances)), 0.0))
+    low, high = (max(-1.0, min(1.0, cosine + sign * error)) for sign in (-1, 1))
+    return math.degrees(math.acos(low) - math.acos(high)) / 2

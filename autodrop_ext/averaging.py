@@ -1,18 +1,23 @@
-"""Weighted average of parameters over snapshots, 4 bytes a parameter (2021, Algorithm 1)."""
+"""Averages of parameters: over snapshots (2021, Algorithm 1), and for the time of a block."""
 
 from __future__ import annotations
 
+import contextlib
 import math
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import checks
+from .faults import Warnings
 from .ops import Operations, check_name, select
+from .ops.device_sums import DeviceSums
+from .ops.memory import Named, needing
 from .ops.plan import Plan
-from .parameters import Named, ParameterSource, signature
+from .parameters import ParameterSource
+from .saved import Entries
 
 _DOUBLES = (torch.float64, torch.complex128)
 _SLICE = 1 << 24  # elements looked at for NaN at a time: 16 MiB of booleans
@@ -46,7 +51,7 @@ class ParameterAverage:
         self._source = ParameterSource(params)
         self._source.check()  # wrong arguments fail here, not at the first snapshot
         self._backend = backend
-        self._said: set[str] = set()
+        self._warnings = Warnings("ParameterAverage")
         self._restore: Mapping[str, Tensor] | None = None
         self.reset()
 
@@ -56,7 +61,6 @@ class ParameterAverage:
         self._total = 0.0
         self._parts: list[_Part] | None = None
         self._sharded = False
-        self._signature: list[list[Any]] = []
         self._restore = None
 
     @property
@@ -71,7 +75,7 @@ class ParameterAverage:
         and a warning says so once.
 
         Args:
-            weight: ``w_j``, beside those of the other snapshots.
+            weight: ``w_j``, in proportion to those of the other snapshots.
 
         Raises:
             ValueError: the weight is not a positive number.
@@ -88,7 +92,7 @@ class ParameterAverage:
             part.add(weight / self._total)
 
     def write_back(self) -> bool:
-        """Set the parameters to their average, in place, and start anew.
+        """Set the parameters to their average, in place, and start over.
 
         Returns:
             Whether it was done. An average that is not finite is not written: the parameters stay
@@ -102,7 +106,7 @@ class ParameterAverage:
         for part in parts:
             name = part.not_finite()
             if name is not None:
-                self._say(
+                self._warnings.once(
                     "nonfinite",
                     f"the average of {name} is not finite; the parameters stay as they are",
                 )
@@ -117,8 +121,8 @@ class ParameterAverage:
         """Continue a restored average; drop the average of tensors that are watched no longer."""
         if self._restore is not None:
             self._continue(self._restore)
-        if self._parts is not None and signature(self._source.tensors()) != self._signature:
-            self._say(
+        if self._parts is not None and not self._source.unchanged():
+            self._warnings.once(
                 "changed",
                 "the averaged parameters were moved, replaced, added or frozen; the average starts "
                 "over",
@@ -126,9 +130,9 @@ class ParameterAverage:
             self.reset()
 
     def _build(self) -> None:
-        self._signature = signature(self._source.tensors())
         groups: dict[tuple[torch.device, bool], list[Named]] = {}
         shards = self._source.shards()
+        self._source.watch(shards)
         self._sharded = any(shard.split for shard in shards)
         for shard in shards:
             key = (shard.tensor.device, shard.tensor.dtype in _DOUBLES)
@@ -152,13 +156,10 @@ class ParameterAverage:
             self._cannot_continue(problem)
 
     def _cannot_continue(self, problem: str) -> None:
-        self._say("restart", f"the saved average cannot be continued ({problem}); it starts over")
+        self._warnings.once(
+            "restart", f"the saved average cannot be continued ({problem}); it starts over"
+        )
         self.reset()
-
-    def _say(self, kind: str, message: str) -> None:
-        if kind not in self._said:
-            self._said.add(kind)
-            warnings.warn(f"ParameterAverage: {message}", RuntimeWarning, stacklevel=4)
 
     # ---- state ------------------------------------------------------------------------------
 
@@ -190,24 +191,41 @@ class ParameterAverage:
         Raises:
             ValueError: not a state of this class; nothing has been changed then.
         """
-        problem = problem_of(state_dict)
-        if problem is not None:
-            raise ValueError(f"state_dict: expected a state of ParameterAverage, got {problem}")
+        self.restore(self.read(Entries(state_dict)))
+
+    @staticmethod
+    def read(state: Entries) -> Mapping[str, Any]:
+        """A checked state for :meth:`restore`; raises ValueError where an entry is wrong."""
+        if state.value("version") != 1:
+            raise ValueError(
+                f"{state.name('version')}: expected 1, which this release reads, got "
+                f"{state.value('version')!r}"
+            )
+        snapshots = state.count("snapshots")
+        means = state.inner("means")
+        return {
+            "snapshots": snapshots,
+            "total": state.read("total", checks.number if snapshots else checks.at_least_zero),
+            "means": {name: means.read(name, _check_mean) for name in means},
+        }
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Continue what :meth:`read` has returned."""
         self.reset()
-        if state_dict["snapshots"] == 0:
+        if saved["snapshots"] == 0:
             return
-        if not state_dict["means"]:
+        if not saved["means"]:
             self._cannot_continue("it was saved without the means")
             return
-        self.snapshots = state_dict["snapshots"]
-        self._total = state_dict["total"]
+        self.snapshots = saved["snapshots"]
+        self._total = saved["total"]
         # The tensors are looked for at the next call: they may yet be moved or loaded.
-        self._restore = dict(state_dict["means"])
+        self._restore = dict(saved["means"])
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy finds its own tensors: the plan's addresses are those of the original.
         means = self._named_means() if self.snapshots else None
-        return {**self.__dict__, "_parts": None, "_signature": [], "_restore": means}
+        return {**self.__dict__, "_parts": None, "_restore": means}
 
 
 class _Part:
@@ -217,14 +235,12 @@ class _Part:
         self.plan = plan
         self._operations = operations
         dtype = torch.float64 if operations is None else torch.float32
-        try:
+        advice = (
+            f"the average takes {dtype.itemsize} for each of {plan.num_elements:,} parameters. "
+            "EpochAutoDrop does without it where average=False"
+        )
+        with needing(plan.arena_elements, dtype, plan.device, advice):
             self.arena = torch.zeros(plan.arena_elements, dtype=dtype, device=plan.device)
-        except RuntimeError as error:  # torch.OutOfMemoryError is one
-            raise RuntimeError(
-                f"no memory for the average: {dtype.itemsize * plan.arena_elements:,} bytes were "
-                f"needed on {plan.device} ({dtype.itemsize} for each of {plan.num_elements:,} "
-                "parameters); EpochAutoDrop does without it where average=False"
-            ) from error
 
     def add(self, share: float) -> None:
         """Move the mean by ``share`` of its distance from the parameters; 1 sets it to them."""
@@ -283,16 +299,19 @@ def _all_finite(arena: Tensor) -> bool:
     return all(bool(piece.isfinite().all()) for piece in pieces)
 
 
-def problem_of(state: Any) -> str | None:
-    """Why :meth:`ParameterAverage.load_state_dict` cannot take a state, or None."""
-    if not isinstance(state, Mapping):
-        return type(state).__name__
-    if state.get("version") != 1:
-        return f"version {state.get('version')!r} (this release reads version 1)"
-    kinds: dict[str, type] = {"snapshots": int, "total": float, "means": Mapping}
-    for key, kind in kinds.items():
-        if key not in state:
-            return f"no entry {key!r}"
-        if not isinstance(state[key], kind):
-            return f"{key}={state[key]!r}"
-    return None
+def _check_mean(name: str, value: Any) -> Tensor:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise ValueError(f"{name}: expected a floating-point tensor, got {type(value).__name__}")
+    return value
+
+
+@contextlib.contextmanager
+def own_bits_after(devices: Sequence[DeviceSums]) -> Iterator[None]:
+    """Keep a copy of the parameters, and give them their bits back at the block's end."""
+    aliases = [segment.alias for device in devices for segment in device.plan.segments]
+    copies = [alias.clone() for alias in aliases]
+    try:
+        yield
+    finally:
+        for alias, copy in zip(aliases, copies, strict=True):
+            alias.copy_(copy)

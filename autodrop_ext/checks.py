@@ -1,4 +1,4 @@
-"""Checks of what schedulers are given: which argument, what was expected, what came."""
+"""Checks of arguments: an error says which argument, what was expected, what came."""
 
 from __future__ import annotations
 
@@ -7,32 +7,130 @@ import numbers
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 
-def check_number(name: str, value: Any, expected: str, accepted: Callable[[float], bool]) -> None:
-    """Raises TypeError or ValueError unless ``value`` is a real number that is ``accepted``."""
+OLDEST_TORCH = (2, 6)
+
+
+def check_torch(version: str) -> None:
+    """Raises ImportError unless a version such as "2.13.0+cpu" is new enough."""
+    oldest = ".".join(map(str, OLDEST_TORCH))
+    if tuple(map(int, version.split(".")[:2])) < OLDEST_TORCH:
+        raise ImportError(
+            f"autodrop_ext needs torch {oldest} or newer, got torch {version}: "
+            f"pip install --upgrade 'torch>={oldest}'"
+        )
+
+
+check_torch(torch.__version__)  # before anything fails with an error that does not say so
+
+
+def number(
+    name: str,
+    value: Any,
+    expected: str = "a finite number above 0",
+    accepted: Callable[[float], bool] = lambda x: 0 < x < math.inf,
+) -> float:
+    """The value as a float.
+
+    Raises:
+        TypeError, ValueError: it is no real number, or not ``accepted``.
+    """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected {expected}, got {value!r}")
-    if not accepted(float(value)):
+    try:
+        converted = float(value)
+    except OverflowError:  # an int beyond the range of floats
+        converted = math.inf
+    if not accepted(converted):
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
+    return converted
 
 
-def check_factor(factor: Any) -> None:
-    """Raises TypeError or ValueError unless a drop by ``factor`` lowers a rate."""
-    check_number("factor", factor, "a number between 0 and 1", lambda x: 0 < x < 1)
+def at_least_zero(name: str, value: Any) -> float:
+    """As :func:`number`, zero included."""
+    return number(name, value, "a finite number of at least 0", lambda x: 0 <= x < math.inf)
 
 
-def check_count(name: str, value: Any, least: int) -> None:
-    """Raises TypeError or ValueError unless ``value`` is an int of at least ``least``."""
-    if not isinstance(value, int) or isinstance(value, bool):
+def fraction(name: str, value: Any) -> float:
+    """A momentum or another number in [0, 1)."""
+    return number(name, value, "a number from 0 to below 1", lambda x: 0 <= x < 1)
+
+
+def between_0_and_1(name: str, value: Any) -> float:
+    """A number that a rate can be lowered by, in (0, 1)."""
+    return number(name, value, "a number between 0 and 1", lambda x: 0 < x < 1)
+
+
+def finite(name: str, value: Any, expected: str = "a finite number") -> float:
+    """A finite number."""
+    return number(name, value, expected, math.isfinite)
+
+
+def count(name: str, value: Any, least: int) -> int:
+    """The value as an int of at least ``least``.
+
+    Raises:
+        TypeError, ValueError: it is no int, or smaller.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name}: expected an int, got {value!r}")
     if value < least:
         raise ValueError(f"{name}: expected at least {least}, got {value}")
+    return int(value)
 
 
-def check_callback(name: str, value: Any) -> None:
+def flag(name: str, value: Any) -> bool:
+    """The value as a bool; raises TypeError otherwise."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {value!r}")
+    return value
+
+
+def one_of(name: str, value: Any, accepted: tuple[str, ...]) -> Any:
+    """One of some strings; raises ValueError otherwise."""
+    if not isinstance(value, str) or value not in accepted:
+        *first, last = map(repr, accepted)
+        raise ValueError(f"{name}: expected {', '.join(first)} or {last}, got {value!r}")
+    return value
+
+
+def callback(name: str, value: Any) -> None:
     """Raises TypeError unless ``value`` is a function or None."""
     if value is not None and not callable(value):
         raise TypeError(f"{name}: expected a function or None, got {value!r}")
+
+
+def window(value: Any) -> int:
+    """Optimizer steps per window."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"window: expected an int, got {value!r}")
+    if value < 1:
+        raise ValueError(f"window: expected at least 1 optimizer step, got {value}")
+    return int(value)
+
+
+def sample(value: Any) -> float | None:
+    """Part of the parameters that is read; None for everything.
+
+    Raises:
+        TypeError, ValueError: it is no number in (0, 1].
+    """
+    expected = "expected None or a number above 0 and at most 1"
+    if value == "auto":
+        raise ValueError(
+            f"sample: {expected}, got 'auto', which was removed; read everything (sample=None), or "
+            "a part such as sample=1/64"
+        )
+    if isinstance(value, str):
+        raise ValueError(f"sample: {expected}, got {value!r}")
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"sample: {expected}, got {value!r}")
+    if not 0 < float(value) <= 1:
+        raise ValueError(f"sample: {expected}, got {value!r}")
+    return None if value == 1 else float(value)
 
 
 def floors(min_lr: float | Iterable[float], groups: int) -> list[float]:
@@ -46,6 +144,4 @@ def floors(min_lr: float | Iterable[float], groups: int) -> list[float]:
         raise ValueError(
             f"min_lr: expected one number or {groups}, one per param group, got {len(values)}"
         )
-    for value in values:
-        check_number("min_lr", value, "a finite number of at least 0", lambda x: 0 <= x < math.inf)
-    return [float(value) for value in values]
+    return [at_least_zero("min_lr", value) for value in values]

@@ -1,42 +1,93 @@
-"""Trouble that the meter meets: recognised here, and said once in words."""
+"""Trouble that the meter meets: recognised here, and reported once as a warning."""
 
 from __future__ import annotations
 
+import pathlib
+import sys
 import warnings
 from collections.abc import Sequence
 
 import torch
 
-from .distributed import Ranks
-from .ops import Sums
-from .ops.device_sums import Arenas
+from .distributed.group import Alone, Group
+from .ops.device_sums import DeviceSums
+from .ops.interface import Sums
+from .ops.window_sums import WindowSums
 
 _STILL_WINDOWS = 5  # windows without displacement before a warning
-_HALF_DTYPES = (torch.float16, torch.bfloat16)
+_PACKAGE = str(pathlib.Path(__file__).parent)
+
+
+class Warnings:
+    """Warnings that carry the name of what the user made and point to the user's line.
+
+    Args:
+        owner: class that the user made, such as "AutoDrop".
+    """
+
+    def __init__(self, owner: str) -> None:
+        self.owner = owner
+        self._said: set[str] = set()
+
+    def once(self, kind: str, message: str) -> None:
+        """Warn, unless there was a warning of this kind."""
+        if kind not in self._said:
+            self._said.add(kind)
+            self.warn(message)
+
+    def said(self, kind: str) -> bool:
+        """Whether there was a warning of this kind."""
+        return kind in self._said
+
+    def warn(self, message: str) -> None:
+        """Warn."""
+        warnings.warn(f"{self.owner}: {message}", RuntimeWarning, stacklevel=_users_level())
+
+
+def _users_level() -> int:
+    """The caller's ``stacklevel`` of the first frame outside of this package and torch."""
+    level = 1
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        name = frame.f_code.co_filename
+        if not (name.startswith(_PACKAGE) or "/torch/" in name or name.endswith("/contextlib.py")):
+            break
+        frame = frame.f_back
+        level += 1
+    return level
 
 
 class Faults:
-    """Says each kind of trouble once per meter.
+    """Reports each kind of trouble of a meter once.
 
     Attributes:
+        warnings: how it does that.
         still_windows: how many windows in a row had no displacement at all.
     """
 
     def __init__(self) -> None:
+        self.warnings = Warnings("AngularVelocity")
         self.still_windows = 0
-        self._said: set[str] = set()
 
     def parameters_changed(self, windows: int) -> None:
         """The tensors are not those that the plan was made of."""
-        self._say(
+        self.warnings.once(
             "changed",
             "the watched parameters were moved, replaced, added or frozen; the window is discarded "
             f"and the next angle comes after {windows} windows",
         )
 
+    def interrupted(self, windows: int) -> None:
+        """An observation did not come to its end."""
+        self.warnings.once(
+            "interrupted",
+            "the last observation was interrupted (by Ctrl-C or an error); the window is discarded "
+            f"and the next angle comes after {windows} windows",
+        )
+
     def cannot_continue(self, reason: str, windows: int) -> None:
-        """A checkpoint's arenas do not fit."""
-        self._say(
+        """A checkpoint's sums do not fit."""
+        self.warnings.once(
             "rewarm",
             f"the saved sums cannot be continued ({reason}); the meter warms up again and the next "
             f"angle comes after {windows} windows",
@@ -44,83 +95,73 @@ class Faults:
 
     def not_finite(
         self,
-        all_arenas: Sequence[Arenas],
+        sums: WindowSums,
         window: int,
         windows: int,
-        ranks: Ranks | None,
+        group: Group,
         guilty: Sequence[int],
     ) -> None:
         """The sums of ``window`` are not finite: name the first tensor to blame, or the rank.
 
         Args:
-            guilty: ranks whose sums are not finite. Said on those, and on the first of all ranks.
+            guilty: ranks whose sums are not finite. Those warn, and the first of all ranks.
         """
         consequence = (
             f"held NaN or infinity during window {window}; the angle is undefined and no learning "
             f"rate is dropped until {windows} windows are finite again"
         )
-        if ranks is not None and ranks.rank not in guilty:
-            if ranks.rank == 0:
-                self._say("nonfinite", f"rank {', '.join(map(str, guilty))} {consequence}")
+        if group.rank not in guilty:
+            if group.rank == 0:
+                ranks = ", ".join(map(str, guilty))
+                self.warnings.once("nonfinite", f"rank {ranks} {consequence}")
             return
-        where = "" if ranks is None else f" on rank {ranks.rank}"
-        for arenas in all_arenas:
-            finite = arenas.per_tensor.isfinite().all(dim=1).tolist()
-            for segment, good in zip(arenas.plan.segments, finite, strict=True):
+        where = "" if isinstance(group, Alone) else f" on rank {group.rank}"
+        for device in sums.devices:
+            finite = torch.from_numpy(device.per_tensor()).isfinite().all(dim=1).tolist()
+            for segment, good in zip(device.plan.segments, finite, strict=True):
                 if not good:
-                    self._say("nonfinite", f"{segment.name}{where} {consequence}")
+                    self.warnings.once("nonfinite", f"{segment.name}{where} {consequence}")
                     return
 
-    def no_memory_for_more(self, error: RuntimeError) -> None:
-        """A sample could not take the place of another."""
-        self._say("memory", f"{error}; the meter goes on with the part that it reads")
-
-    def watch_displacement(
-        self, sums: Sums, all_arenas: Sequence[Arenas], *, sampled: bool
-    ) -> None:
+    def watch_displacement(self, totals: Sums, sums: WindowSums) -> None:
         """Look at a window's displacement for parameters that do not move."""
-        self.still_windows = self.still_windows + 1 if sums.norm == 0 else 0
-        if self.still_windows == _STILL_WINDOWS and sampled:
-            self._say(
+        self.still_windows = self.still_windows + 1 if totals.norm == 0 else 0
+        if self.still_windows == _STILL_WINDOWS and sums.sampled:
+            self.warnings.once(
                 "still",
                 f"no parameter of the sample moved during the last {_STILL_WINDOWS} windows, so "
                 "the angle is undefined and no learning rate is dropped; a larger sample= may hold "
                 "some that move",
             )
         elif self.still_windows == _STILL_WINDOWS:
-            self._say(
+            self.warnings.once(
                 "still",
                 f"no parameter moved during the last {_STILL_WINDOWS} windows, so the angle is "
                 "undefined and no learning rate is dropped; is this the optimizer that trains the "
                 "watched parameters, and is its learning rate above zero?",
             )
-        if "half" not in self._said:
-            self._watch_half_precision(all_arenas)
+        if not self.warnings.said("half"):
+            self._watch_half_precision(sums.devices)
 
-    def _watch_half_precision(self, all_arenas: Sequence[Arenas]) -> None:
+    def _watch_half_precision(self, devices: Sequence[DeviceSums]) -> None:
         lost = total = 0
-        for arenas in all_arenas:
-            half = [s.alias.dtype in _HALF_DTYPES for s in arenas.plan.segments]
-            if not any(half):
+        for device in devices:
+            half = device.plan.half_precision
+            if not half:
                 continue
-            per_tensor = map(Sums._make, arenas.per_tensor.tolist())
-            for segment, sums, is_half in zip(arenas.plan.segments, per_tensor, half, strict=True):
-                if is_half:
-                    # An element that moves at all moves by about eps / 2 of itself, and on average
-                    # half of the window has passed by then: 0.003 eps^2 is one element in twenty.
-                    eps = torch.finfo(segment.alias.dtype).eps
-                    total += segment.flat.numel()
-                    if sums.norm < 0.003 * eps**2 * sums.mean_norm:
-                        lost += segment.flat.numel()
+            table = device.per_tensor()
+            for i in half:
+                segment, sums = device.plan.segments[i], Sums(*table[i])
+                # An element that moves at all moves by about eps / 2 of itself, and on average
+                # half of the window has passed by then: 0.003 eps^2 is one element in twenty.
+                eps = torch.finfo(segment.alias.dtype).eps
+                total += segment.flat.numel()
+                if sums.norm < 0.003 * eps**2 * sums.mean_norm:
+                    lost += segment.flat.numel()
         if lost > total / 2:
-            self._say(
+            self.warnings.once(
                 "half",
                 f"{lost:,} of {total:,} half-precision parameters hardly moved during a window: "
                 "their steps are smaller than the format resolves, and the angle is that of "
                 "roundings; pass the float32 master weights as params=",
             )
-
-    def _say(self, kind: str, message: str) -> None:
-        if kind not in self._said:
-            self._said.add(kind)
-            warnings.warn(f"AngularVelocity: {message}", RuntimeWarning, stacklevel=4)

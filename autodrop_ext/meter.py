@@ -2,44 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
-from . import angle as rounding
-from .distributed import (
-    Agreement,
-    Holding,
-    LocalShard,
-    Ranks,
-    check_group,
-    elements_per_rank,
-    find_ranks,
-    model_elements,
-)
-from .distributed.checkpoint import (
-    WINDOWS_FOR_ANGLE,
-    ArenaState,
-    SavedArenas,
-    load_arenas,
-    load_state,
-    state_of,
-)
-from .distributed.exchange import Counts, Exchange
+from . import angle, checks
+from .averaging import own_bits_after
+from .distributed.checkpoint import ArenaState, SavedMeter, SavedSums
+from .distributed.exchange import Counts, Exchange, Facts
+from .distributed.group import check_group, find_group
+from .distributed.layout import Layout, elements_here
+from .distributed.shards import LocalShard
 from .faults import Faults
-from .meter_arguments import check_counting, check_sample
-from .ops import Sums, check_name
-from .ops.device_sums import Arenas, Form
-from .ops.window_sums import Reader, Wanted
-from .parameters import ParameterSource, signature
-from .parts import Added
-from .reading import Reading, remember
-from .sampling.auto import AutoFraction
-from .sampling.draw import FloatArray, Sample
-from .sampling.survey import Survey, num_windows
+from .ops import check_name
+from .ops.device_sums import NamedArenas
+from .ops.interface import Form, Sums
+from .ops.memory import no_garbage_collection
+from .ops.window_sums import EVERYTHING, Extra, Watched, WindowSums, fields_of, on_cpu
+from .parameters import ParameterSource
+from .parts import Parts
+from .reading import HISTORY, Reading, remember
+from .sampling.sums import sums_of
+from .saved import Entries
 
-HISTORY = 10_000
-"""Readings that a meter or scheduler keeps."""
+WINDOWS_FOR_ANGLE = 3  # two displacements need three means
 
 
 class AngularVelocity:
@@ -50,14 +38,14 @@ class AngularVelocity:
     and ``s_{i-1}`` in degrees. Call :meth:`observe` once after each optimizer step.
 
     The meter keeps 12 bytes per parameter on the parameter's device and reads every parameter once
-    a step; with ``sample=`` only a random part of them, and every reading comes with its standard
-    error (``docs/scaling.md``). It starts in delta form, which resolves any step size, and turns to
-    the cheaper sum form once the rounding error of that form is known to be small, and back if it
-    grows.
+    a step. ``snapshots=`` reads them less often. ``sample=`` reads only a random part of them, and
+    every reading comes with its standard error (``docs/scaling.md``). The meter starts in delta
+    form, which resolves any step size, and turns to the cheaper sum form once the rounding error of
+    that form is known to be small, and back if it grows.
 
-    Where ``torch.distributed`` is initialised, every rank measures what lies on it (DDP, FSDP,
-    tensor parallel, pipelines, ZeRO), and one ``all_gather`` of 136 bytes a rank at the end of each
-    window gives all of them the same reading; see ``docs/distributed.md``.
+    Where ``torch.distributed`` is initialised, every rank measures its own part (DDP, FSDP, tensor
+    parallel, pipelines, ZeRO), and one ``all_gather`` of 168 bytes a rank at the end of each window
+    gives all of them the same reading; see ``docs/distributed.md``.
 
     Args:
         params: tensors, ``(name, tensor)`` pairs, param groups, an optimizer, or a function that
@@ -65,13 +53,13 @@ class AngularVelocity:
             parameters are not watched, tied ones count once.
         window: ``k``, optimizer steps per window, at least 1.
         sample: part of the parameters that is read, in (0, 1]: of every tensor a random choice of
-            its chunks of 1,024 elements, at least two of them. "auto": begins with 1/64 and
-            changes once to the smallest power of two whose standard error stays within
-            ``tolerance``. None or 1 for everything.
-        seed: of the sample.
-        tolerance: standard error that ``sample="auto"`` aims at, degrees.
-        per_tensor: whether readings tell the angle of each parameter and each param group too.
-        per_group: whether they tell that of each param group.
+            its chunks of 1,024 elements, at least two of them. A survey of at most 8 windows comes
+            first. None or 1 for everything.
+        seed: seed of the sample.
+        snapshots: how many times a window the parameters are read, evenly spaced, the last time at
+            the window's end; None for every step.
+        per_tensor: whether readings have the angle of each parameter and of each param group.
+        per_group: whether they have the angle of each param group.
         backend: "auto", or the name of one (``autodrop doctor`` lists them).
         process_group: the ranks that train the model together: None for all there are, a process
             group, a ``DeviceMesh``, or :class:`~autodrop_ext.distributed.PipelineStages`.
@@ -81,11 +69,12 @@ class AngularVelocity:
         ValueError, TypeError: an argument is wrong; the message names it.
 
     Attributes:
+        window: optimizer steps per window.
         steps: optimizer steps observed.
         windows: windows closed.
-        choices: how often a sample took the place of another.
+        windows_since_restart: windows closed since the meter started or started over.
         history: the last 10,000 readings.
-        per_tensor, per_group: as given; a change counts from when plans are built next.
+        per_tensor, per_group: the arguments; a change counts from when plans are built next.
     """
 
     def __init__(
@@ -93,58 +82,61 @@ class AngularVelocity:
         params: Any,
         window: int = 64,
         *,
-        sample: float | Literal["auto"] | None = None,
+        sample: float | None = None,
         seed: int = 0,
-        tolerance: float = 0.01,
+        snapshots: int | None = None,
         per_tensor: bool = False,
         per_group: bool = False,
         backend: str = "auto",
         process_group: Any = None,
         form: Literal["auto", "sum", "delta"] = "auto",
     ) -> None:
-        check_counting(window, form, per_tensor, per_group)
-        check_sample(sample, seed, tolerance)
+        self.window = checks.window(window)
+        self.sample = checks.sample(sample)
+        self.seed = checks.count("seed", seed, least=-(2**63))
+        self.snapshots = snapshots if snapshots is None else checks.count("snapshots", snapshots, 1)
+        self.per_tensor = checks.flag("per_tensor", per_tensor)
+        self.per_group = checks.flag("per_group", per_group)
+        checks.one_of("form", form, ("auto", "sum", "delta"))
         check_group(process_group)
         check_name(backend)
-        self.window = window
         self.steps = 0
         self.windows = 0
         self.history: list[Reading] = []
         self._source = ParameterSource(params)
         self._source.check()  # wrong arguments fail here, not at the first step
-        self._backend = backend
         self._process_group = process_group
-        self._ranks: Ranks | None = None
-        self._calls = 0
-        self._sample = sample
-        self._seed = seed
-        self._auto = AutoFraction(float(tolerance)) if sample == "auto" else None
-        self._fraction: float | None = None  # that is read now, where it was chosen
-        self.per_tensor = per_tensor
-        self.per_group = per_group
-        self.choices = 0
-        self._exchange = Exchange()
         self._fixed_form: Form | None = None if form == "auto" else form
-        self._form: Form = self._fixed_form or "delta"
-        self._reader: Reader | None = None
-        self._next: Reader | None = None  # gathers its first windows beside the other
-        self._survey: Survey | None = None
-        self._sizes: Mapping[str, FloatArray] | None = None  # that a sample is drawn by
-        self._signature: list[list[Any]] = []
-        self._restore: SavedArenas | None = None
-        self._resharded: SavedArenas | None = None
+        self._make_sums: Callable[..., WindowSums] = functools.partial(
+            sums_of(self.sample, self.seed), backend=backend
+        )
+        self._exchange = Exchange(self._settings)
         self._faults = Faults()
-        self._fresh = True
-        self._forget()
+        self._sums: WindowSums | None = None
+        self._restore: SavedSums | None = None  # sums of a checkpoint, until the next step
+        self._resharded: SavedSums | None = None  # the same, loaded through arena_state
+        self._layout: Layout
+        self._extras: list[Extra] = []
+        self._observing = False  # stays True where an observation was interrupted
+        self._averaging = False  # whether the parameters hold an average
+        # The state of a run of windows, which _start_over sets again.
+        self.windows_since_restart = 0
+        self._window_start = 0  # optimizer steps before the open window
+        self._taken = 0  # snapshots of the open window
+        self._spoiled = False  # whether the open window cannot be used: its end is waited for
+        self._form: Form = self._fixed_form or "delta"
+        self._variances = (0.0, 0.0)  # of the means before and at the last close
+        self._closing = 0  # windows there will be once the window at hand is closed
 
-    # ---- observing --------------------------------------------------------------------------
+    # ---- a window ---------------------------------------------------------------------------
 
-    def observe(self, *, calls: int = 0) -> Reading | None:
+    def observe(self, *, calls: int = 0, facts: Facts = dict) -> Reading | None:
         """Take the parameters as they are now; call once after each optimizer step, on every rank.
 
         Args:
             calls: how often the training loop came by, optimizer step or not; compared between
-                ranks, so that one that skipped a step is told.
+                ranks, so that a rank that skipped a step is noticed.
+            facts: returns what decisions depend on, plain values by name; compared between ranks.
 
         Returns:
             A reading at the end of every window from the third on, otherwise None. Equal on all
@@ -153,19 +145,173 @@ class AngularVelocity:
         Raises:
             ValueError: there is nothing to watch, or parameters partly overlap in memory.
             DisagreementError: ranks did not measure the same; raised on all of them alike.
-            RuntimeError: no memory for the arenas; a rank is dead or late.
+            RuntimeError: no memory for the sums; a rank is dead or late.
         """
-        self._calls = calls
-        if self._position == 0 or self._reader is None:
-            self._follow_parameters()
-        if self._fresh:
-            self._form = self._fixed_form or "delta"
-        for reader in self._readers():
-            reader.take(self._form, first=self._position == 0)
-        self._fresh = False
+        if self._averaging:
+            raise RuntimeError("observe: expected parameters of a training step, got averaged ones")
+        if self._observing:
+            self.interrupted()
+        self._observing = True
         self.steps += 1
-        self._position += 1
-        return self._close_window() if self._position == self.window else None
+        position = self.position
+        if position == 1 or self._sums is None:
+            self._begin_window()
+        self._exchange.compare_once(facts)
+        if self._is_snapshot(position):
+            self._take_snapshot()
+        reading = self._close_window(calls, facts) if position >= self.window else None
+        self._observing = False
+        return reading
+
+    @property
+    def position(self) -> int:
+        """Steps of the open window that have been observed."""
+        return self.steps - self._window_start
+
+    def _is_snapshot(self, position: int) -> bool:
+        """Whether the parameters are read at a position from 1 to ``window``."""
+        if self.snapshots is None or self.snapshots >= self.window:
+            return True
+        return position * self.snapshots // self.window > self._taken
+
+    def _snapshots_per_window(self) -> int:
+        return self.window if self.snapshots is None else min(self.snapshots, self.window)
+
+    def _begin_window(self) -> None:
+        """Follow the parameters: build the sums, or build them again if the parameters changed."""
+        if self._sums is not None and not self._source.unchanged():
+            self._faults.parameters_changed(WINDOWS_FOR_ANGLE)
+            self._discard(self.position)
+        if self._sums is None:
+            with no_garbage_collection():
+                self._build()
+        elif not self._spoiled:
+            self._sums.begin_window()
+
+    def _take_snapshot(self) -> None:
+        assert self._sums is not None
+        if not self._spoiled and self._source.moved():
+            self._faults.parameters_changed(WINDOWS_FOR_ANGLE)
+            self._spoiled = True
+        if not self._spoiled:
+            if not self._sums.begun:
+                self._form = self._fixed_form or "delta"
+            self._sums.add(self._form, first=self._taken == 0)
+        self._taken += 1
+
+    def _close_window(self, calls: int, facts: Facts) -> Reading | None:
+        """Nothing on the way to the collective may return or raise on one rank alone."""
+        assert self._sums is not None
+        self._closing = self.windows + 1
+        changed = not self._source.unchanged()
+        restart = changed or self._spoiled
+        totals = None if restart else self._sums.close(self._snapshots_per_window())
+        since = 0 if totals is None else self.windows_since_restart + 1
+        counts = Counts(self.steps, self.windows, self.window, calls, since, restart)
+        total, numbers = self._exchange.close(
+            counts,
+            self._layout,
+            self._sums,
+            totals or Sums(0.0, 0.0, 0.0, 0.0),
+            [] if totals is None else self._extras,
+            facts,
+        )
+        self._window_start, self._taken = self.steps, 0
+        if changed:
+            self._faults.parameters_changed(WINDOWS_FOR_ANGLE)
+            self._discard()
+        if total.restart:
+            self._start_over()
+            return None
+        self.windows += 1
+        if total.not_finite:
+            self._faults.not_finite(
+                self._sums,
+                self.windows - 1,
+                WINDOWS_FOR_ANGLE,
+                self._exchange.group,
+                total.not_finite,
+            )
+            self._start_over()
+            return self._keep(self._undefined())
+        self.windows_since_restart = since
+        if since >= 2:
+            self._faults.watch_displacement(total.sums, self._sums)
+        k = self._snapshots_per_window()
+        oldest, shared = self._variances
+        newest = angle.mean_variance(k, total.sums, self._form)
+        self._variances = (shared, newest)
+        if since < WINDOWS_FOR_ANGLE:
+            return self._keep(self._undefined())
+        elements = total.effective_elements
+        error = angle.angle_error(total.sums, (oldest, shared, newest), elements)
+        self._choose_form(total.sums, error, elements)
+        return self._keep(self._reading(total.sums, error, numbers))
+
+    def _reading(self, sums: Sums, rounding_error: float, numbers: list[float] | None) -> Reading:
+        measured = angle.angle_of(sums.dot, sums.norm, sums.previous_norm)
+        degrees, cosine = (None, None) if measured is None else measured
+        return Reading(
+            step=self.steps,
+            window=self.windows - 1,
+            angle=degrees,
+            cosine=cosine,
+            norm=math.sqrt(sums.norm),
+            previous_norm=math.sqrt(sums.previous_norm),
+            rounding_error=rounding_error,
+            **fields_of(self._extras, sums, numbers),
+        )
+
+    def _undefined(self) -> Reading:
+        unknown = fields_of(self._extras, None, None)
+        return Reading(self.steps, self.windows - 1, None, None, math.nan, math.nan, **unknown)
+
+    def _keep(self, reading: Reading) -> Reading | None:
+        if self.windows < WINDOWS_FOR_ANGLE:
+            return None
+        remember(self.history, reading, HISTORY)
+        return reading
+
+    def _choose_form(self, sums: Sums, rounding_error: float, elements: float) -> None:
+        """Turn to the form that the next windows need, without losing one."""
+        assert self._sums is not None
+        if self._fixed_form is not None:
+            return
+        k = self._snapshots_per_window()
+        form = angle.better_form(self._form, k, sums, rounding_error, elements)
+        if form == self._form:
+            return
+        self._form = form
+        self._sums.convert(form, k)
+        if form == "sum":
+            # Rounding the two sums once is the error of a window of one step.
+            rounded = angle.mean_variance(1, sums, "sum")
+            before, last = self._variances
+            self._variances = (max(before, rounded), max(last, rounded))
+
+    # ---- between windows --------------------------------------------------------------------
+
+    def double_window(self) -> None:
+        """Double the window: the last two windows become the last one of the new length.
+
+        The mean that the next displacement is measured from is then the mean of both, and the next
+        angle comes after two windows. Call it at a window's end.
+
+        Raises:
+            RuntimeError: a window is open, or two windows have not been closed since the meter
+                started or started over.
+        """
+        if self.position or self._sums is None or self.windows_since_restart < 2:
+            raise RuntimeError(
+                "double_window: expected a call at a window's end, at least two windows after a "
+                f"start, got one after {self.position} of {self.window} steps and "
+                f"{self.windows_since_restart} windows"
+            )
+        k = self._snapshots_per_window()
+        self.window *= 2
+        self._sums.merge(k, self._snapshots_per_window())
+        self.windows_since_restart = 1
+        self._variances = (0.0, max(self._variances))
 
     def rebase(self) -> None:
         """Measure the next displacement from the parameters as they are now.
@@ -182,319 +328,338 @@ class AngularVelocity:
                 "rebase: expected a meter with form='delta' (sums of earlier windows cannot be "
                 f"moved), got form={self._fixed_form or 'auto'!r}"
             )
-        if self._position != 0:
+        if self.position:
             raise RuntimeError(
-                f"rebase: expected a call at a window's end, got one after {self._position} of "
+                f"rebase: expected a call at a window's end, got one after {self.position} of "
                 f"{self.window} steps"
             )
-        self._follow_parameters(ahead=False)
-        if self._fresh:
-            for reader in self._readers():
-                reader.take("delta", first=True)
-            self._fresh = False
-            self._usable = 1
+        self._begin_window()
+        assert self._sums is not None
+        first = not self._sums.begun
+        self._sums.rebase(self._snapshots_per_window())
+        if first:
+            self.windows_since_restart = 1
             self.windows += 1
-        for reader in self._readers():
-            for arenas in reader.arenas:
-                arenas.rebase(self.window)
+
+    @contextlib.contextmanager
+    def averaged(self, windows: Literal["last", "all"] = "all") -> Iterator[None]:
+        """Within the block the parameters hold a mean of window means; afterwards their own bits.
+
+        Args:
+            windows: "last" for the mean of the last whole window; "all" for that of both whole
+                windows that the sums hold and the open one, weighted by their steps. Where there is
+                no such window, the block changes nothing.
+
+        Raises:
+            RuntimeError: only a sample of the parameters is read.
+        """
+        if self.sample is not None:
+            raise RuntimeError(
+                f"averaged parameters: expected a meter that reads everything, got sample="
+                f"{self.sample:g}, whose sums have no mean of the other parameters; use "
+                "sample=None, or torch.optim.swa_utils.AveragedModel"
+            )
+        weights = self._mean_weights(windows)
+        if weights is None or self._sums is None:
+            yield
+            return
+        k = self._snapshots_per_window()
+        with own_bits_after(self._sums.devices):
+            self._averaging = True
+            try:
+                self._sums.write_mean(k, self._taken, weights)
+                yield
+            finally:
+                self._averaging = False
+
+    def _mean_weights(self, windows: str) -> tuple[float, float, float] | None:
+        """Weights of the window before the last one, of the last one and of the open one."""
+        if self._observing or self._spoiled or not self._source.unchanged():
+            return None
+        whole = self.windows_since_restart
+        covered = self._taken * self.window // self._snapshots_per_window()
+        steps = (self.window * (whole >= 2), self.window * (whole >= 1), covered)
+        if windows == "last":
+            steps = (0, steps[1], 0)
+        total = sum(steps)
+        return (steps[0] / total, steps[1] / total, steps[2] / total) if total else None
 
     def close(self) -> None:
-        """Free the arenas. A later :meth:`observe` starts over."""
-        self._reader = None
-        self._forget()
+        """Free the sums. A later :meth:`observe` starts over."""
+        self._sums = None
+        self._start_over()
+
+    # ---- starting over ----------------------------------------------------------------------
+
+    def _start_over(self, position: int = 0) -> None:
+        """Forget the sums; the counts of steps and windows go on.
+
+        Args:
+            position: steps of the open window that have been observed.
+        """
+        self._window_start = self.steps - position
+        self._taken = 0
+        self._spoiled = False
+        self.windows_since_restart = 0
+        self._variances = (0.0, 0.0)
+        self._closing = self.windows
+        self._faults.still_windows = 0
+        if self._sums is not None:
+            self._sums.reset()
+
+    def _discard(self, position: int = 0) -> None:
+        """Forget sums of parameters that are watched no longer."""
+        self._sums = None
+        self._start_over(position)
+
+    def interrupted(self) -> None:
+        """Discard the open window: the loop that calls :meth:`observe` may have lost a step.
+
+        Call it after an interrupt between an optimizer step and :meth:`observe`, or inside of it.
+        """
+        self._observing = False
+        self._faults.interrupted(WINDOWS_FOR_ANGLE)
+        if self.position >= self.window:
+            # At the window's end, which the other ranks have passed.
+            self.windows = max(self.windows, self._closing)
+            self._start_over()
+        elif self.position == 0:
+            self._start_over()
+        else:
+            self._spoiled = True
+
+    # ---- building ---------------------------------------------------------------------------
+
+    def _build(self) -> None:
+        shards = self._find_group()
+        group = self._exchange.group
+        if not shards and group.size == 1 and self.steps <= 1:
+            raise ValueError(
+                "params: expected at least one trainable parameter, got none "
+                "(is requires_grad False everywhere?)"
+            )
+        if self.per_tensor and group.num_stages > 1:
+            raise ValueError(
+                "per_tensor: expected a model that is not cut into pipeline stages, whose ranks "
+                f"hold different parameters, got {group.num_stages} stages"
+            )
+        watched = [
+            Watched(
+                shard.name,
+                shard.tensor,
+                group.weight(shard),
+                f"{shard.name}|{shard.layout}|{shard.part}",
+                elements_here(shard, group),
+            )
+            for shard in shards
+        ]
+        saved = self._restore
+        sums: WindowSums = self._make_sums(watched, drawn=None if saved is None else saved.drawn)
+        self._layout = Layout([[shards[i] for i in kept] for kept in sums.kept], group)
+        self._extras = self._make_extras(sums)
+        self._source.watch(shards)
+        if saved is not None:
+            self._continue(saved, sums)
+        elif self.position == 1:
+            sums.begin_window()
+        # Last, so that an interrupt before it leaves everything to be built again.
+        self._sums = sums
+        self._restore = self._resharded = None
+
+    def _find_group(self) -> list[LocalShard]:
+        """What is on this rank; the ranks that decide together are known then."""
+        shards = self._source.shards()
+        self._exchange.group = find_group(self._process_group, shards)
+        return shards
+
+    def _make_extras(self, sums: WindowSums) -> list[Extra]:
+        extras = sums.extras()
+        if self.per_tensor or self.per_group:
+            names = [shard.name for shard in self._layout.shards]
+            group_of = [shard.group for shard in self._layout.shards]
+            groups = self._source.num_groups()
+            extras.append(Parts(names, group_of, groups, per_tensor=self.per_tensor))
+        return extras
+
+    def _continue(self, saved: SavedSums, sums: WindowSums) -> None:
+        """Fill new sums with saved ones, or start over where they do not fit."""
+        saved, problem = saved.completed(self._resharded)
+        problem = problem or sums.problem_of(saved.drawn, saved.arenas)
+        if problem is None:
+            sums.load(saved.form, saved.arenas)
+            return
+        self._faults.cannot_continue(problem, WINDOWS_FOR_ANGLE)
+        if self._exchange.group.size == 1:
+            self._start_over(position=min(self.position, 1))
+        else:
+            # The other ranks may be able to go on: end the window with them, and say so then.
+            self._start_over(self.position)
+            self._spoiled = True
+
+    def compare(self, facts: Facts = dict) -> None:
+        """Compare settings between the ranks, once; :meth:`observe` does it where nobody has.
+
+        Call it where all ranks are at the same place. Ranks with different windows would otherwise
+        wait for each other.
+
+        Args:
+            facts: as in :meth:`observe`.
+
+        Raises:
+            DisagreementError: ranks have different settings; the message names the first of them,
+                the ranks and their values. Raised on all ranks alike.
+        """
+        if self._sums is None and not self._exchange.compared:
+            self._find_group()
+        self._exchange.compare_once(facts)
+
+    def _settings(self) -> dict[str, Any]:
+        """What readings depend on, next to the parameters."""
+        names = ("window", "snapshots", "sample", "seed", "per_tensor", "per_group")
+        return {name: getattr(self, name) for name in names} | {"form": self._fixed_form}
+
+    # ---- looking ----------------------------------------------------------------------------
 
     @property
     def started(self) -> bool:
         """Whether there is something that the next displacement is measured from."""
-        return not self._fresh
+        return self._restore is not None or (self._sums is not None and self._sums.begun)
 
     @property
     def form(self) -> Form | None:
         """Form that holds the sums now, "sum" or "delta"; None before the first step."""
-        return None if self._reader is None else self._form
+        return None if self._sums is None else self._form
 
     @property
     def fraction(self) -> float | None:
-        """Part of the parameters that is read now; None before the first step."""
-        if self._reader is None:
-            return None
-        return 1.0 if self._reader.sample is None else self._reader.sample.fraction
+        """Part of the parameters that is read; None before the first step."""
+        return None if self._sums is None else self._sums.fraction
 
     @property
     def device_bytes(self) -> int:
-        """Bytes of the arenas and of a survey's copies on all devices; 0 before the first step."""
-        copies = 0 if self._survey is None else self._survey.device_bytes
-        return copies + sum(reader.device_bytes for reader in self._readers())
+        """Bytes of the sums and of a survey's copies on all devices; 0 before the first step."""
+        return 0 if self._sums is None else self._sums.device_bytes
 
-    @property
-    def tolerance(self) -> float | None:
-        """Standard error that ``sample="auto"`` aims at, degrees; None without it."""
-        return None if self._auto is None else self._auto.tolerance
-
-    @tolerance.setter
-    def tolerance(self, degrees: float) -> None:
-        if self._auto is not None:
-            self._auto.tolerance = float(degrees)
+    def warn_as(self, owner: str) -> None:
+        """Let warnings carry the name of the class that the user made."""
+        self._faults.warnings.owner = owner
 
     @property
     def num_groups(self) -> int:
         """Param groups that the watched parameters come in now."""
         return self._source.num_groups()
 
-    @property
-    def _sampled(self) -> bool:
-        """Whether only a part is read, or may be."""
-        return self._sample not in (None, 1) and self.fraction != 1
-
-    @property
-    def _arenas(self) -> list[Arenas] | None:
-        return None if self._reader is None else self._reader.arenas
-
-    @property
-    def _holding(self) -> Holding | None:
-        return None if self._reader is None else self._reader.holding
-
-    def _readers(self) -> list[Reader]:
-        return [reader for reader in (self._reader, self._next) if reader is not None]
-
-    # ---- following the parameters -----------------------------------------------------------
-
-    def _follow_parameters(self, *, ahead: bool = True) -> None:
-        """Build the plans, or rebuild them if the parameters are not those they were made of.
-
-        Args:
-            ahead: whether a window begins now, and a survey goes on.
-        """
-        if self._reader is not None and self._now() != self._signature:
-            self._discard()
-        if self._reader is None:
-            self._build()
-            self._signature = self._now()
-        if ahead:
-            self._follow_choice()
-
-    def _now(self) -> list[list[Any]]:
-        """What plans are made of; equal while they hold."""
-        return [*signature(self._source.tensors()), [self._source.num_groups()]]
-
-    def _discard(self) -> None:
-        self._faults.parameters_changed(WINDOWS_FOR_ANGLE)
-        self._reader = None
-        self._forget(anew=True)  # for other parameters another part may do
-
-    def _forget(self, *, anew: bool = False) -> None:
-        """Start over with the next step; the counts of steps and windows go on."""
-        self._position = 0
-        self._fresh = True
-        self._usable = 0  # windows since the start over
-        self._variances = (0.0, 0.0)  # of the means before and at the last close
-        self._faults.still_windows = 0
-        self._next = self._survey = None
-        self._stays = False  # with the part that is read, for want of memory
-        if self._reader is not None and self._reader.sample is None and self._auto is None:
-            self._reader.forget()
-        else:
-            # All ranks start over together, and must survey and choose in step.
-            self._reader = self._fraction = self._sizes = None
-        if self._auto is not None:
-            self._auto.restart(anew=anew)
-
-    def _build(self) -> None:
-        shards = self._source.shards()
-        self._ranks = find_ranks(self._process_group, shards)
-        if not shards and self._ranks is None and self.steps == 0:
-            raise ValueError(
-                "params: expected at least one trainable parameter, got none "
-                "(is requires_grad False everywhere?)"
-            )
-        if self._auto is not None and self._fraction is None:
-            self._fraction = self._auto.start(model_elements(shards, self._ranks))
-        self._exchange.ranks = self._ranks
-        if self._restore is not None and self._restore.sized:
-            self._sizes = self._restore.sizes
-        self._reader = self._read(shards)
-        if self._restore is not None:
-            self._sizes = self._restore.sizes
-        if self._reader.sample is not None and self._sizes is None:
-            plans = [arenas.plan for arenas in self._reader.arenas]
-            self._survey = Survey(plans, num_windows(elements_per_rank(shards, self._ranks)))
-        saved, self._restore = self._restore, None
-        if saved is not None:
-            load_arenas(self, saved)
-        self._resharded = None
-
-    def _follow_choice(self) -> None:
-        """At a window's beginning: let another choice gather its first windows, once it is known.
-
-        Either the fraction was chosen, or the survey is over and the sample can be drawn by it.
-        """
-        if self._position != 0 or self._stays:
-            return
-        if self._survey is not None:
-            self._survey.step()
-            if self._survey.done:
-                self._sizes, self._survey = self._survey.sizes, None
-        chosen = None if self._auto is None else self._auto.chosen
-        assert self._reader is not None
-        anew = self._reader.sample is not None and self._reader.sizes is not self._sizes
-        if self._next is None and (anew or chosen not in (None, self.fraction)):
-            before, self._fraction = self._fraction, chosen or self._fraction
-            try:
-                self._next = self._read(self._source.shards())
-            except RuntimeError as error:
-                # The other ranks go on, and so does this one, with what it has.
-                self._fraction, self._sizes = before, self._reader.sizes
-                self._stays = True
-                self._faults.no_memory_for_more(error)
-
-    def _read(self, shards: Sequence[LocalShard]) -> Reader:
-        fraction = self._fraction if self._sample == "auto" else self._sample
-        wanted = Wanted(
-            self.per_tensor,
-            self.per_group,
-            self._source.num_groups(),
-            (self._sample not in (None, 1), self._auto is not None),
-            f"{self._sample} {self._seed} {self.per_tensor} {self.per_group}",
-        )
-        return Reader(
-            shards,
-            self._ranks,
-            self._backend,
-            None if fraction in (None, 1) else Sample(float(fraction), self._seed),
-            wanted,
-            sizes=self._sizes,
-            foresee=self._auto is not None and self._auto.chosen is None,
-        )
-
-    # ---- closing a window -------------------------------------------------------------------
-
-    def _close_window(self) -> Reading | None:
-        """Nothing on the way to the collective may return or raise on one rank alone."""
-        changed = self._now() != self._signature
-        if self._next is not None and self._next.windows == WINDOWS_FOR_ANGLE - 1:
-            # This window gives the next reader's first angle.
-            self._reader, self._next = self._next, None
-            self.choices += 1
-        assert self._reader is not None
-        local = self._reader.close(self.window)
-        if self._next is not None:
-            self._next.close(self.window)
-        usable = self._usable + 1
-        self._position = 0
-        total, added = self._agree(local, -1 if changed else usable)
-        if changed:
-            self._discard()
-            return None
-        if total.start_over:
-            self._forget(anew=True)  # as on the rank that had to start over
-            return None
-        self.windows += 1
-        sums = Sums(*total.sums)
-        undefined = self._undefined()
-        if total.not_finite:
-            self._faults.not_finite(
-                self._reader.arenas,
-                self.windows - 1,
-                WINDOWS_FOR_ANGLE,
-                self._ranks,
-                total.not_finite,
-            )
-            self._forget()
-            return self._keep(undefined)
-        self._usable = usable
-        if self._usable >= 2:
-            self._faults.watch_displacement(sums, self._reader.arenas, sampled=self._sampled)
-
-        oldest, shared = self._variances
-        newest = rounding.mean_variance(self.window, sums, self.form or "delta")
-        self._variances = (shared, newest)
-        if self._usable < WINDOWS_FOR_ANGLE:
-            return self._keep(undefined)
-        elements = total.elements
-        if added is not None and added.spread:
-            elements = min(elements, elements**2 / added.spread)  # as many equal weights (Kish)
-        error = rounding.angle_error(sums, (oldest, shared, newest), elements)
-        self._choose_form(sums, error, elements)
-        if self._auto is not None and added is not None and self._reader.sizes is not None:
-            self._auto.take(sums, added.foreseen)
-        return self._keep(
-            self._reader.details.reading(self.steps, self.windows - 1, sums, error, added)
-        )
-
-    def _agree(self, sums: Sums, usable: int) -> tuple[Agreement, Added | None]:
-        """The sums of all ranks together, and the numbers beside them where ranks sent them."""
-        assert self._reader is not None
-        counts = Counts(self.steps, self.windows, self.window, self._calls, usable)
-        try:
-            return self._exchange.agree(self._reader, counts, sums)
-        except RuntimeError:
-            self._forget()
-            raise
-
-    def _undefined(self) -> Reading:
-        nan, error = math.nan, math.nan if self._sampled else 0.0
-        return Reading(self.steps, self.windows - 1, None, None, nan, nan, error, margin=error)
-
-    def _keep(self, reading: Reading) -> Reading | None:
-        if self.windows < WINDOWS_FOR_ANGLE:
-            return None
-        remember(self.history, reading, HISTORY)
-        return reading
-
-    def _choose_form(self, sums: Sums, rounding_error: float, elements: float) -> None:
-        """Turn to the form that the next windows need, without losing one."""
-        if self._fixed_form is not None:
-            return
-        form = rounding.better_form(self._form, self.window, sums, rounding_error, elements)
-        if form == self._form:
-            return
-        self._form = form
-        for reader in self._readers():
-            reader.convert(form, self.window)
-        if form == "sum":
-            # Rounding the two sums once is the error of a window of one step.
-            rounded = rounding.mean_variance(1, sums, "sum")
-            self._variances = tuple(max(v, rounded) for v in self._variances)  # type: ignore[assignment]
-
     # ---- state ------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Counts, form and, as CPU clones by parameter name, the arenas (12 bytes a parameter).
+        """Counts, form and, as CPU clones by parameter name, the sums (12 bytes a parameter).
 
         Plain values and tensors only, so that ``torch.load(weights_only=True)`` reads it. The
-        history is not part of it. Of sharded parameters the arenas are not either, because the
-        other ranks' parts would be missing: save :attr:`arena_state` too.
+        history is not part of it. The sums of sharded parameters are not either, because the other
+        ranks' parts would be missing: save :attr:`arena_state` too.
         """
-        return state_of(self)
+        if self._observing:
+            self.interrupted()
+        spoiled, waiting = self._spoiled, self._restore
+        arenas: NamedArenas = {}
+        drawn: Mapping[str, Any] = EVERYTHING if self._sums is None else self._sums.state()
+        if waiting is not None:
+            drawn, arenas = waiting.drawn, dict(waiting.arenas)
+        elif self._sums is not None and not self._layout.sharded:
+            # Sums of parameters that were replaced inside of the window are those of old memory.
+            spoiled = spoiled or not self._source.unchanged()
+            arenas = {} if spoiled else on_cpu(self._sums.views())
+        return {
+            "version": 1,
+            "window": self.window,
+            "snapshots": self.snapshots,
+            "steps": self.steps,
+            "windows": self.windows,
+            "position": self.position,
+            "usable": self.windows_since_restart,
+            "fresh": not self.started,
+            "spoiled": spoiled,
+            "still": self._faults.still_windows,
+            "variances": list(self._variances),
+            "form": self.form if waiting is None else waiting.form,
+            "sample": dict(drawn),
+            "arenas": arenas,
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], name: str = "state_dict") -> None:
+        """Continue where :meth:`state_dict` was taken, bit for bit, with its window.
+
+        Where the state has no sums, or they do not fit the parameters or the sample, counts are
+        restored, the meter warms up again, and a warning says so.
+
+        Args:
+            state_dict: the state.
+            name: how error messages call it.
+
+        Raises:
+            ValueError: not a state of this class; the message names the entry, and nothing has been
+                changed.
+        """
+        saved = SavedMeter.read(Entries(state_dict, name))
+        self._sums = None
+        self._observing = False
+        self._exchange.restart()
+        self.window, self.snapshots = saved.window, saved.snapshots
+        self.steps, self.windows = saved.steps, saved.windows
+        self._start_over()
+        self._restore = saved.sums
+        if saved.sums is None and not saved.spoiled:
+            return
+        self._window_start = saved.steps - saved.position
+        self._taken = saved.position * self._snapshots_per_window() // saved.window
+        if saved.spoiled:
+            self._spoiled, self._restore = True, None
+            return
+        self._form = saved.form
+        self.windows_since_restart = saved.windows_since_restart
+        self._faults.still_windows = saved.still_windows
+        self._variances = saved.variances
 
     @property
     def arena_state(self) -> ArenaState:
-        """The arenas for ``torch.distributed.checkpoint``: saved and loaded beside the state.
+        """The sums for ``torch.distributed.checkpoint``, saved and loaded next to the state.
 
         They are DTensors like the parameters, so that another number of ranks can go on in the
         middle of a window. Those of a sample are left out, and the meter warms up again.
         """
-        return ArenaState(self)
+        return ArenaState(self._shards_to_save, self._sums_to_save, self._take_sums)
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue where :meth:`state_dict` was taken, bit for bit, with its window.
+    def _shards_to_save(self) -> dict[str, LocalShard]:
+        shards = self._source.shards()
+        group = find_group(self._process_group, shards)
+        # Parameters of two pipeline stages may have the same name.
+        front = "" if group.num_stages == 1 else f"stage {group.stage}: "
+        kept = [] if self.sample is not None else [s for s in shards if not s.flat]
+        return {front + shard.name: shard for shard in kept}
 
-        Where the state has no arenas, or they do not fit the parameters or the sample, counts are
-        restored, the meter warms up again, and a warning says so.
+    def _sums_to_save(self) -> SavedSums:
+        if self._sums is not None:
+            return SavedSums(self._form, self.steps, self._sums.views())
+        waiting = self._resharded or self._restore
+        return SavedSums(
+            self.form or "delta", self.steps, {} if waiting is None else waiting.arenas
+        )
 
-        Raises:
-            ValueError: not a state of this class; nothing has been changed then.
-        """
-        load_state(self, state_dict)
+    def _take_sums(self, saved: SavedSums) -> None:
+        self._resharded = saved
+        if self._sums is not None:
+            # The counts in this meter are older; the next step finds out whether they fit.
+            self._restore = SavedSums(self._form, self.steps, {})
+            self._sums = None
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        state |= {"_reader": None, "_next": None, "_survey": None, "_signature": [], "_ranks": None}
-        state |= {"_exchange": Exchange(), "_restore": self.state_dict(), "_resharded": None}
-        return state
+        live = {"_sums": None, "_exchange": None, "_resharded": None}
+        kept = {k: v for k, v in self.__dict__.items() if k not in ("_layout", "_extras")}
+        return {**kept, **live, "_restore": self.state_dict()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         saved = state.pop("_restore")
         self.__dict__.update(state)
+        self._exchange = Exchange(self._settings)
         self._restore = None
         self.load_state_dict(saved)

@@ -1,8 +1,7 @@
-"""Which tensors are watched: read anew whenever they may have changed, named for messages."""
+"""Which tensors are watched: looked up whenever they may have changed, named for messages."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -10,11 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .distributed import LocalShard, deepspeed, local_shards, local_tensor, unwrap_optimizer
-from .ops import reference
+from .distributed import deepspeed
+from .distributed.engines import local_shards, unwrap_optimizer
+from .distributed.shards import LocalShard, local_tensor
+from .ops.memory import Named
+from .ops.reference import DTYPES
+from .ops.watch import MemoryWatch
 
-Named = tuple[str, Tensor]
-_TRACKED_DTYPES = (*reference.DTYPES, torch.complex64, torch.complex128, torch.complex32)
+_TRACKED_DTYPES = (*DTYPES, torch.complex64, torch.complex128, torch.complex32)
 
 
 class ParameterSource:
@@ -35,6 +37,7 @@ class ParameterSource:
         self._read: Callable[[], Iterable[Any]] | None = None
         self._fixed: list[Named] = []
         self._fixed_groups: list[dict[str, Any]] = []
+        self._watch: MemoryWatch | None = None
         params = unwrap_optimizer(params)
         if isinstance(params, Optimizer):
             self._optimizer = params
@@ -65,41 +68,44 @@ class ParameterSource:
             self._zero = deepspeed.zero_optimizer_of(self._optimizer)
             if self._zero is not None:
                 return deepspeed.zero_shards(self._zero)
-        self.check()
         named = self._trainable()
         for name, parameter in named:
+            _check_trackable(name, parameter)
             if deepspeed.is_partitioned(parameter):
                 raise RuntimeError(
                     f"{name}: expected a parameter with data, got one that DeepSpeed ZeRO-3 has "
                     "partitioned; give the scheduler engine.optimizer, or params=engine.optimizer"
                 )
-        group_of = self._group_of()
-        shards = local_shards(named)  # one for each distinct parameter, in this order
-        distinct = dict.fromkeys(id(parameter) for _, parameter in named)
-        return [
-            dataclasses.replace(shard, group=group_of.get(i, 0))
-            for shard, i in zip(shards, distinct, strict=True)
-        ]
+        return local_shards(named, self._group_of())
 
     def num_groups(self) -> int:
         """Param groups that the parameters come in; 1 where they come without."""
         return max(1, len(self._groups()))
 
-    def named(self) -> list[Named]:
-        """Names and local tensors of all trainable parameters; raises as :meth:`shards`."""
-        return [(shard.name, shard.tensor) for shard in self.shards()]
+    def watch(self, shards: Sequence[LocalShard]) -> None:
+        """Remember the parameters as they are, for :meth:`moved` and :meth:`unchanged`."""
+        aliases = [shard.tensor for shard in shards]
+        self._watch = MemoryWatch(self._now(), aliases, frozen=self._frozen, local=local_tensor)
 
-    def tensors(self) -> list[Tensor]:
-        """The local tensors without names or checks, for cheap comparison."""
+    def moved(self) -> bool:
+        """Whether memory of the watched shards is elsewhere; cheap enough for every step."""
+        return self._watch is None or self._watch.moved()
+
+    def unchanged(self) -> bool:
+        """Whether the watched shards are still what :meth:`shards` would return."""
+        return self._watch is not None and self._watch.matches(self._now())
+
+    def _now(self) -> list[Sequence[Tensor]]:
+        """The parameters of each param group without names or checks, frozen ones too."""
         if self._zero is not None:
-            return deepspeed.zero_tensors(self._zero)
+            return [deepspeed.zero_tensors(self._zero)]
         if self._optimizer is not None:
-            groups = self._optimizer.param_groups
-            return [local_tensor(p) for group in groups for p in group["params"] if p.requires_grad]
-        return [local_tensor(p) for _, p in self._trainable()]
+            return [group["params"] for group in self._optimizer.param_groups]
+        every = [parameter for _, parameter in self._all()]
+        return [every, *(group["params"] for group in self._groups())]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_zero": None}
+        return {**self.__dict__, "_zero": None, "_watch": None}
 
     def _trainable(self) -> list[Named]:
         return [(name, p) for name, p in self._all() if not self._frozen(p)]
@@ -187,18 +193,3 @@ def _check_trackable(name: str, parameter: Tensor) -> None:
             f"{name}: expected a dense floating-point or complex parameter, got {problem}; "
             "freeze it (requires_grad=False) or pass the tensors to watch as params="
         )
-
-
-def signature(tensors: Sequence[Tensor]) -> list[list[Any]]:
-    """What identifies memory and layout of tensors; equal lists mean that a plan still holds.
-
-    Column by column, because list comprehensions over one attribute are the cheapest way to look
-    at thousands of tensors (0.1 to 0.2 microseconds a tensor and attribute). Devices need no column
-    of their own: no address is valid on two.
-    """
-    return [
-        [t.data_ptr() for t in tensors],
-        [t.shape for t in tensors],
-        [t.stride() for t in tensors],
-        [t.dtype for t in tensors],
-    ]

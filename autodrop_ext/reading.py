@@ -137,6 +137,9 @@ _OF_GROUPS = ("dropped_groups", "group_angles", "group_smoothed", "group_rises")
 
 R = TypeVar("R", bound=Reading)
 
+HISTORY = 10_000
+"""Readings that a meter or scheduler keeps."""
+
 PARTS_KEPT = 100
 """Readings whose parts stay in a history: 10,000 of a thousand tensors would take gigabytes."""
 
@@ -161,15 +164,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)(_plain(item) for item in value)
     return value
-
-
-def angle_of(dot: float, norm: float, previous_norm: float) -> tuple[float, float] | None:
-    """Angle in degrees and cosine from ``<s, s'>``, ``|s|^2`` and ``|s'|^2``.
-
-    Computed without the papers' epsilon, which would pull short displacements to 90 degrees.
-    None where a norm is zero or anything is not finite.
-    """
-    if not (math.isfinite(dot) and 0 < norm < math.inf and 0 < previous_norm < math.inf):
-        return None
-    cosine = max(-1.0, min(1.0, dot / (math.sqrt(norm) * math.sqrt(previous_norm))))
-    return math.degrees(math.acos(cosine)), cosine

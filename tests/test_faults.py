@@ -54,7 +54,7 @@ class Training:
 
     @property
     def meter(self) -> AngularVelocity:
-        return self.scheduler._meter
+        return self.scheduler.meter
 
     @property
     def angles(self) -> list[float | None]:
@@ -361,7 +361,7 @@ def test_master_weights_can_be_watched_instead() -> None:
         optimizer.step()
         scheduler.step()
     assert scheduler.history[-1].angle is not None
-    assert scheduler._meter._arenas[0].plan.segments[0].alias.dtype == torch.float32  # type: ignore[index]
+    assert scheduler.meter._arenas[0].plan.segments[0].alias.dtype == torch.float32  # type: ignore[index]
 
 
 # ---- memory, copies -------------------------------------------------------------------------

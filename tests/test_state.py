@@ -180,7 +180,7 @@ def test_an_optimizer_step_not_yet_consumed_is_kept() -> None:
     other.load(run.save())
     run.scheduler.step()
     other.scheduler.step()
-    assert other.scheduler._meter.windows == run.scheduler._meter.windows == 1
+    assert other.scheduler.meter.windows == run.scheduler.meter.windows == 1
 
 
 def test_settings_of_the_checkpoint_win_and_it_is_said() -> None:
@@ -257,7 +257,7 @@ def test_a_broken_meter_state_changes_nothing() -> None:
         with pytest.raises(ValueError, match=f"AngularVelocity, got {key}="):
             twin.scheduler.load_state_dict(state)
         assert twin.scheduler.factor == 0.9
-        assert twin.scheduler._meter.window == 4
+        assert twin.scheduler.meter.window == 4
 
 
 def test_pickled_schedulers_go_on() -> None:

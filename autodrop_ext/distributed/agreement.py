@@ -1,4 +1,4 @@
-"""One row per rank, one verdict for all: sums that agree, or words that say who does not.
+"""One row per rank, one verdict for all: sums that agree, or an error that names who does not.
 
 Every rank gathers the same rows and calls :func:`agree` on them, so that all of them add the same
 numbers in the same order, start over together, or raise together.
@@ -7,8 +7,10 @@ numbers in the same order, start over together, or raise together.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from ..ops.interface import Sums
 
 REPLICA_TOLERANCE = 1e-6
 """Relative. Replicas of a parameter are equal to the bit, and kernels for different processors sum
@@ -19,21 +21,27 @@ COUNT_TOLERANCE = 1e-9
 
 
 class Row(NamedTuple):
-    """What a rank says at the end of a window; every entry is a float64.
+    """What a rank reports at the end of a window; every entry is a float64.
 
     Attributes:
         steps: optimizer steps observed.
         windows: windows closed before this one.
         window: steps per window.
         calls: of the scheduler's ``step()``; 0 without a scheduler.
-        usable: windows since the meter started over; negative: this rank has to start over.
+        windows_since_restart: windows since the meter started over, this one included.
+        restart: 1 where this rank cannot use the window and has to start over, otherwise 0.
+        settings: hash of the settings and the decision state of what decides here.
+        rates: hash of the learning rates.
         layout: hash of names, shapes, dtypes and placements of the parameters.
-        held: hash of which elements lie here.
-        stage: of the pipeline.
-        num_stages: of the pipeline.
-        numbers: how many a rank has beside its row (error terms, sums of tensors and groups).
-        elements: weighted number of those that lie here.
-        model_elements: of the whole model, or of this stage; NaN where the engine does not tell.
+        held: hash of which elements are here.
+        stage: stage of the pipeline.
+        num_stages: stages of the pipeline.
+        numbers: how many numbers a rank has next to its row (error terms, sums of parts).
+        elements: weighted number of the elements here.
+        spread: sum over the elements that are read of the squares of what each stands for; 0 where
+            every element is read.
+        model_elements: elements of the whole model, or of this stage; NaN where the engine does not
+            tell.
         replicated: sum of ``|m|^2`` over parameters of which every rank has all.
         dot, norm, previous_norm, mean_norm: weighted sums.
     """
@@ -42,13 +50,17 @@ class Row(NamedTuple):
     windows: float
     window: float
     calls: float
-    usable: float
+    windows_since_restart: float
+    restart: float
+    settings: float
+    rates: float
     layout: float
     held: float
     stage: float
     num_stages: float
     numbers: float
     elements: float
+    spread: float
     model_elements: float
     replicated: float
     dot: float
@@ -70,15 +82,17 @@ class Agreement(NamedTuple):
     """What all ranks conclude.
 
     Attributes:
-        sums: ``dot``, ``norm``, ``previous_norm``, ``mean_norm`` over all ranks, in rank order.
-        elements: that they run over.
-        start_over: some rank cannot use this window, so none does.
+        sums: totals over all ranks, added in rank order.
+        elements: elements that they run over.
+        effective_elements: as many equally weighted ones (Kish), for a sample.
+        restart: whether some rank cannot use this window, so that none does.
         not_finite: ranks whose sums are not finite.
     """
 
-    sums: tuple[float, float, float, float]
+    sums: Sums
     elements: float
-    start_over: bool
+    effective_elements: float
+    restart: bool
     not_finite: list[int]
 
 
@@ -90,16 +104,52 @@ def agree(rows: Sequence[Row]) -> Agreement:
     """
     _check_counting(rows)
     _check_layouts(rows)
-    start_over = len({row.usable for row in rows}) > 1 or rows[0].usable < 0
-    if not start_over:
+    restart = any(row.restart for row in rows)
+    restart = restart or len({row.windows_since_restart for row in rows}) > 1
+    if not restart:
         _check_numbers(rows)
     not_finite = [rank for rank, row in enumerate(rows) if not row.finite]
-    if not start_over and not not_finite:
+    if not restart and not not_finite:
         _check_elements(rows)
         _check_replicas(rows)
-    dot, norm, previous_norm, mean_norm = (_in_order(row[i] for row in rows) for i in range(-4, 0))
-    count = _in_order(row.elements for row in rows)
-    return Agreement((dot, norm, previous_norm, mean_norm), count, start_over, not_finite)
+    sums = Sums(*add_in_order([row[-4:] for row in rows]))
+    elements = effective = _in_order(row.elements for row in rows)
+    if spread := _in_order(row.spread for row in rows):
+        effective = min(elements, elements**2 / spread)
+    return Agreement(sums, elements, effective, restart, not_finite)
+
+
+def facts_differ(rows: Sequence[Row]) -> bool:
+    """Whether ranks decide by other settings or state, or ranks of a stage run at other rates."""
+    settings = {row.settings for row in rows}
+    rates = {(row.stage, row.rates) for row in rows}
+    return len(settings) > 1 or len(rates) > len({row.stage for row in rows})
+
+
+def check_facts(facts: Sequence[Mapping[str, Any]], stages: Sequence[float]) -> None:
+    """Compare by name what the ranks decide from.
+
+    Args:
+        facts: for each rank, values by name; those of "lr" need to be equal within a stage only.
+        stages: pipeline stage of each rank.
+
+    Raises:
+        DisagreementError: a value differs; the message gives its name, the ranks and their values.
+    """
+    for name in dict.fromkeys(name for values in facts for name in values):
+        groups: dict[float, list[int]] = {}
+        for rank, stage in enumerate(stages):
+            groups.setdefault(stage if name == "lr" else 0.0, []).append(rank)
+        for members in groups.values():
+            holders: dict[str, list[int]] = {}
+            for rank in members:
+                holders.setdefault(repr(facts[rank].get(name)), []).append(rank)
+            if len(holders) > 1:
+                raise DisagreementError(
+                    f"{name}: expected the same on all ranks, got "
+                    + ", ".join(f"{value} on {_ranks(who)}" for value, who in holders.items())
+                    + "; no learning rate was changed"
+                )
 
 
 def add_in_order(rows: Sequence[Sequence[float]]) -> list[float]:
@@ -166,13 +216,13 @@ def _check_layouts(rows: Sequence[Row]) -> None:
 
 
 def _check_numbers(rows: Sequence[Row]) -> None:
-    """What is added up beside the sums must mean the same on all ranks, also between stages."""
+    """What is added up next to the sums must mean the same on all ranks, also between stages."""
     _same(
         rows,
         lambda r: r.numbers,
         "expected meters with the same settings, and with per_group=True as many param groups on "
         "all ranks",
-        "{:.0f} numbers beside the sums",
+        "{:.0f} numbers next to the sums",
     )
 
 
@@ -244,8 +294,12 @@ def _same(
             value = of(rows[ranks[0]])
             parts = value if isinstance(value, tuple) else (value,)
             parts = tuple(int(p) if isinstance(p, float) and p.is_integer() else p for p in parts)
-            who.append(f"{form.format(*parts)} on rank{'s' * (len(ranks) > 1)} {_listed(ranks)}")
+            who.append(f"{form.format(*parts)} on {_ranks(ranks)}")
         raise DisagreementError(f"{message}; got " + ", ".join(who))
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {_listed(ranks)}"
 
 
 def _listed(ranks: Sequence[int]) -> str:

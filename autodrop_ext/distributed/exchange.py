@@ -1,14 +1,28 @@
-"""The end of a window on all ranks: one row and the numbers beside it, one collective."""
+"""The end of a window on all ranks: one row and the numbers next to it, one collective."""
 
 from __future__ import annotations
 
+import json
 import math
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from ..ops import Sums
-from ..ops.window_sums import Reader
-from ..parts import Added
-from . import Agreement, DisagreementError, Ranks, Row, add_in_order, agree
+from ..ops.interface import Sums
+from ..ops.window_sums import Extra, WindowSums
+from .agreement import (
+    Agreement,
+    DisagreementError,
+    Row,
+    add_in_order,
+    agree,
+    check_facts,
+    facts_differ,
+)
+from .group import Alone, Group
+from .layout import Layout, digest
+
+Facts = Callable[[], Mapping[str, Any]]
+"""Returns what decisions depend on, plain values by name; "lr" holds the learning rates."""
 
 
 class Counts(NamedTuple):
@@ -18,79 +32,136 @@ class Counts(NamedTuple):
     windows: int
     window: int
     calls: int
-    usable: int
+    windows_since_restart: int
+    restart: bool
 
 
 class Exchange:
     """Brings this rank's sums together with those of the others.
 
+    Args:
+        settings: returns the meter's settings, which all ranks must share.
+
     Attributes:
-        ranks: who decides together; None where this process trains alone.
+        group: who decides together.
+        compared: whether the ranks have compared their settings.
     """
 
-    def __init__(self) -> None:
-        self.ranks: Ranks | None = None
-        self._numbers: int | None = None  # that all ranks send beside their rows, once agreed
+    def __init__(self, settings: Facts) -> None:
+        self.group: Group = Alone()
+        self.compared = False
+        self._settings = settings
+        self._numbers: int | None = None  # sent by all ranks next to their rows, once agreed
 
     def restart(self) -> None:
-        """Begin as a new one: with the rows alone."""
+        """Begin again: with a comparison of settings, and with the rows alone."""
+        self.compared = False
         self._numbers = None
 
-    def agree(self, reader: Reader, counts: Counts, sums: Sums) -> tuple[Agreement, Added | None]:
-        """Sums over all ranks, and the numbers beside them unless some rank could not send them.
+    def compare_once(self, facts: Facts) -> None:
+        """Compare settings and facts unless that was done; two collectives, none where alone.
+
+        Raises:
+            DisagreementError: a value differs; raised on all ranks alike.
+        """
+        if not self.compared:
+            self._compare(facts)
+            self.compared = True
+
+    def _compare(self, facts: Facts) -> None:
+        if isinstance(self.group, Alone):
+            return
+        here = json.dumps([self.group.stage, self._all(facts)])
+        gathered = [json.loads(text) for text in self.group.gather_text(here)]
+        check_facts([values for _, values in gathered], [stage for stage, _ in gathered])
+
+    def _all(self, facts: Facts) -> dict[str, Any]:
+        return {**self._settings(), **facts()}
+
+    def close(
+        self,
+        counts: Counts,
+        layout: Layout,
+        sums: WindowSums,
+        totals: Sums,
+        extras: Sequence[Extra],
+        facts: Facts,
+    ) -> tuple[Agreement, list[float] | None]:
+        """Totals over all ranks, and the numbers next to them unless some rank has none.
 
         Rows must be of one length, also where a rank has just found other parameters than the
-        others. So every rank sends as many numbers beside its row as the rows of the last window
+        others. So every rank sends as many numbers next to its row as the rows of the last window
         have shown all of them to have. The first window, and the first after a start over, gathers
         the rows alone; then, if they agree, the numbers.
 
         Args:
-            reader: that was closed.
-            counts: of this rank.
-            sums: of this rank, weighted.
+            counts: counts of this rank.
+            layout: what this rank holds.
+            sums: the sums that were closed.
+            totals: their weighted totals on this rank.
+            extras: what is added to the totals.
+            facts: what decisions depend on.
 
         Raises:
             DisagreementError: ranks did not measure the same; raised on all of them alike.
             RuntimeError: a rank is dead or late.
         """
-        holding, details = reader.holding, reader.details
-        numbers = details.gather()
-        if self.ranks is None:
-            bad = [] if all(map(math.isfinite, sums)) else [0]
-            agreement = Agreement(sums, holding.elements, counts.usable < 0, bad)
-            return agreement, details.added(numbers)
-        row = Row(
-            **counts._asdict(),
-            layout=holding.layout,
-            held=holding.held,
-            stage=self.ranks.stage,
-            num_stages=self.ranks.num_stages,
-            numbers=details.size,
-            elements=holding.elements,
-            model_elements=holding.model_elements,
-            replicated=holding.replicated([a.per_tensor for a in reader.arenas]),
-            **sums._asdict(),
-        )
+        numbers = [number for extra in extras for number in extra.local(sums)]
+        if isinstance(self.group, Alone):
+            effective = elements = layout.elements
+            if spread := sums.spread():
+                effective = min(elements, elements**2 / spread)
+            bad = [] if all(map(math.isfinite, totals)) else [0]
+            return Agreement(totals, elements, effective, counts.restart, bad), numbers
+        row = self._row(counts, layout, sums, totals, facts, len(numbers))
         sent, self._numbers = self._numbers, None
         beside = numbers if len(numbers) == sent else [math.nan] * (sent or 0)
         try:
-            gathered = self.ranks.gather([*row, *beside])
-            agreement = agree([Row(*values[: len(row)]) for values in gathered])
+            gathered = self.group.gather([*row, *beside])
+            rows = [Row(*values[: len(row)]) for values in gathered]
             every = [values[len(row) :] for values in gathered]
-            if sent is None and not agreement.start_over and numbers:
-                every = self.ranks.gather(numbers)
+            agreement = agree(rows)
+            if facts_differ(rows):
+                self._compare(facts)
+            if sent is None and not agreement.restart and numbers:
+                every = self.group.gather(numbers)
         except DisagreementError:
             raise
         except RuntimeError as error:
             raise RuntimeError(
-                f"AngularVelocity: window {counts.windows} ended on rank {self.ranks.rank} after "
+                f"AngularVelocity: window {counts.windows} ended on rank {self.group.rank} after "
                 f"{counts.steps} optimizer steps, but its sums could not be exchanged with the "
-                f"other {self.ranks.size - 1} ranks: one of them is dead, late, or counts fewer "
+                f"other {self.group.size - 1} ranks: one of them is dead, late, or counts fewer "
                 "steps; no learning rate was changed"
             ) from error
-        if agreement.start_over:
+        if agreement.restart:
             return agreement, None
-        self._numbers = details.size
-        if len(every[0]) != details.size:
-            return agreement, None
-        return agreement, details.added(add_in_order(every))
+        self._numbers = len(numbers)
+        return agreement, add_in_order(every) if len(every[0]) == len(numbers) else None
+
+    def _row(
+        self,
+        counts: Counts,
+        layout: Layout,
+        sums: WindowSums,
+        totals: Sums,
+        facts: Facts,
+        numbers: int,
+    ) -> Row:
+        values = self._all(facts)
+        rates = values.pop("lr", None)
+        return Row(
+            **counts._asdict(),
+            settings=digest([json.dumps(values)]),
+            rates=digest([json.dumps(rates)]),
+            layout=layout.layout,
+            held=layout.held(sums.digests),
+            stage=self.group.stage,
+            num_stages=self.group.num_stages,
+            numbers=numbers,
+            elements=layout.elements,
+            spread=sums.spread(),
+            model_elements=layout.model_elements,
+            replicated=layout.replicated(sums),
+            **totals._asdict(),
+        )

@@ -1,10 +1,8 @@
-"""The ranks that decide together: who they are, what they hold, how a row travels."""
+"""The ranks that decide together: one process alone, or the ranks of a process group."""
 
 from __future__ import annotations
 
-import hashlib
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +45,28 @@ class PipelineStages:
 
 
 @dataclass(frozen=True)
+class Alone:
+    """One process that trains by itself: a group of one rank without any collective."""
+
+    size: int = 1
+    rank: int = 0
+    stage: int = 0
+    num_stages: int = 1
+
+    def weight(self, shard: LocalShard) -> float:
+        """Weight of sums over a local part: 1, because every part is here."""
+        return 1.0
+
+    def gather(self, row: Sequence[float]) -> list[list[float]]:
+        """The row itself."""
+        return [list(row)]
+
+    def gather_text(self, text: str) -> list[str]:
+        """The text itself."""
+        return [text]
+
+
+@dataclass(frozen=True)
 class Ranks:
     """The ranks whose sums are added, this one among them.
 
@@ -54,8 +74,8 @@ class Ranks:
         group: their process group.
         size: how many there are.
         rank: this one, counted within the group.
-        stage: of the pipeline that this rank holds; 0 without a pipeline.
-        num_stages: of the pipeline; 1 without one.
+        stage: stage of the pipeline that this rank holds; 0 without a pipeline.
+        num_stages: stages of the pipeline; 1 without one.
     """
 
     group: Any
@@ -65,12 +85,12 @@ class Ranks:
     num_stages: int = 1
 
     def weight(self, shard: LocalShard) -> float:
-        """Of sums over a local part, so that all ranks together count every element once."""
+        """Weight of sums over a local part: all ranks together count every element once."""
         ranks_per_copy = self.size / self.num_stages
         return shard.parts / ranks_per_copy
 
     def gather(self, row: Sequence[float]) -> list[list[float]]:
-        """The rows of all ranks, in rank order; the one collective of a window.
+        """The rows of all ranks, in rank order; one collective.
 
         Args:
             row: float64 values, as many on every rank.
@@ -88,9 +108,20 @@ class Ranks:
         gathered: list[list[float]] = rows.tolist()
         return gathered
 
+    def gather_text(self, text: str) -> list[str]:
+        """A text from each rank, in rank order; two collectives."""
+        data = text.encode()
+        longest = int(max(size for (size,) in self.gather([float(len(data))])))
+        padded = list(data) + [0] * (longest - len(data))
+        rows = self.gather([float(len(data)), *map(float, padded)])
+        return [bytes(map(int, row[1 : 1 + int(row[0])])).decode() for row in rows]
+
+
+Group = Alone | Ranks
+
 
 def check_group(process_group: Any) -> None:
-    """Raises TypeError or ValueError unless :func:`find_ranks` can take it."""
+    """Raises TypeError or ValueError unless :func:`find_group` can take it."""
     if isinstance(process_group, PipelineStages):
         process_group = process_group.group
     if process_group is None or isinstance(process_group, _ProcessGroup) or _is_mesh(process_group):
@@ -101,8 +132,8 @@ def check_group(process_group: Any) -> None:
     )
 
 
-def find_ranks(process_group: Any, shards: Sequence[LocalShard]) -> Ranks | None:
-    """Who decides together; None where this process trains alone.
+def find_group(process_group: Any, shards: Sequence[LocalShard]) -> Group:
+    """Who decides together.
 
     Args:
         process_group: None for all ranks there are; or a process group, a mesh, PipelineStages.
@@ -114,7 +145,7 @@ def find_ranks(process_group: Any, shards: Sequence[LocalShard]) -> Ranks | None
     declared = process_group if isinstance(process_group, PipelineStages) else None
     given = declared.group if declared is not None else process_group
     if given is None and not (dist.is_available() and dist.is_initialized()):
-        return None
+        return Alone()
     group = _group_of(given)
     ranks = Ranks(group, group.size(), group.rank())
     if declared is not None:
@@ -127,77 +158,6 @@ def find_ranks(process_group: Any, shards: Sequence[LocalShard]) -> Ranks | None
             f"{ranks.size} ranks"
         )
     return Ranks(group, ranks.size, ranks.rank, stage, num_stages)
-
-
-def model_elements(shards: Sequence[LocalShard], ranks: Ranks | None) -> float | None:
-    """Elements of the whole model where every rank comes to the same number, otherwise None."""
-    totals = [shard.total for shard in shards]
-    if None in totals or (ranks is not None and ranks.num_stages > 1):
-        return None
-    return float(sum(total for total in totals if total is not None))
-
-
-def elements_per_rank(shards: Sequence[LocalShard], ranks: Ranks | None) -> float | None:
-    """About how many lie on a rank; None where ranks could come to different numbers."""
-    if model_elements(shards, ranks) is None:
-        return None
-    return sum((shard.total or 0) / shard.parts for shard in shards)
-
-
-class Holding:
-    """What this rank holds, in the few numbers that ranks compare.
-
-    Attributes:
-        layout: 48 bits of a hash over the meter's settings and names, shapes, dtypes, placements
-            and param groups of the parameters.
-        held: the same with which parts of them lie here.
-        elements: weighted number of those here.
-        model_elements: of the whole model, or of this stage; NaN where an engine does not tell.
-        sharded: no rank alone can save or restore everything.
-
-    Args:
-        shards: of every device, those that are summed.
-        ranks: who decides together, or None.
-        settings: of the meter, in words; they go into ``layout``.
-        drawn: what tells samples apart, in words; empty where everything is read. Ranks that hold
-            the same elements but read others of them are not compared.
-    """
-
-    def __init__(
-        self,
-        shards: Sequence[Sequence[LocalShard]],
-        ranks: Ranks | None,
-        settings: str = "",
-        drawn: Sequence[str] = (),
-    ) -> None:
-        every = [shard for device in shards for shard in device]
-        self.layout = _digest([settings, *(f"{s.name}|{s.layout}|{s.group}" for s in every)])
-        self.held = _digest([*drawn, *(f"{s.name}|{s.layout}|{s.part}" for s in every)])
-        self.elements = sum(
-            s.tensor.numel() * (1.0 if ranks is None else ranks.weight(s)) for s in every
-        )
-        self.model_elements = float(sum(math.nan if s.total is None else s.total for s in every))
-        self.sharded = any(s.split for s in every) or (ranks is not None and ranks.num_stages > 1)
-        whole = [[i for i, s in enumerate(device) if not s.split] for device in shards]
-        mixed = 0 < sum(map(len, whole)) < len(every) and not drawn
-        self._whole = whole if mixed else []  # otherwise the total of all says the same
-
-    def replicated(self, per_tensor: Sequence[torch.Tensor]) -> float:
-        """Sum of ``|m|^2`` over the parameters that lie on this rank completely.
-
-        Args:
-            per_tensor: of every device, float64 ``[num_tensors, 4]``; the last column counts.
-        """
-        total = 0.0
-        for sums, whole in zip(per_tensor, self._whole, strict=False):
-            total += float(sums[whole, 3].sum()) if whole else 0.0
-        return total
-
-
-def _digest(lines: Iterable[str]) -> float:
-    """48 bits of a hash over lines, which a float64 holds exactly."""
-    text = "\n".join(lines).encode()
-    return float(int.from_bytes(hashlib.sha256(text).digest()[:6], "big"))
 
 
 def _group_of(given: Any) -> Any:

@@ -10,7 +10,7 @@ part lies on ``ranks_per_copy / parts`` of them, so that sums over a local part 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,8 +26,7 @@ class Sharding:
     stride: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class LocalShard:
+class LocalShard(NamedTuple):
     """This rank's part of one parameter.
 
     Attributes:
@@ -64,18 +63,18 @@ def is_dtensor(tensor: Tensor) -> bool:
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """The part of a tensor that lies on this rank; the tensor itself unless it is a DTensor."""
+    """The part of a tensor on this rank; the tensor itself unless it is a DTensor."""
     if not is_dtensor(tensor):
         return tensor
     with torch.no_grad():  # with gradients, to_local() would make a view with a history
         return tensor.to_local()  # type: ignore[attr-defined, no-any-return]
 
 
-def whole(name: str, tensor: Tensor) -> LocalShard:
-    """A parameter that lies here completely."""
+def whole(name: str, tensor: Tensor, group: int = 0) -> LocalShard:
+    """A parameter of which this rank has every element."""
     n = tensor.numel()
     layout = f"{tuple(tensor.shape)} {tensor.dtype}"
-    return LocalShard(name, tensor.detach(), parts=1, part=(), total=n, layout=layout)
+    return LocalShard(name, tensor.detach(), 1, (), n, layout, group=group)
 
 
 def of_dtensor(name: str, parameter: Any) -> LocalShard:

@@ -35,13 +35,13 @@ class CpuOperations:
     def __init__(self, plan: Plan, isa: str = "") -> None:
         assert native.core is not None, "checked by CpuBackend.missing"
         self._plan = plan
-        self._partials = torch.empty(plan.num_chunks, 4, dtype=torch.float64)
-        self.per_tensor = torch.zeros(plan.num_rows, 4, dtype=torch.float64)
+        self._partials = torch.empty(plan.num_chunks, 4, dtype=torch.float64, device="cpu")
+        self.per_tensor = torch.zeros(plan.num_rows, 4, dtype=torch.float64, device="cpu")
         self._native = native.core.CpuPlan(
             plan.chunks.data_ptr(),
             plan.num_chunks,
             plan.tensor_chunks.data_ptr(),
-            plan.weights.data_ptr(),
+            plan.row_weights.data_ptr(),
             plan.num_rows,
             isa,
         )

@@ -79,7 +79,7 @@ class CudaOperations:
             plan.tiles.data_ptr(),
             len(plan.tiles),
             plan.tensor_chunks.data_ptr(),
-            plan.weights.data_ptr(),
+            plan.row_weights.data_ptr(),
             plan.num_rows,
             self._partials.data_ptr(),
             self.per_tensor.data_ptr(),

@@ -50,4 +50,4 @@ class ReferenceOperations:
         self._plan.publish()
 
     def _total(self) -> Sums:
-        return Sums(*(self._plan.weights @ self.per_tensor).tolist())
+        return Sums(*(self._plan.row_weights @ self.per_tensor).tolist())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
 from .plan import Plan
+
+Form = Literal["sum", "delta"]
 
 
 class Sums(NamedTuple):

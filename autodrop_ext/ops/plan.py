@@ -1,4 +1,4 @@
-"""Plans: which elements take part, where they lie, and how they are cut into chunks.
+"""Plans: which elements are read, where they are in memory, and how they are cut into chunks.
 
 A plan is made once per device. It flattens nothing: its tables hold addresses. Only the meter's own
 state is flat, in *arenas*: float32 buffers in which every tensor has a segment that starts at a
@@ -7,31 +7,29 @@ multiple of 128 bytes. The tables (``csrc/core/tables.h``) are
 * ``chunks``, int64 ``[num_chunks, 4]``: address of the first element, its offset in every arena,
   length in elements, dtype code. A chunk never crosses a tensor.
 * ``tensor_chunks``, int64 ``[num_rows + 1]``: row ``t`` of the sums runs over the chunks from
-  ``[t]`` up to ``[t + 1]``. A row is a tensor, without chunks if that is empty; in a sampled plan
-  it is a chunk, because chunks of one tensor then have weights and a scatter of their own.
+  ``[t]`` up to ``[t + 1]``. A row is a tensor, without chunks if that is empty. Where a plan reads
+  only ranges of the tensors, every range is a row.
 * ``tiles``, int64 ``[num_tiles, 2]``: first chunk and number of chunks that a block of a GPU works
   on; only on devices other than the CPU.
-* ``weights``, float64 ``[num_rows]``: weight of each row's sums in the total.
-
-A sampled plan (:mod:`autodrop_ext.sampling.draw`) has chosen chunks only. Those of one tensor lie
-in its segment one behind the other.
+* ``row_weights``, float64 ``[num_rows]``: weight of each row's sums in the total.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..parameters import Named
-from ..sampling.draw import Choice, FloatArray, Sample, choose, num_chunks
 from . import reference
+from .memory import Named, as_real, distinct, is_dense
 
 IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
 
 CHUNK_ELEMENTS = 16_384
 """Elements per chunk: 64 KiB of float32 stay in a second-level cache, and the partial sums of a
@@ -47,8 +45,21 @@ ALIGN_ELEMENTS = 32  # 128 bytes of float32
 _SMALL_CHUNK = 1_024
 _SMALL_CHUNKS_PER_TILE = 16
 
-# Above this many elements two interleaved strided views are not compared element by element.
-_MAX_COMPARED_SPAN = 1 << 30
+
+class Ranges(NamedTuple):
+    """Stretches of the tensors that a plan reads instead of everything.
+
+    Attributes:
+        tensor: index among the plan's tensors, ``[num_ranges]``, ascending.
+        start: first element within the tensor, ``[num_ranges]``.
+        length: elements, ``[num_ranges]``.
+        weight: of the range's sums in those of its tensor, float64 ``[num_ranges]``.
+    """
+
+    tensor: IntArray
+    start: IntArray
+    length: IntArray
+    weight: FloatArray
 
 
 @dataclass(frozen=True)
@@ -57,15 +68,15 @@ class Segment:
 
     Attributes:
         name: for messages.
-        index: of the tensor among those that the plan was made of.
+        index: position of the tensor among those that the plan was made of.
         alias: the parameter's own memory, detached (complex: as real), so that it stays valid.
         flat: ``[n]``, the elements in memory order: a view of ``alias``, or a staging buffer.
-        offset: of its first element in every arena.
-        elements: that it has there: ``n``, or in a sampled plan those that are read, chunk after
-            chunk, each of them aligned.
-        sampled: whether the plan is.
-        staged: ``flat`` is a copy that :meth:`Plan.refresh` renews, because the elements of
-            ``alias`` do not lie densely in memory.
+        offset: position of its first element in every arena.
+        elements: elements that it has there: ``n``, or those of its ranges, one range after the
+            other, each of them aligned.
+        partial: whether only ranges of the tensor are read.
+        staged: whether ``flat`` is a copy that :meth:`Plan.refresh` renews, because the elements of
+            ``alias`` are not dense in memory.
     """
 
     name: str
@@ -74,13 +85,13 @@ class Segment:
     flat: Tensor
     offset: int
     elements: int
-    sampled: bool
+    partial: bool
     staged: bool
 
     @property
     def shape(self) -> torch.Size:
-        """Of :meth:`shaped`."""
-        return torch.Size([self.elements]) if self.sampled else self.alias.shape
+        """Shape of :meth:`shaped`."""
+        return torch.Size([self.elements]) if self.partial else self.alias.shape
 
     def in_arena(self, arena: Tensor) -> Tensor:
         """The segment of ``arena``, flat ``[elements]``."""
@@ -89,9 +100,9 @@ class Segment:
     def shaped(self, arena: Tensor) -> Tensor:
         """The segment of ``arena`` in the parameter's shape (complex: with a last axis of 2).
 
-        In a sampled plan, flat.
+        Where only ranges are read it stays flat.
         """
-        if self.sampled:
+        if self.partial:
             return self.in_arena(arena)
         if self.staged:
             return self.in_arena(arena).view(self.alias.shape)
@@ -99,18 +110,14 @@ class Segment:
 
 
 class Plan:
-    """The chunks of all tensors that lie on one device.
+    """The chunks of all tensors on one device.
 
     Args:
         named: names and tensors, all on ``device``; identical views count once.
         device: where the tables go.
-        weights: of each tensor's sums in the total; None for 1 each.
+        weights: weight of each tensor's sums in the total; None for 1 each.
         chunk_elements: elements per chunk, a multiple of 32; by default what suits the device.
-        sample: which part of the chunks is read; None for everything, in larger chunks.
-        labels: of the tensors, that the sample's choice depends on; None for the names.
-        sizes: by name of the tensor, how far each of its chunks moves; see
-            :func:`~autodrop_ext.sampling.draw.choose`. Passed over where they are not those of the
-            tensors.
+        ranges: what is read instead of everything; the tensors must then be distinct.
 
     Raises:
         ValueError: two tensors overlap in memory without being the same; the message names both.
@@ -123,44 +130,29 @@ class Plan:
         weights: Sequence[float] | None = None,
         *,
         chunk_elements: int | None = None,
-        sample: Sample | None = None,
-        labels: Sequence[str] | None = None,
-        sizes: Mapping[str, FloatArray] | None = None,
+        ranges: Ranges | None = None,
     ) -> None:
         self.device = device
-        self.sample = sample
-        distinct = _distinct(named := [(name, _real(tensor)) for name, tensor in named])
-        self.choice: Choice | None = None
-        if sample is not None:
-            lengths = [named[i][1].numel() for i in distinct]
-            told = [named[i][0] if labels is None else labels[i] for i in distinct]
-            of_tensor = [] if sizes is None else [sizes.get(named[i][0]) for i in distinct]
-            fitting = [
-                size
-                for size, n in zip(of_tensor, lengths, strict=False)
-                if size is not None and len(size) == num_chunks(n)
-            ]
-            fit = sizes is not None and len(fitting) == len(distinct)
-            self.choice = choose(lengths, told, sample, fitting if fit else None)
-        self.segments = _segments(named, distinct, self.choice)
-        tensor_weights = np.array(
-            [1.0 if weights is None else weights[s.index] for s in self.segments]
-        )
-        if self.choice is None:
+        self.ranges = ranges
+        named = [(name, as_real(tensor)) for name, tensor in named]
+        kept = distinct(named) if ranges is None else range(len(named))
+        self.segments = _segments(named, kept, ranges)
+        of_tensor = np.array([1.0 if weights is None else weights[s.index] for s in self.segments])
+        self.tensor_weights: FloatArray = of_tensor
+        """Weight of each segment's sums in the total, float64 ``[num_segments]``."""
+        lengths = np.array([s.flat.numel() for s in self.segments], np.int64)
+        if ranges is None:
+            size = CHUNK_ELEMENTS if device.type == "cpu" else GPU_CHUNK_ELEMENTS
             tables = chunk_tables(
                 addresses=[s.flat.data_ptr() for s in self.segments],
-                lengths=[s.flat.numel() for s in self.segments],
-                dtypes=[reference.DTYPES.index(s.flat.dtype) for s in self.segments],
-                chunk_elements=chunk_elements
-                or (CHUNK_ELEMENTS if device.type == "cpu" else GPU_CHUNK_ELEMENTS),
+                lengths=lengths,
+                dtypes=_dtype_codes(self.segments),
+                chunk_elements=size if chunk_elements is None else chunk_elements,
             )
-            of_row = tensor_weights
+            of_row = of_tensor
         else:
-            tables = _sampled_tables(self.segments, self.choice)
-            of_row = tensor_weights[self.choice.tensor] * self.choice.expansion
-        self.tensor_weights = tensor_weights
-        """Of each segment's sums, float64 ``[num_segments]``; those of sampled ones are expanded
-        to the whole tensor before."""
+            tables = _range_tables(self.segments, ranges)
+            of_row = of_tensor[ranges.tensor] * ranges.weight
         self.arena_elements = tables.arena_elements
         self.num_elements = int(tables.chunks[:, 2].sum())
         self.num_chunks = len(tables.chunks)
@@ -170,19 +162,36 @@ class Plan:
         if device.type != "cpu":
             self.tiles = torch.from_numpy(tile_table(tables.chunks[:, 2])).to(device)
         self.tensor_chunks = torch.from_numpy(tables.tensor_chunks).to(device)
-        self.weights = torch.from_numpy(of_row.astype(np.float64)).to(device)
+        self.row_weights = torch.from_numpy(of_row.astype(np.float64)).to(device)
+        self.half_precision = [
+            t for t, s in enumerate(self.segments) if s.flat.dtype in reference.HALF_DTYPES
+        ]
+        """Indices of the segments in half precision."""
         self._staged = [s for s in self.segments if s.staged]
 
     def rows(self) -> Iterator[tuple[Tensor, slice]]:
-        """Of each row of the sums: the elements, flat, and where they lie in every arena."""
-        if self.choice is None:
+        """For each row of the sums: its elements, flat, and their place in every arena."""
+        if self.ranges is None:
             for s in self.segments:
                 yield s.flat, slice(s.offset, s.offset + s.elements)
             return
         offsets, lengths = self._host_chunks[:, 1].tolist(), self._host_chunks[:, 2].tolist()
-        places = (self.choice.tensor.tolist(), self.choice.start.tolist(), offsets, lengths)
+        places = (self.ranges.tensor.tolist(), self.ranges.start.tolist(), offsets, lengths)
         for t, start, offset, length in zip(*places, strict=True):
             yield self.segments[t].flat[start : start + length], slice(offset, offset + length)
+
+    def per_tensor(self, rows: FloatArray) -> FloatArray:
+        """Sums of each tensor from the sums of each row, ``[num_segments, columns]``.
+
+        Args:
+            rows: ``[num_rows, columns]``, unweighted.
+        """
+        if self.ranges is None:
+            return rows
+        expanded = rows * self.ranges.weight[:, None]
+        count = len(self.segments)
+        sums = [np.bincount(self.ranges.tensor, column, count) for column in expanded.T]
+        return np.stack(sums, axis=1)
 
     def refresh(self) -> None:
         """Renew the copies of tensors that are not dense in memory. Call before accumulating."""
@@ -211,7 +220,7 @@ def chunk_tables(
     """Cut tensors into chunks; pure arithmetic in int64.
 
     Args:
-        addresses: of the first element of each tensor, bytes.
+        addresses: address of the first element of each tensor, bytes.
         lengths: elements of each tensor, 0 allowed.
         dtypes: position of each tensor's dtype in :data:`reference.DTYPES`.
         chunk_elements: elements per chunk, a multiple of 32.
@@ -224,8 +233,7 @@ def chunk_tables(
     length = np.fromiter(lengths, np.int64)
     address = np.fromiter(addresses, np.int64)
     dtype = np.fromiter(dtypes, np.int64)
-    aligned = -(-length // ALIGN_ELEMENTS) * ALIGN_ELEMENTS
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(aligned)])
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(_aligned(length))])
 
     counts = -(-length // chunk_elements)
     tensor_chunks = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
@@ -250,7 +258,7 @@ def tile_table(lengths: IntArray) -> IntArray:
     A large chunk is alone, so that a block works on it; small neighbours come together.
 
     Args:
-        lengths: of the chunks, in elements.
+        lengths: elements of each chunk.
     """
     small = lengths <= _SMALL_CHUNK
     # Position within the run of small chunks that a chunk belongs to.
@@ -262,57 +270,34 @@ def tile_table(lengths: IntArray) -> IntArray:
     return np.stack([first, counts], axis=1).astype(np.int64)
 
 
-def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill one stretch of memory, in any order of the axes."""
-    expected = 1
-    axes = sorted(zip(tensor.stride(), tensor.shape, strict=True))
-    for stride, size in axes:
-        if size == 0:
-            return True
-        if size != 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True
-
-
-def _segments(
-    named: Sequence[Named], distinct: Sequence[int], choice: Choice | None
-) -> list[Segment]:
-    taken = None
-    if choice is not None:
-        taken = np.bincount(choice.tensor, _aligned(choice.length), len(distinct)).tolist()
+def _segments(named: Sequence[Named], kept: Iterable[int], ranges: Ranges | None) -> list[Segment]:
+    read = None
+    if ranges is not None:
+        read = np.bincount(ranges.tensor, _aligned(ranges.length), len(named)).tolist()
     segments = []
     offset = 0
-    for t, i in enumerate(distinct):
+    for i in kept:
         name, alias = named[i]
         staged = alias.is_conj() or alias.is_neg() or not is_dense(alias)
         if staged:
             flat = torch.empty(alias.numel(), dtype=alias.dtype, device=alias.device)
         else:
             flat = alias.as_strided((alias.numel(),), (1,), alias.storage_offset())
-        elements = flat.numel() if taken is None else int(taken[t])
-        sampled = choice is not None
-        segments.append(Segment(name, i, alias, flat, offset, elements, sampled, staged))
+        elements = flat.numel() if read is None else int(read[i])
+        segments.append(Segment(name, i, alias, flat, offset, elements, ranges is not None, staged))
         offset += -(-elements // ALIGN_ELEMENTS) * ALIGN_ELEMENTS
     return segments
 
 
-def _sampled_tables(segments: Sequence[Segment], choice: Choice) -> ChunkTables:
-    """Tables of chosen chunks, each of them a row of its own."""
-    aligned = _aligned(choice.length)
+def _range_tables(segments: Sequence[Segment], ranges: Ranges) -> ChunkTables:
+    """Tables in which every range is a chunk and a row."""
+    aligned = _aligned(ranges.length)
     ends = np.cumsum(aligned)
-    address = np.array([s.flat.data_ptr() for s in segments], np.int64)[choice.tensor]
-    dtype = np.array([reference.DTYPES.index(s.flat.dtype) for s in segments], np.int64)
-    itemsize = np.array([s.flat.element_size() for s in segments], np.int64)[choice.tensor]
+    address = np.array([s.flat.data_ptr() for s in segments], np.int64)[ranges.tensor]
+    dtype = np.array(_dtype_codes(segments), np.int64)[ranges.tensor]
+    itemsize = np.array([s.flat.element_size() for s in segments], np.int64)[ranges.tensor]
     chunks = np.stack(
-        [
-            address + choice.start * itemsize,
-            ends - aligned,
-            choice.length,
-            dtype[choice.tensor],
-        ],
-        axis=1,
+        [address + ranges.start * itemsize, ends - aligned, ranges.length, dtype], axis=1
     )
     offsets = np.array([s.offset for s in segments], np.int64)
     total = int(ends[-1]) if len(ends) else 0
@@ -321,69 +306,11 @@ def _sampled_tables(segments: Sequence[Segment], choice: Choice) -> ChunkTables:
     )
 
 
+def _dtype_codes(segments: Sequence[Segment]) -> list[int]:
+    codes = {dtype: code for code, dtype in enumerate(reference.DTYPES)}
+    return [codes[s.flat.dtype] for s in segments]
+
+
 def _aligned(lengths: IntArray) -> IntArray:
     aligned: IntArray = -(-lengths // ALIGN_ELEMENTS) * np.int64(ALIGN_ELEMENTS)
     return aligned
-
-
-def _real(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    if not tensor.is_complex():
-        return tensor
-    if tensor.is_conj():
-        # The memory holds the conjugates; angles and norms are the same for both.
-        tensor = tensor.conj()
-    return torch.view_as_real(tensor)
-
-
-def _distinct(named: list[Named]) -> list[int]:
-    """Which to keep of repeated views; refuses tensors that share only part of their memory."""
-    by_device: dict[torch.device, list[tuple[int, int, int]]] = {}
-    for i, (_, tensor) in enumerate(named):
-        begin = tensor.data_ptr()
-        end = begin + _span(tensor) * tensor.element_size()
-        by_device.setdefault(tensor.device, []).append((begin, end, i))
-    repeated = set()
-    for spans in by_device.values():
-        open_spans: list[tuple[int, int, int]] = []
-        for begin, end, i in sorted(s for s in spans if s[0] < s[1]):
-            open_spans = [s for s in open_spans if s[1] > begin]
-            for _, _, other in open_spans:
-                if _same_elements(named[i][1], named[other][1]):
-                    repeated.add(max(i, other))
-                elif _share_elements(named[i][1], named[other][1]):
-                    first, second = (named[j][0] for j in sorted((i, other)))
-                    raise ValueError(
-                        f"params: {first} and {second} overlap in memory without being "
-                        "the same tensor; expected separate or identical parameters"
-                    )
-            open_spans.append((begin, end, i))
-    return [i for i in range(len(named)) if i not in repeated]
-
-
-def _span(tensor: Tensor) -> int:
-    """Elements from the first to the last that the tensor touches, both included."""
-    if tensor.numel() == 0:
-        return 0
-    return 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-
-
-def _same_elements(a: Tensor, b: Tensor) -> bool:
-    if a.data_ptr() != b.data_ptr() or a.dtype != b.dtype or a.numel() != b.numel():
-        return False
-    same_view = a.shape == b.shape and a.stride() == b.stride()
-    return same_view or (is_dense(a) and is_dense(b))
-
-
-def _share_elements(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors whose spans meet have an element in common."""
-    if (is_dense(a) and is_dense(b)) or a.dtype != b.dtype:
-        return True
-    size = a.element_size()
-    start = min(a.data_ptr(), b.data_ptr())
-    span = max(t.data_ptr() // size + _span(t) for t in (a, b)) - start // size
-    if (a.data_ptr() - b.data_ptr()) % size or span > _MAX_COMPARED_SPAN:
-        return True
-    touched = torch.zeros(span, dtype=torch.bool)
-    touched.as_strided(a.shape, a.stride(), (a.data_ptr() - start) // size).fill_(True)
-    return bool(touched.as_strided(b.shape, b.stride(), (b.data_ptr() - start) // size).any())

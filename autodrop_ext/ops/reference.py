@@ -23,6 +23,8 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 """Parameter dtypes; the position of a dtype is its code in the tables (``csrc/core/tables.h``)."""
 
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+
 
 def accumulate(
     A: Tensor, x: Tensor, M: Tensor | None = None, *, first: bool, weight: float = 1.0

@@ -143,7 +143,7 @@ class TritonOperations:
             )
         scales = [displacement_scale] * 3 + [mean_scale]
         self.per_tensor *= torch.tensor(scales, dtype=torch.float64, device=self._plan.device)
-        return Sums(*(self._plan.weights[:, None] * self.per_tensor).sum(dim=0).tolist())
+        return Sums(*(self._plan.row_weights[:, None] * self.per_tensor).sum(dim=0).tolist())
 
 
 def _launches(plan: Plan) -> list[tuple[torch.dtype, bool, Tensor]]:

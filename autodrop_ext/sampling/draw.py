@@ -42,7 +42,7 @@ class Sample:
 
     Attributes:
         fraction: of the chunks, in (0, 1].
-        seed: of the choice; the same seed, shards and sizes give the same choice.
+        seed: of the choice; the same seed, shards and motion give the same choice.
     """
 
     fraction: float
@@ -50,7 +50,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Choice:
+class DrawnChunks:
     """The chosen chunks of a plan, tensor after tensor, and the strata they were drawn from.
 
     Attributes:
@@ -103,30 +103,30 @@ def chunk_starts(elements: int) -> IntArray:
     return starts
 
 
-def choose(
+def draw(
     lengths: Sequence[int],
     labels: Sequence[str],
     sample: Sample,
-    sizes: Sequence[FloatArray] | None = None,
-) -> Choice:
+    motion: Sequence[FloatArray] | None = None,
+) -> DrawnChunks:
     """Draw chunks of every tensor without replacement.
 
     Args:
         lengths: elements of each tensor, 0 allowed.
         labels: what tells the tensors apart: name, shape and which part of it lies here.
         sample: how many, and the seed.
-        sizes: of each tensor, how far each chunk moves (``|s|^2``); None if that is not known.
+        motion: of each tensor, how far each chunk moves (``|s|^2``); None if that is not known.
     """
     starts = [chunk_starts(elements) for elements in lengths]
     counts = np.array([len(s) - 1 for s in starts], np.int64)
-    if sizes is not None and not any(float(size.sum()) > 0 for size in sizes):
-        sizes = None
-    taken = _allocate(counts, sample.fraction, sizes)
+    if motion is not None and not any(float(moved.sum()) > 0 for moved in motion):
+        motion = None
+    taken = _allocate(counts, sample.fraction, motion)
     tensor, start, length, stratum, owner, population, drawn = [], [], [], [], [], [], []
     strata = 0
     for t in np.flatnonzero(counts).tolist():
         of_chunk, per_stratum = _strata(
-            int(counts[t]), int(taken[t]), None if sizes is None else sizes[t]
+            int(counts[t]), int(taken[t]), None if motion is None else motion[t]
         )
         chosen, at = _draw(of_chunk, per_stratum, f"{sample.seed}|{labels[t]}")
         tensor.append(np.full(len(chosen), t))
@@ -137,15 +137,15 @@ def choose(
         population.append(np.bincount(of_chunk, minlength=len(per_stratum)))
         drawn.append(per_stratum)
         strata += len(per_stratum)
-    return Choice(*map(_joined, (tensor, start, length, stratum, owner, population, drawn)))
+    return DrawnChunks(*map(_joined, (tensor, start, length, stratum, owner, population, drawn)))
 
 
-def _allocate(counts: IntArray, fraction: float, sizes: Sequence[FloatArray] | None) -> IntArray:
+def _allocate(counts: IntArray, fraction: float, motion: Sequence[FloatArray] | None) -> IntArray:
     """Chunks to read of each tensor: by its number of chunks, and by its share of the motion."""
     wanted = fraction * counts
-    if sizes is not None:
-        moved = np.array([float(size.sum()) for size in sizes])
-        shared = fraction * counts.sum() * moved / moved.sum()
+    if motion is not None:
+        of_tensor = np.array([float(moved.sum()) for moved in motion])
+        shared = fraction * counts.sum() * of_tensor / of_tensor.sum()
         wanted = UNIFORM * wanted + (1 - UNIFORM) * shared
     # Where a tensor has fewer chunks than it should give, the others give more.
     budget = min(float(wanted.sum()), float(counts.sum()))
@@ -157,18 +157,18 @@ def _allocate(counts: IntArray, fraction: float, sizes: Sequence[FloatArray] | N
     return taken
 
 
-def _strata(count: int, taken: int, sizes: FloatArray | None) -> tuple[IntArray, IntArray]:
+def _strata(count: int, taken: int, motion: FloatArray | None) -> tuple[IntArray, IntArray]:
     """The stratum of each chunk of a tensor, and how many chunks to draw of each stratum.
 
     Chunks whose share of the motion asks for certainty are read for certain. The others are sorted
     and cut where their measures, half size and half count, add up to equal sums.
     """
-    if sizes is None or taken == count or taken < 2 * PER_STRATUM:
+    if motion is None or taken == count or taken < 2 * PER_STRATUM:
         return np.zeros(count, np.int64), np.array([taken], np.int64)
-    total = float(sizes.sum())
+    total = float(motion.sum())
     measure = np.full(count, 1 / count)
     if total > 0:
-        measure = UNIFORM * measure + (1 - UNIFORM) * sizes / total
+        measure = UNIFORM * measure + (1 - UNIFORM) * motion / total
     order = np.argsort(-measure, kind="stable")
     measure = measure[order]
     tail = np.cumsum(measure[::-1])[::-1]

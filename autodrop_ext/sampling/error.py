@@ -15,31 +15,28 @@ cosine ``c = D / sqrt(A B)`` then has, to first order (delta method), the varian
 With two or three chunks a stratum, that variance is itself a rough estimate. Its degrees of freedom
 are ``V^2 / sum V_h^2 / (n_h - 1)`` over the strata ``h`` (Satterthwaite), and the interval takes
 Student's t with as many. The ``V_h`` depend on the totals of all ranks; since they are linear in
-six moments each, 21 sums of products of those suffice.
+six covariances each, 21 sums of products of those suffice.
 """
 
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from .draw import Choice
+from ..angle import PAIRS, gradient, standard_error
+from ..ops.window_sums import COVARIANCES
+from .draw import DrawnChunks
 
 FloatArray = npt.NDArray[np.float64]
 
-MOMENTS = 6
-"""Entries of a symmetric matrix over dot, norm and previous norm: DD, DA, DB, AA, AB, BB."""
-
 SQUARES = 21
-"""Entries of a symmetric matrix over the six moments."""
+"""Entries of a symmetric matrix over the six covariances."""
 
-_ROW = np.array([0, 0, 0, 1, 1, 2])
-_COLUMN = np.array([0, 1, 2, 1, 2, 2])
-_UPPER = np.triu_indices(MOMENTS)
+_ROW, _COLUMN = (np.array(index) for index in zip(*PAIRS, strict=True))
+_UPPER = np.triu_indices(COVARIANCES)
 
 # The 97.5 % quantile of Student's t over 1/degrees of freedom; straight lines between these points
 # are off by less than 2 %.
@@ -49,20 +46,20 @@ _T95 = [1.9600, 2.0003, 2.0423, 2.1314, 2.2281, 2.3646, 2.5706, 2.7764, 3.1824, 
 _T95 += [4.9488, 6.0167, 8.0280, 10.0641, 12.7062]
 
 
-def scatter(rows: FloatArray, choice: Choice) -> FloatArray:
+def scatter(rows: FloatArray, drawn: DrawnChunks) -> FloatArray:
     """``S`` of each stratum, unbiased, ``[num_strata, 6]``; 0 for strata of one chunk.
 
     Args:
         rows: sums of each chunk, ``[num_chunks, 3 or more]``; the first three columns count.
-        choice: the strata.
+        drawn: the strata.
     """
     if not len(rows):
-        return np.zeros((0, MOMENTS))
-    first = np.cumsum(choice.taken) - choice.taken
-    means = np.add.reduceat(rows[:, :3], first, axis=0) / choice.taken[:, None]
-    off = rows[:, :3] - means[choice.stratum]
+        return np.zeros((0, COVARIANCES))
+    first = np.cumsum(drawn.taken) - drawn.taken
+    means = np.add.reduceat(rows[:, :3], first, axis=0) / drawn.taken[:, None]
+    off = rows[:, :3] - means[drawn.stratum]
     products = np.add.reduceat(off[:, _ROW] * off[:, _COLUMN], first, axis=0)
-    covariances: FloatArray = products / np.maximum(choice.taken - 1, 1)[:, None]
+    covariances: FloatArray = products / np.maximum(drawn.taken - 1, 1)[:, None]
     return covariances
 
 
@@ -96,7 +93,7 @@ def margin(
     dot: float,
     norm: float,
     previous_norm: float,
-    moments: Sequence[float],
+    covariances: Sequence[float],
     products: Sequence[float],
 ) -> float:
     """Half the width of the 95 % confidence interval of the angle, degrees.
@@ -105,52 +102,18 @@ def margin(
         dot: as in :func:`standard_error`, and so the next three.
         norm: see there.
         previous_norm: see there.
-        moments: see there.
+        covariances: see there.
         products: from :func:`squares`, 21.
     """
-    error = standard_error(dot, norm, previous_norm, moments)
+    error = standard_error(dot, norm, previous_norm, covariances)
     if not error > 0:
         return error
-    direction = np.array(_direction(dot, norm, previous_norm))
-    matrix = np.zeros((MOMENTS, MOMENTS))
+    direction = np.array(gradient(dot, norm, previous_norm))
+    matrix = np.zeros((COVARIANCES, COVARIANCES))
     matrix[_UPPER] = products
     matrix = np.triu(matrix) + np.triu(matrix, 1).T
     spread = float(direction @ matrix @ direction)
-    variance = float(direction @ np.asarray(moments))
+    variance = float(direction @ np.asarray(covariances))
     # Rounding may leave a nearly empty sum at or below 0.
     freedom = variance**2 / spread if spread > 0 else math.inf
     return error * float(np.interp(1 / max(freedom, 1.0), _INVERSE_FREEDOM, _T95))
-
-
-def _direction(dot: float, norm: float, previous_norm: float) -> list[float]:
-    """What the six moments weigh in the variance of the cosine."""
-    length = math.sqrt(norm) * math.sqrt(previous_norm)
-    cosine = dot / length
-    g = (1 / length, -cosine / (2 * norm), -cosine / (2 * previous_norm))
-    pairs = zip(_ROW.tolist(), _COLUMN.tolist(), strict=True)
-    return [(1 if i == j else 2) * g[i] * g[j] for i, j in pairs]
-
-
-def standard_error(
-    dot: float, norm: float, previous_norm: float, moments: Sequence[float]
-) -> float:
-    """Of the angle, in degrees; NaN where the angle is undefined.
-
-    Near 0 and 180 degrees, where the angle is no smooth function of the cosine, half the width of
-    what the cosine's standard error covers.
-
-    Args:
-        dot: ``D``, an estimate like the two others.
-        norm: ``A``.
-        previous_norm: ``B``.
-        moments: their covariances, six.
-    """
-    if not (math.isfinite(dot) and 0 < norm < math.inf and 0 < previous_norm < math.inf):
-        return math.nan
-    if not all(map(math.isfinite, moments)):
-        return math.nan
-    cosine = dot / (math.sqrt(norm) * math.sqrt(previous_norm))
-    direction = _direction(dot, norm, previous_norm)
-    error = math.sqrt(max(math.fsum(map(operator.mul, direction, moments)), 0.0))
-    low, high = (max(-1.0, min(1.0, cosine + sign * error)) for sign in (-1, 1))
-    return math.degrees(math.acos(low) - math.acos(high)) / 2

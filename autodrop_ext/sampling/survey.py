@@ -1,8 +1,8 @@
 """How far each chunk of the parameters moves in a window: what a sample is drawn by.
 
 A few elements at a time are copied at the beginning of a window and compared with the parameters a
-window later. So the whole model is looked at in at most 64 windows, at the price of a sixteenth of
-a byte a parameter (float32) for that time and of reading every parameter twice.
+window later. So the whole model is looked at in at most eight windows, which costs half a byte a
+parameter (float32) for that time and two reads of every parameter.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from ..ops.plan import Plan
 from .draw import UNIT, FloatArray, chunk_starts, num_chunks
 
-MOST_WINDOWS = 64
+MOST_WINDOWS = 8
 LEAST_ELEMENTS = 1 << 20
 """Looked at in a window, so that small models are through soon: 4 MiB of float32."""
 
@@ -27,18 +27,18 @@ _SLICE = 1 << 20  # elements compared at a time: 12 MiB of temporaries
 
 
 class _Piece(NamedTuple):
-    """Chunks of one tensor: their elements, and where their sizes go."""
+    """Chunks of one tensor: their elements, and where their motion goes."""
 
     flat: Tensor
     starts: list[int]
-    sizes: FloatArray
+    motion: FloatArray
 
 
 def num_windows(elements: float | None) -> int:
     """Windows that a survey takes.
 
     Args:
-        elements: on each rank, a number that all ranks know; None for unknown.
+        elements: elements on each rank, a number that all ranks know; None if they do not.
     """
     if elements is None:
         return MOST_WINDOWS
@@ -49,16 +49,16 @@ class Survey:
     """Goes over the tensors of some plans, one share of them a window.
 
     Args:
-        plans: of every device.
+        plans: one for each device, which read everything.
         windows: how many shares there are.
 
     Attributes:
-        sizes: by name of the tensor, ``|x_after - x_before|^2`` of each chunk, float32 numbers.
+        motion: ``|x_after - x_before|^2`` of each chunk by name of the tensor, float32 numbers.
     """
 
     def __init__(self, plans: Sequence[Plan], windows: int) -> None:
         self._plans = plans
-        self.sizes: dict[str, FloatArray] = {
+        self.motion: dict[str, FloatArray] = {
             s.name: np.zeros(num_chunks(s.flat.numel())) for plan in plans for s in plan.segments
         }
         self._left = windows
@@ -78,7 +78,7 @@ class Survey:
         """Bytes of the copies that are held now."""
         return sum(copy.numel() * copy.element_size() for _, copy in self._copies)
 
-    @np.errstate(all="ignore")  # of parameters that are not finite, the meter speaks
+    @np.errstate(all="ignore")  # the meter reports parameters that are not finite
     def step(self) -> None:
         """At the beginning of every window: compare the last share, and copy the next."""
         for plan in self._plans:
@@ -97,7 +97,7 @@ class Survey:
     def _cut(self) -> Iterator[_Piece]:
         for plan in self._plans:
             for segment in plan.segments:
-                of_chunk = self.sizes[segment.name]
+                of_chunk = self.motion[segment.name]
                 starts = chunk_starts(segment.flat.numel()).tolist()
                 step = _SLICE // 1024
                 for c in range(0, len(starts) - 1, step):
@@ -113,7 +113,7 @@ class Survey:
         of_unit = moved.view(-1, UNIT).square_().sum(dim=1).double().cpu().numpy()
         first = (np.array(piece.starts[:-1]) - begin) // UNIT
         sums = np.add.reduceat(of_unit, first)
-        # float32, as in checkpoints, whose sizes must draw the same sample again; their sum over
+        # float32, as in checkpoints, whose motion must draw the same sample again; their sum over
         # all chunks of a model stays far from overflow.
         sums = np.minimum(np.nan_to_num(sums, nan=0.0), _LARGEST)
-        piece.sizes[:] = sums.astype(np.float32)
+        piece.motion[:] = sums.astype(np.float32)

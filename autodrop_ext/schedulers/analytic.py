@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 
-from ..meter import HISTORY
-from ..reading import from_columns, to_columns
-from ..theory.checks import count, number
+from .. import checks
+from ..saved import Entries
 from ..theory.velocity_model import (
     Phase,
     RateSequence,
@@ -19,24 +18,10 @@ from ..theory.velocity_model import (
     check_tau0,
     learning_rate,
 )
-from .base import OptimizerStepScheduler, as_floats, check_optimizer
+from .base import Changes, StepScheduler, check_optimizer, in_precision_of
 
 if TYPE_CHECKING:
     import matplotlib.figure
-
-_SETTINGS = ("gamma", "epsilon", "tau0", "rates", "warmup_steps")
-_ENTRIES = (
-    "settings",
-    "last_epoch",
-    "step_count",
-    "base_lrs",
-    "last_lr",
-    "optimizer_steps",
-    "stepped",
-    "num_drops",
-    "since_drop",
-    "history",
-)
 
 
 @dataclass(frozen=True)
@@ -58,7 +43,7 @@ class AnalyticDrop:
     lr: tuple[float, ...]
 
 
-class AnalyticAutoDrop(OptimizerStepScheduler):
+class AnalyticAutoDrop(StepScheduler):
     """Drops the learning rate where a *model* of the angular velocity saturates; measures nothing.
 
     Between drops the model (equation (12)) says how the velocity grows at a constant rate
@@ -97,6 +82,8 @@ class AnalyticAutoDrop(OptimizerStepScheduler):
         num_drops: ``i``, how often the rate was lowered.
     """
 
+    _record_type = AnalyticDrop
+
     def __init__(
         self,
         optimizer: Optimizer,
@@ -109,20 +96,15 @@ class AnalyticAutoDrop(OptimizerStepScheduler):
         on_drop: Callable[[AnalyticDrop], object] | None = None,
         last_epoch: int = -1,
     ) -> None:
-        count("warmup_steps", warmup_steps, 0)
-        if on_drop is not None and not callable(on_drop):
-            raise TypeError(f"on_drop: expected a function or None, got {on_drop!r}")
+        checks.callback("on_drop", on_drop)
         optimizer = check_optimizer(optimizer)
-        self.model = VelocityModel(number("gamma", gamma), number("epsilon", epsilon))
+        self.model = VelocityModel(checks.number("gamma", gamma), checks.number("epsilon", epsilon))
         self.tau0 = check_tau0(tau0)
         self.rates: RateSequence | list[float] = _checked_rates(rates)
-        self.num_drops = 0
-        self.history: list[AnalyticDrop] = []
         self.on_drop = on_drop
         self._since_drop = -1  # t - t_i of the last step; Algorithm 2's first step is t = 0
-        first = optimizer.param_groups[0]
-        self._gap = self._next_gap(float(first.get("initial_lr", first["lr"])))
         super().__init__(optimizer, warmup_steps=warmup_steps, last_epoch=last_epoch)
+        self._gap = self._next_gap(float(self.base_lrs[0]), 0)
 
     # ---- deciding ---------------------------------------------------------------------------
 
@@ -140,20 +122,25 @@ class AnalyticAutoDrop(OptimizerStepScheduler):
             base = float(self.base_lrs[i]) if i < len(self.base_lrs) else math.nan
             # 1e-6 for float32 tensors. A product of ratios would drift from the printed sequence.
             ours = math.isclose(lr, base * before, rel_tol=1e-6)
-            lrs.append(base * after if ours else lr * after / before)
-        self._set_lrs(lrs)
+            new = base * after if ours else lr * after / before
+            lrs.append(in_precision_of(group["lr"], new))
         drop = AnalyticDrop(
             step=self._optimizer_steps,
             index=self.num_drops,
             gap=self._since_drop,
             angle=angle,
-            lr=tuple(as_floats(self.get_lr())),
+            lr=tuple(lrs),
         )
-        self.num_drops += 1
-        self._since_drop = 0
-        self._gap = self._next_gap(float(self.base_lrs[0]))
-        self.history.append(drop)
-        del self.history[:-HISTORY]
+        drops = self.num_drops + 1
+        self._carry_out(
+            Changes(
+                drop,
+                lrs,
+                num_drops=drops,
+                _since_drop=0,
+                _gap=self._next_gap(float(self.base_lrs[0]), drops),
+            )
+        )
         if self.on_drop is not None:
             self.on_drop(drop)
 
@@ -167,11 +154,11 @@ class AnalyticAutoDrop(OptimizerStepScheduler):
         """``alpha_i``, the model's rate."""
         return float(self.base_lrs[0]) * self._scale(self.num_drops)
 
-    def _next_gap(self, base_lr: float) -> int | None:
-        """Steps until the next drop; None at the end of given rates."""
-        if isinstance(self.rates, list) and self.num_drops + 1 >= len(self.rates):
+    def _next_gap(self, base_lr: float, drops: int) -> int | None:
+        """Steps until the next drop after ``drops``; None at the end of given rates."""
+        if isinstance(self.rates, list) and drops + 1 >= len(self.rates):
             return None
-        return self.model.drop_gap(base_lr * self._scale(self.num_drops), self.tau0)
+        return self.model.drop_gap(base_lr * self._scale(drops), self.tau0)
 
     def _get_closed_form_lr(self) -> list[float]:
         """Rates after all drops so far: what ``SequentialLR`` asks for at a milestone."""
@@ -187,14 +174,10 @@ class AnalyticAutoDrop(OptimizerStepScheduler):
         [degrees], and ``steps_to_drop``, left out where no lower rate follows.
         """
         since = max(self._since_drop, 0)
-        metrics = {
-            "lr": float(self.optimizer.param_groups[0]["lr"]),
-            "num_drops": float(self.num_drops),
-            "angular_velocity": math.degrees(self.model.velocity(float(since), self._alpha())),
-        }
-        if self._gap is not None:
-            metrics["steps_to_drop"] = float(self._gap - self._since_drop)
-        return metrics
+        return self._metrics(
+            angular_velocity=math.degrees(self.model.velocity(float(since), self._alpha())),
+            steps_to_drop=None if self._gap is None else self._gap - self._since_drop,
+        )
 
     def plot(self, path: Any = None) -> matplotlib.figure.Figure:
         """Draw the modelled velocity and its rate over the steps so far, drops marked.
@@ -220,56 +203,6 @@ class AnalyticAutoDrop(OptimizerStepScheduler):
 
     # ---- state ------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on exactly, in plain values.
-
-        Learning rates are restored by the *optimizer's* ``load_state_dict``, as with torch's
-        schedulers.
-        """
-        return {
-            "version": 1,
-            "scheduler": type(self).__name__,
-            "settings": self._settings(),
-            "last_epoch": self.last_epoch,
-            "step_count": self._step_count,
-            "base_lrs": as_floats(self.base_lrs),
-            "last_lr": as_floats(self._last_lr),
-            "optimizer_steps": self._optimizer_steps,
-            "stepped": self._stepped,
-            "num_drops": self.num_drops,
-            "since_drop": self._since_drop,
-            "history": to_columns(self.history, AnalyticDrop),
-        }
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue where :meth:`state_dict` was taken. Settings are restored too, as in torch.
-
-        Raises:
-            ValueError: not a state of this class; nothing has been changed then.
-        """
-        _check_state(state_dict, type(self).__name__)
-        settings = dict(state_dict["settings"])
-        changed = {k: v for k, v in self._settings().items() if settings[k] != v}
-        if changed:
-            self._warn(
-                "the checkpoint's settings replace those given: "
-                + ", ".join(f"{k}={settings[k]!r} (was {v!r})" for k, v in changed.items())
-            )
-        model = VelocityModel(settings["gamma"], settings["epsilon"])
-        tau0, rates = check_tau0(settings["tau0"]), _checked_rates(settings["rates"])
-        self.model, self.tau0, self.rates = model, tau0, rates
-        self.warmup_steps = settings["warmup_steps"]
-        self.last_epoch = state_dict["last_epoch"]
-        self._step_count = state_dict["step_count"]
-        self.base_lrs = list(state_dict["base_lrs"])
-        self._last_lr = list(state_dict["last_lr"])
-        self._optimizer_steps = state_dict["optimizer_steps"]
-        self._stepped = state_dict["stepped"]
-        self.num_drops = state_dict["num_drops"]
-        self._since_drop = state_dict["since_drop"]
-        self.history = from_columns(state_dict["history"], AnalyticDrop)
-        self._gap = self._next_gap(float(self.base_lrs[0]))
-
     def _settings(self) -> dict[str, Any]:
         return {
             "gamma": self.model.gamma,
@@ -279,6 +212,37 @@ class AnalyticAutoDrop(OptimizerStepScheduler):
             "warmup_steps": self.warmup_steps,
         }
 
+    def _read_settings(self, settings: Entries) -> dict[str, Any]:
+        numbers = [settings.read(name, checks.number) for name in ("gamma", "epsilon")]
+        return {
+            "model": VelocityModel(*numbers),
+            "tau0": settings.read("tau0", lambda name, value: check_tau0(value)),
+            "rates": settings.read("rates", lambda name, value: _checked_rates(value)),
+            "warmup_steps": settings.count("warmup_steps"),
+        }
+
+    def _progress(self) -> dict[str, Any]:
+        return {"since_drop": self._since_drop}
+
+    def _read_progress(self, state: Entries, settings: Mapping[str, Any]) -> dict[str, Any]:
+        rates, drops = settings["rates"], state.count("num_drops")
+        if isinstance(rates, list) and drops >= len(rates):
+            raise ValueError(
+                f"{state.name('num_drops')}: expected less than the {len(rates)} rates, got {drops}"
+            )
+        since = state.read("since_drop", lambda name, value: checks.count(name, value, -1))
+        return {"_since_drop": since}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue where :meth:`state_dict` was taken. Settings are restored too, as in torch.
+
+        Raises:
+            ValueError: not a state of this class; the message names the entry, and nothing has been
+                changed.
+        """
+        super().load_state_dict(state_dict)
+        self._gap = self._next_gap(float(self.base_lrs[0]), self.num_drops)
+
 
 def _checked_rates(rates: Any) -> RateSequence | list[float]:
     if isinstance(rates, str):
@@ -287,7 +251,7 @@ def _checked_rates(rates: Any) -> RateSequence | list[float]:
         return "theorem" if rates == "theorem" else "proof"
     if not isinstance(rates, Sequence):
         raise TypeError(f"rates: expected 'theorem', 'proof' or numbers, got {rates!r}")
-    values = [number(f"rates[{i}]", rate) for i, rate in enumerate(rates)]
+    values = [checks.number(f"rates[{i}]", rate) for i, rate in enumerate(rates)]
     if not values:
         raise ValueError("rates: expected at least one number, got none")
     for i in range(1, len(values)):
@@ -297,18 +261,3 @@ def _checked_rates(rates: Any) -> RateSequence | list[float]:
                 f"got {values[i]!r}"
             )
     return values
-
-
-def _check_state(state: Any, name: str) -> None:
-    problem = None
-    if not isinstance(state, Mapping):
-        problem = type(state).__name__
-    elif state.get("version") != 1 or state.get("scheduler") != name:
-        problem = f"version {state.get('version')!r} of {state.get('scheduler')!r}"
-    else:
-        missing = [entry for entry in _ENTRIES if entry not in state]
-        missing += [f"settings[{s!r}]" for s in _SETTINGS if s not in state.get("settings", ())]
-        if missing:
-            problem = f"no entry {', '.join(missing)}"
-    if problem is not None:
-        raise ValueError(f"state_dict: expected a state of {name}, version 1, got {problem}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ..checks import check_count, check_number
+from .. import checks
 
 
 def window_for(
@@ -29,8 +29,8 @@ def window_for(
     Raises:
         ValueError, TypeError: an argument is wrong; the message names it.
     """
-    check_count("num_steps", num_steps, 1)
-    check_number("total_decay", total_decay, "a number between 0 and 1", lambda x: 0 < x < 1)
+    checks.count("num_steps", num_steps, 1)
+    checks.between_0_and_1("total_decay", total_decay)
     drops = math.log(total_decay) / math.log(factor)
     # Less a hair, so that a quotient that is a whole number stays one.
     return max(1, math.ceil(num_steps / ((min_samples + 1) * drops) - 1e-9))

@@ -9,19 +9,20 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch.optim import Optimizer
 
-from ..checks import check_count, check_factor, check_number
-from ..meter import HISTORY
+from .. import checks
+from ..meter import AngularVelocity
 from ..reading import Decision, Reading
+from ..saved import Entries
 from .auto_window import window_for
-from .base import as_floats
-from .measuring import MeasuringScheduler
-from .saturation import Kernel, SaturationDetector, Verdict
+from .base import Changes, check_optimizer
+from .drop import DropScheduler
+from .saturation import Kernel, SaturationDetector, Verdict, check_kernel
 
 if TYPE_CHECKING:
     import matplotlib.figure
 
 
-class AutoDrop(MeasuringScheduler):
+class AutoDrop(DropScheduler):
     """Drops the learning rate whenever the angular velocity of the parameters saturates.
 
     Once per window of optimizer steps the angle between the last two displacements of the mean
@@ -46,11 +47,10 @@ class AutoDrop(MeasuringScheduler):
         warmup_steps: optimizer steps of linear warm-up, during which nothing is measured.
         params: what is measured instead of the optimizer's trainable parameters, such as float32
             master weights; forms as in :class:`AngularVelocity`.
-        sample: part of the parameters that is read, in (0, 1]; None for all. "auto": as much as
-            keeps the standard error of the angle within a tenth of ``threshold``, chosen once. As
-            in :class:`AngularVelocity`.
-        seed: of the sample.
-        per_tensor: whether decisions tell the angle of each parameter and param group.
+        sample: part of the parameters that is read, in (0, 1]; None for all.
+        seed: seed of the sample.
+        snapshots: how many times a window the parameters are read; None for every step.
+        per_tensor: whether decisions have the angle of each parameter and param group.
         per_group: whether every param group saturates and drops on its own. ``params``, if given,
             must then come in as many groups.
         num_steps: optimizer steps that the run will have, warm-up included; for
@@ -72,8 +72,6 @@ class AutoDrop(MeasuringScheduler):
         group_drops: the same of each param group, where they decide for themselves.
     """
 
-    _progress_entries = ("detector", "groups")
-
     def __init__(
         self,
         optimizer: Optimizer,
@@ -87,8 +85,9 @@ class AutoDrop(MeasuringScheduler):
         min_lr: float | Iterable[float] = 0.0,
         warmup_steps: int = 0,
         params: Any = None,
-        sample: float | Literal["auto"] | None = None,
+        sample: float | None = None,
         seed: int = 0,
+        snapshots: int | None = None,
         per_tensor: bool = False,
         per_group: bool = False,
         num_steps: int | None = None,
@@ -99,21 +98,19 @@ class AutoDrop(MeasuringScheduler):
         on_drop: Callable[[Decision], object] | None = None,
         last_epoch: int = -1,
     ) -> None:
-        check_number("threshold", threshold, "a finite number of degrees", math.isfinite)
-        check_count("buffer_size", buffer_size, 1)
-        check_count("min_samples", min_samples, 1)
-        check_count("warmup_steps", warmup_steps, 0)
-        if kernel not in ("value", "time"):
-            raise ValueError(f"kernel: expected 'value' or 'time', got {kernel!r}")
-        if sample == "auto" and threshold <= 0:
-            raise ValueError(
-                f"sample: expected a number, 'auto' needs threshold > 0, got {sample!r}"
-            )
+        optimizer = check_optimizer(optimizer)
+        detector = SaturationDetector(
+            checks.finite("threshold", threshold, "a finite number of degrees"),
+            checks.count("buffer_size", buffer_size, 1),
+            checks.count("min_samples", min_samples, 1),
+            check_kernel("kernel", kernel),
+        )
+        warmup_steps = checks.count("warmup_steps", warmup_steps, 0)
         if window == "auto":
-            check_factor(factor)
+            factor = checks.between_0_and_1("factor", factor)
             if num_steps is None:
                 raise ValueError("num_steps: expected the length of the run for window='auto'")
-            check_count("num_steps", num_steps, warmup_steps + 1)
+            checks.count("num_steps", num_steps, warmup_steps + 1)
             window = window_for(
                 num_steps - warmup_steps,
                 factor=factor,
@@ -121,109 +118,88 @@ class AutoDrop(MeasuringScheduler):
                 total_decay=total_decay,
             )
         elif num_steps is not None:
-            raise ValueError(f"num_steps: expected window='auto' beside it, got window={window!r}")
-        self.window = window
-        self.per_group = per_group
-        self._detector = SaturationDetector(float(threshold), buffer_size, min_samples, kernel)
-        self._of_groups: list[SaturationDetector] = []
-        self._choices = 0  # of the meter's samples, that angles so far come from
-        self.group_drops: list[int] = []
-        super().__init__(
-            optimizer,
+            raise ValueError(f"num_steps: expected window='auto' with it, got window={window!r}")
+        meter = AngularVelocity(
+            optimizer if params is None else params,
             window,
-            factor,
-            min_lr=min_lr,
-            params=params,
             sample=sample,
             seed=seed,
-            tolerance=_tolerance(threshold),
+            snapshots=snapshots,
             per_tensor=per_tensor,
             per_group=per_group,
             backend=backend,
             process_group=process_group,
-            form="auto",
+        )
+        self.window = meter.window
+        self.per_group = meter.per_group
+        self.group_drops: list[int] = []
+        self._detectors = [detector]
+        self.factor = checks.between_0_and_1("factor", factor)
+        super().__init__(
+            optimizer,
+            meter,
+            min_lr=min_lr,
             on_reading=on_reading,
             on_drop=on_drop,
             warmup_steps=warmup_steps,
             last_epoch=last_epoch,
         )
         groups = len(self.optimizer.param_groups)
-        if per_group and params is not None and self._meter.num_groups != groups:
+        if per_group and params is not None and meter.num_groups != groups:
             raise ValueError(
                 f"params: expected {groups} param groups for per_group=True, as the optimizer has, "
-                f"got {self._meter.num_groups}"
+                f"got {meter.num_groups}"
             )
 
     # ---- deciding ---------------------------------------------------------------------------
 
-    def _on_optimizer_step(self) -> None:
-        reading = self._meter.observe(calls=self._step_count)
-        if reading is not None:
-            if self._meter.choices != self._choices:
-                self._choices = self._meter.choices
-                self._compare_samples(reading)
-            # The meter does not know of the warm-up.
-            self._decide(dataclasses.replace(reading, step=self._optimizer_steps))
-
-    def _compare_samples(self, reading: Reading) -> None:
-        """At the first reading of another sample: a fall that only that explains is no drop's."""
-        before = self.history[-1] if self.history else reading
-        if reading.angle is not None:
-            self._detector.leave(reading.angle, reading.margin + before.margin)
-        parts = reading.per_group or ()
-        for g, (part, detector) in enumerate(zip(parts, self._of_groups, strict=False)):
-            error = part.standard_error
-            if before.per_group is not None and g < len(before.per_group):
-                error += before.per_group[g].standard_error
-            if part.angle is not None:
-                detector.leave(part.angle, 2 * error)  # about 95 %
-
-    def _decide(self, reading: Reading) -> None:
-        if self.per_group:
-            decision = self._decide_by_groups(reading)
-        else:
-            verdict, dropped = Verdict(), False
-            if reading.angle is not None:
-                verdict = self._detector.update(reading.angle)
-                dropped = verdict.saturated and bool(self._drop_lrs(self.factor, self.min_lrs))
-            decision = Decision(
-                **vars(reading),
-                smoothed=verdict.smoothed,
-                rise=verdict.rise,
-                lr=tuple(as_floats(self.get_lr())),
-                dropped=dropped,
-            )
-        self.num_drops += decision.dropped
-        self._keep(decision, HISTORY)
-
-    def _decide_by_groups(self, reading: Reading) -> Decision:
-        angles = [part.angle for part in reading.per_group or ()]
-        self._follow_groups(len(angles))
+    def _decide(self, reading: Reading) -> Changes:
+        # The meter does not know of the warm-up.
+        reading = dataclasses.replace(reading, step=self._optimizer_steps)
+        angles = (
+            [part.angle for part in reading.per_group or ()] if self.per_group else [reading.angle]
+        )
+        if math.isnan(reading.standard_error):
+            angles = [None] * len(angles)  # a sample in which too few chunks moved
+        detectors = [detector.copy() for detector in self._detectors]
+        detectors += [detectors[0].fresh() for _ in range(len(angles) - len(detectors))]
         verdicts = [
             Verdict() if angle is None else detector.update(angle)
-            for angle, detector in zip(angles, self._of_groups, strict=False)
+            for angle, detector in zip(angles, detectors, strict=False)
         ]
-        saturated = {g for g, verdict in enumerate(verdicts) if verdict.saturated}
-        lowered = self._drop_lrs(self.factor, self.min_lrs, saturated)
-        for g in lowered:
-            self.group_drops[g] += 1
-        return Decision(
-            **vars(reading),
-            lr=tuple(as_floats(self.get_lr())),
-            dropped=bool(lowered),
-            dropped_groups=tuple(lowered),
-            group_angles=tuple(angles),
-            group_smoothed=tuple(verdict.smoothed for verdict in verdicts),
-            group_rises=tuple(verdict.rise for verdict in verdicts),
+        saturated = [i for i, verdict in enumerate(verdicts) if verdict.saturated]
+        everything = range(len(self.optimizer.param_groups)) if saturated else ()
+        lrs = self._dropped_lrs(self.factor, saturated if self.per_group else everything)
+        lowered = [g for g, lr in enumerate(lrs) if lr is not None]
+        of_groups: dict[str, Any] = {}
+        if self.per_group:
+            of_groups = {
+                "dropped_groups": tuple(lowered),
+                "group_angles": tuple(angles),
+                "group_smoothed": tuple(verdict.smoothed for verdict in verdicts),
+                "group_rises": tuple(verdict.rise for verdict in verdicts),
+            }
+        elif verdicts:
+            of_groups = {"smoothed": verdicts[0].smoothed, "rise": verdicts[0].rise}
+        decision = Decision(
+            **vars(reading), lr=self._lrs_after(lrs), dropped=bool(lowered), **of_groups
+        )
+        group_drops = self.group_drops + [0] * (len(angles) - len(self.group_drops))
+        if self.per_group:
+            group_drops = [n + (g in lowered) for g, n in enumerate(group_drops)]
+        return Changes(
+            decision,
+            lrs,
+            num_drops=self.num_drops + decision.dropped,
+            group_drops=group_drops if self.per_group else [],
+            _detectors=detectors,
         )
 
-    def _follow_groups(self, groups: int) -> None:
-        """A detector for every param group, also those that were added since."""
-        while len(self._of_groups) < groups:
-            self._of_groups.append(self._detector.fresh())
-            self.group_drops.append(0)
+    def _get_closed_form_lr(self) -> list[float]:
+        return self._closed_form(self.factor, self._drops_of)
 
     def _drops_of(self, group: int) -> int:
+        """How often the rate of a param group was lowered."""
         if not self.per_group:
             return self.num_drops
         return self.group_drops[group] if group < len(self.group_drops) else 0
@@ -272,7 +248,7 @@ class AutoDrop(MeasuringScheduler):
         from ..plotting.run import plot_run
 
         records = [decision.as_dict() for decision in self.history]
-        return plot_run(records, threshold=self._detector.threshold, path=path)
+        return plot_run(records, threshold=self._detectors[0].threshold, path=path)
 
     # ---- state ------------------------------------------------------------------------------
 
@@ -280,59 +256,56 @@ class AutoDrop(MeasuringScheduler):
         return {
             "window": self.window,
             "factor": self.factor,
-            "threshold": self._detector.threshold,
-            "buffer_size": self._detector.buffer_size,
-            "min_samples": self._detector.min_samples,
-            "kernel": self._detector.kernel,
+            **self._detectors[0].settings(),
             "min_lr": list(self.min_lrs),
             "warmup_steps": self.warmup_steps,
             "per_group": self.per_group,
         }
 
-    def _restore_settings(self, settings: Mapping[str, Any]) -> None:
-        self.window = settings["window"]
-        self.warmup_steps = settings["warmup_steps"]
-        self.per_group = self._meter.per_group = settings["per_group"]
-        self._meter.tolerance = _tolerance(settings["threshold"])
-        self._detector = SaturationDetector(
-            settings["threshold"],
-            settings["buffer_size"],
-            settings["min_samples"],
-            settings["kernel"],
-        )
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue where :meth:`state_dict` was taken. Settings are restored too, as in torch.
-
-        Raises:
-            ValueError: not a state of this class; nothing has been changed then.
-        """
-        if isinstance(state_dict, Mapping) and isinstance(state_dict.get("settings"), Mapping):
-            # States from before param groups could decide for themselves.
-            settings = {"per_group": False, **state_dict["settings"]}
-            nothing: dict[str, Any] = {"drops": []}
-            state_dict = {"groups": nothing, **state_dict, "settings": settings}
-        super().load_state_dict(state_dict)
+    def _read_settings(self, settings: Entries) -> dict[str, Any]:
+        # States from before param groups could decide for themselves have no "per_group".
+        return {
+            **super()._read_settings(settings),
+            "factor": settings.read("factor", checks.between_0_and_1),
+            "window": settings.count("window", 1),
+            "warmup_steps": settings.count("warmup_steps"),
+            "per_group": "per_group" in settings and settings.flag("per_group"),
+            "_detectors": [
+                SaturationDetector(
+                    settings.number("threshold"),
+                    settings.count("buffer_size", 1),
+                    settings.count("min_samples", 1),
+                    settings.read("kernel", check_kernel),
+                )
+            ],
+        }
 
     def _progress(self) -> dict[str, Any]:
-        of_groups = [detector.state_dict() for detector in self._of_groups]
         # Lists of plain values: torch.distributed.checkpoint would take dicts in them apart.
-        columns = {key: [state[key] for state in of_groups] for key in self._detector.state_dict()}
+        of_groups = [d.state_dict() for d in self._detectors[: len(self.group_drops)]]
+        first = self._detectors[0].fresh() if self.per_group else self._detectors[0]
+        columns = {key: [state[key] for state in of_groups] for key in first.state_dict()}
         return {
-            "detector": self._detector.state_dict(),
+            "detector": first.state_dict(),
             "groups": {**columns, "drops": list(self.group_drops)},
         }
 
-    def _restore_progress(self, state: Mapping[str, Any]) -> None:
-        self._detector.load_state_dict(state["detector"])
-        self._of_groups, self.group_drops = [], []
-        groups = state["groups"]
-        self._follow_groups(len(groups["drops"]))
-        for g, detector in enumerate(self._of_groups):
-            detector.load_state_dict({key: groups[key][g] for key in self._detector.state_dict()})
-        self.group_drops = list(groups["drops"])
+    def _decision_state(self) -> dict[str, Any]:
+        return {"num_drops": self.num_drops, **self._progress()}
 
+    def _read_progress(self, state: Entries, settings: Mapping[str, Any]) -> dict[str, Any]:
+        (detector,) = settings["_detectors"]
+        detectors, drops = [detector.restored(state.inner("detector"))], []
+        if settings["per_group"]:
+            groups = state.inner("groups")
+            drops = groups.list("drops", lambda name, value: checks.count(name, value, 0))
+            detectors = [detector.restored(groups, of=g) for g in range(len(drops))] or [detector]
+        return {
+            **super()._read_progress(state, settings),
+            "_detectors": detectors,
+            "group_drops": drops,
+        }
 
-def _tolerance(threshold: float) -> float:
-    """Standard error, degrees, that ``sample="auto"`` aims at."""
-    return threshold / 10 if threshold > 0 else 0.01
+    def _load_meter(self, state: Entries) -> None:
+        super()._load_meter(state)
+        self.meter.per_group = "per_group" in (s := state.inner("settings")) and s.flag("per_group")

@@ -1,143 +1,74 @@
-"""What all schedulers here share: counting real optimizer steps, and changing learning rates."""
+"""What all schedulers here share: one action per real optimizer step, learning rates, state."""
 
 from __future__ import annotations
 
-import warnings
-import weakref
-from collections.abc import Callable, Container, Iterable, Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from .. import checks
 from ..distributed import unwrap_optimizer
-
-_STEPS_WITHOUT_CALL = 20  # optimizer steps between two calls that point to a wrong wiring
-_KNOWN_LRS = 64  # tensor learning rates whose value is remembered
+from ..faults import Warnings
+from ..reading import HISTORY, from_columns, remember, to_columns
+from ..saved import Entries
+from .step_hook import StepHook
 
 # Where torch has no _update_lr, SequentialLR calls step(0) at a milestone.
 _MILESTONES_CALL_STEP = not hasattr(LRScheduler, "_update_lr")
 
 
-class OptimizerStepScheduler(LRScheduler):
+class StepScheduler(LRScheduler):
     """A scheduler that acts once per *real* optimizer step.
 
-    A post-step hook on the optimizer only marks that a step happened; :meth:`step` consumes the
-    mark. Calling :meth:`step` twice, or after a step that GradScaler skipped, therefore counts
-    nothing twice. Steps at a learning rate of zero, which checkpoint helpers run, are not counted.
-
-    Subclasses implement :meth:`_on_optimizer_step`, which :meth:`step` calls where there is a mark.
-    Those with ``_looks_before_steps`` get a pre-step hook too, which calls
-    :meth:`_before_optimizer_step` where :meth:`_awaits_step` says so.
+    Subclasses implement :meth:`_on_optimizer_step`, which :meth:`step` calls where
+    :class:`StepHook` has marked a step, and for checkpoints :meth:`_settings`,
+    :meth:`_read_settings`, :meth:`_progress` and :meth:`_read_progress`. What a step changes goes
+    through :meth:`_carry_out`, so that an interrupted call leaves nothing half done.
 
     Args:
         optimizer: whose learning rates are changed.
         warmup_steps: optimizer steps over which the rate grows linearly to its initial value: step
             ``t`` of them (from 1) runs at ``t / warmup_steps`` of it. Nothing is measured then.
-        last_epoch: as in torch; -1 starts anew.
+        last_epoch: as in torch; -1 for a new run.
+
+    Attributes:
+        history: the last 10,000 records of what was decided.
+        num_drops: how often a learning rate was lowered.
     """
 
-    _looks_before_steps = False
+    _record_type: ClassVar[type]
     _calls_without_step_allowed = 1000  # more micro-batches than anyone accumulates
 
     def __init__(self, optimizer: Optimizer, *, warmup_steps: int, last_epoch: int) -> None:
         optimizer = check_optimizer(optimizer)
-        self.warmup_steps = warmup_steps
+        self.warmup_steps = checks.count("warmup_steps", warmup_steps, 0)
+        self.num_drops = 0
+        self.history: list[Any] = []
+        self._warnings = Warnings(type(self).__name__)
+        self._hook = StepHook()
+        self._hook.before_step = self._make_before_step()
         self._optimizer_steps = 0  # consumed marks
-        self._stepped = False
-        self._real_steps = 0  # marks, consumed or not
-        self._steps_since_call = 0
-        self._leader: int | None = None  # which parameter comes first in the first of these steps
-        self._late_calls = 0
         self._calls_without_step = 0
-        self._hook: Any = None
-        self._pre_hook: Any = None
-        self._lr_versions: dict[int, tuple[Tensor, int, bool]] = {}
+        self._stepping = False  # stays True where a call of step() was interrupted
+        self._changes: Changes | None = None  # being carried out
+        self._dropped_from: list[tuple[float, float]] = []  # rates before and after the last drop
         if not hasattr(optimizer.step, "__func__"):
             # optimizer.step was replaced, by torch.compile for example. torch's base class would
             # fail to wrap it; our own hook does not need that wrapper.
             optimizer.step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
         super().__init__(optimizer, last_epoch)
-        self._ensure_hook()
+        self._hook.attach(self.optimizer)
 
-    # ---- the optimizer's steps --------------------------------------------------------------
+    def _make_before_step(self) -> Callable[[], None] | None:
+        """What the hook calls before each real optimizer step, if anything."""
+        return None
 
-    def _ensure_hook(self) -> bool:
-        """Register the hooks unless they are there; whether they were there.
-
-        Copying or unpickling an optimizer loses its hooks.
-        """
-        there = True
-        if self._hook is None or self._hook.id not in self.optimizer._optimizer_step_post_hooks:
-            self._hook = self.optimizer.register_step_post_hook(self._make_hook())
-            there = False
-        if self._looks_before_steps and (
-            self._pre_hook is None
-            or self._pre_hook.id not in self.optimizer._optimizer_step_pre_hooks
-        ):
-            self._pre_hook = self.optimizer.register_step_pre_hook(self._make_pre_hook())
-            there = False
-        return there
-
-    def _make_hook(self) -> Callable[[Optimizer, Any, Any], None]:
-        this = weakref.ref(self)
-
-        def mark(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            scheduler = this()
-            if scheduler is not None and optimizer is scheduler.optimizer:
-                scheduler._mark(optimizer)
-
-        return _untraced(mark)
-
-    def _make_pre_hook(self) -> Callable[[Optimizer, Any, Any], None]:
-        this = weakref.ref(self)
-
-        def look(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            scheduler = this()
-            if scheduler is None or optimizer is not scheduler.optimizer:
-                return
-            if scheduler._awaits_step() and scheduler._moves(optimizer):
-                scheduler._before_optimizer_step()
-
-        return _untraced(look)
-
-    def _mark(self, optimizer: Optimizer) -> None:
-        if self._moves(optimizer):
-            self._stepped = True
-            # DeepSpeed ZeRO steps the optimizer with one part of its parameters after the other.
-            leader = next((id(p) for g in optimizer.param_groups for p in g["params"]), None)
-            if self._steps_since_call == 0:
-                self._leader = leader
-            if leader == self._leader:
-                self._real_steps += 1
-                self._steps_since_call += 1
-
-    def _awaits_step(self) -> bool:
-        """Whether :meth:`_before_optimizer_step` is to be called before the next step."""
-        return False
-
-    def _before_optimizer_step(self) -> None:
-        """The parameters are about to be moved."""
-
-    def _moves(self, optimizer: Optimizer) -> bool:
-        """Whether the optimizer step at hand moves parameters."""
-        found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is not None and bool(found_inf):
-            return False  # a fused optimizer under GradScaler is called but moves nothing
-        return not all(self._is_zero(group["lr"]) for group in optimizer.param_groups)
-
-    def _is_zero(self, lr: float | Tensor) -> bool:
-        if not isinstance(lr, Tensor):
-            return lr == 0
-        # Reading a tensor on an accelerator waits for it: only where it has changed.
-        known = self._lr_versions.get(id(lr))
-        if known is None or known[0] is not lr or known[1] != lr._version:
-            if len(self._lr_versions) >= _KNOWN_LRS:
-                self._lr_versions.clear()
-            known = self._lr_versions[id(lr)] = (lr, lr._version, bool(lr == 0))
-        return known[2]
+    # ---- a step -----------------------------------------------------------------------------
 
     def step(self, epoch: int | None = None) -> None:
         """Call after every ``optimizer.step()``; of an ``EpochAutoDrop``, at the end of each epoch.
@@ -148,27 +79,97 @@ class OptimizerStepScheduler(LRScheduler):
         if epoch == 0 and _MILESTONES_CALL_STEP:
             self._update_lr(0)
             return
+        if self._stepping:
+            self._recover()
+        self._stepping = True
         self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
         self._step_count += 1
-        if not self._ensure_hook():
-            self._warn(
+        if not self._hook.attach(self.optimizer):
+            self._warnings.warn(
                 "the optimizer had lost its step hook (it was copied or unpickled); the hook is "
                 "registered again and this call is not counted"
             )
         self._watch_wiring()
-        self._watch_steps_between_calls()
-        self._steps_since_call = 0
-        if self._stepped:
-            self._stepped = False
+        self._watch_rates()
+        if self._hook.consume():
             self._optimizer_steps += 1
+            self._on_marked_step()
             if self._optimizer_steps < self.warmup_steps:
                 self._set_lrs(self._warmed(self.base_lrs))
             if self._optimizer_steps > self.warmup_steps:
                 self._on_optimizer_step()
         self._last_lr = self._lrs()
+        self._stepping = False
+
+    def _on_marked_step(self) -> None:
+        """A real step, of the warm-up too."""
 
     def _on_optimizer_step(self) -> None:
         raise NotImplementedError
+
+    def _recover(self) -> None:
+        """After a call that was interrupted: finish what had been decided."""
+        if self._changes is not None:
+            self._carry_out(self._changes)
+
+    def _carry_out(self, changes: Changes) -> None:
+        """Change rates and attributes and keep the record; repeating it changes nothing more.
+
+        An interrupt inside leaves the changes to be repeated at the next call.
+        """
+        self._changes = changes
+        for group, lr in zip(self.optimizer.param_groups, changes.lrs, strict=False):
+            if lr is not None:
+                _set_lr(group, lr)
+        self.__dict__.update(changes.attributes)
+        self._last_lr = self._lrs()
+        if not (self.history and self.history[-1] is changes.record):
+            remember(self.history, changes.record, HISTORY)
+        self._changes = None
+        # Only callbacks follow: what they raise leaves nothing to recover.
+        self._stepping = False
+
+    # ---- wrong wirings ----------------------------------------------------------------------
+
+    def _watch_wiring(self) -> None:
+        self._calls_without_step = 0 if self._hook.marked else self._calls_without_step + 1
+        if self._calls_without_step == self._calls_without_step_allowed:
+            self._warnings.warn(
+                f"step() was called {self._calls_without_step} times without an optimizer step in "
+                "between; was this scheduler made for the optimizer that is stepped?"
+            )
+        if self._hook.marked and self._hook.shared(self.optimizer):
+            self._warnings.once(
+                "shared",
+                "another scheduler of this package is stepped for the same optimizer, and each "
+                "lowers the rate that the other has lowered; keep one and close() the other",
+            )
+        self._watch_steps_between_calls()
+
+    def _watch_steps_between_calls(self) -> None:
+        steps = self._hook.called_late()
+        if steps is not None:
+            self._warnings.once(
+                "late",
+                f"{steps} optimizer steps passed since the last step(); call it after every "
+                "optimizer.step(), not once an epoch (Lightning: 'interval': 'step')",
+            )
+
+    def _watch_rates(self) -> None:
+        """Notice a script that sets the rate by itself, and so undoes a drop at the next step."""
+        dropped, self._dropped_from = self._dropped_from, []
+        for i, (before, after) in enumerate(dropped[: len(self.optimizer.param_groups)]):
+            lr = float(self.optimizer.param_groups[i]["lr"]) if after < before else 0.0
+            # Nearer to the rate before the drop than to the one after it.
+            if lr * lr > before * after:
+                self._warnings.once(
+                    "undone",
+                    f"the learning rate of param group {i} was lowered from {before:g} to "
+                    f"{after:g}, and something has set it to {lr:g} since; drops have no effect "
+                    "where a script or another scheduler sets the rate at every step",
+                )
+
+    # ---- learning rates ---------------------------------------------------------------------
 
     def _update_lr(self, epoch: int | None = None) -> None:
         # SequentialLR calls this at a milestone. As torch's own, which older versions lack.
@@ -180,28 +181,6 @@ class OptimizerStepScheduler(LRScheduler):
     def _get_closed_form_lr(self) -> list[float]:
         """Base rates after all drops so far: what ``SequentialLR`` asks for at a milestone."""
         raise NotImplementedError
-
-    def _watch_wiring(self) -> None:
-        self._calls_without_step = 0 if self._stepped else self._calls_without_step + 1
-        if self._calls_without_step == self._calls_without_step_allowed:
-            self._warn(
-                f"step() was called {self._calls_without_step} times without an optimizer step in "
-                "between; was this scheduler made for the optimizer that is stepped?"
-            )
-
-    def _watch_steps_between_calls(self) -> None:
-        # The first call may come late by design: SequentialLR hands over at a milestone.
-        self._late_calls += self._steps_since_call >= _STEPS_WITHOUT_CALL
-        if self._late_calls == 2 and self._steps_since_call >= _STEPS_WITHOUT_CALL:
-            self._warn(
-                f"{self._steps_since_call} optimizer steps passed since the last step(); call it "
-                "after every optimizer.step(), not once an epoch (Lightning: 'interval': 'step')"
-            )
-
-    def _warn(self, message: str) -> None:
-        warnings.warn(f"{type(self).__name__}: {message}", RuntimeWarning, stacklevel=4)
-
-    # ---- learning rates ---------------------------------------------------------------------
 
     def _initial_step(self) -> None:
         self._step_count = 1
@@ -221,56 +200,127 @@ class OptimizerStepScheduler(LRScheduler):
         return [group["lr"] for group in self.optimizer.param_groups]
 
     def _lrs(self) -> list[float | Tensor]:
-        return [
-            lr.clone() if isinstance(lr, Tensor) else lr
-            for lr in (group["lr"] for group in self.optimizer.param_groups)
-        ]
+        return [lr.clone() if isinstance(lr, Tensor) else lr for lr in self.get_lr()]
 
     def _set_lrs(self, lrs: Iterable[float]) -> None:
         # add_param_group may have brought more groups than there are base rates.
         for group, lr in zip(self.optimizer.param_groups, lrs, strict=False):
             _set_lr(group, lr)
 
-    def _drop_lrs(
-        self, factor: float, min_lrs: Sequence[float], groups: Container[int] | None = None
-    ) -> list[int]:
-        """``lr = max(min_lr, factor * lr)`` but never higher than it was.
-
-        Args:
-            factor: below 1.
-            min_lrs: of each group.
-            groups: indices of those to lower; None for all.
-
-        Returns:
-            Indices of the groups whose rate has changed.
-        """
-        changed = []
-        for i, group in enumerate(self.optimizer.param_groups):
-            if groups is not None and i not in groups:
-                continue
-            lr = float(group["lr"])
-            floor = min_lrs[i] if i < len(min_lrs) else 0.0
-            dropped = max(floor, factor * lr)
-            if dropped < lr:
-                _set_lr(group, dropped)
-                changed.append(i)
-        return changed
+    def _metrics(self, **values: float | None) -> dict[str, float]:
+        """``lr`` of the first param group, ``num_drops`` and those ``values`` that are defined."""
+        lr, drops = float(self.optimizer.param_groups[0]["lr"]), float(self.num_drops)
+        given = {name: float(value) for name, value in values.items() if value is not None}
+        defined = {name: value for name, value in given.items() if abs(value) < float("inf")}
+        return {"lr": lr, "num_drops": drops} | defined
 
     def close(self) -> None:
         """Take the hooks off the optimizer. The learning rates stay as they are."""
-        for hook in (self._hook, self._pre_hook):
-            if hook is not None:
-                hook.remove()
-        self._hook = self._pre_hook = None
+        self._hook.remove()
 
-    # ---- copies -----------------------------------------------------------------------------
+    # ---- state ------------------------------------------------------------------------------
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_hook": None, "_pre_hook": None, "_lr_versions": {}}
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on bit for bit: settings, decisions, history.
+
+        Plain values and tensors only, so that ``torch.load(weights_only=True)`` reads it. Learning
+        rates are restored by the *optimizer's* ``load_state_dict``, as with torch's schedulers.
+        """
+        if self._stepping and self._changes is not None:
+            self._recover()
+        return {
+            "version": 1,
+            "scheduler": type(self).__name__,
+            "settings": self._settings(),
+            "last_epoch": self.last_epoch,
+            "step_count": self._step_count,
+            "base_lrs": as_floats(self.base_lrs),
+            "last_lr": as_floats(self._last_lr),
+            "optimizer_steps": self._optimizer_steps,
+            "stepped": self._hook.marked,
+            "num_drops": self.num_drops,
+            **self._progress(),
+            "history": to_columns(self.history, self._record_type),
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue where :meth:`state_dict` was taken. Settings are restored too, as in torch.
+
+        Raises:
+            ValueError: not a state of this class; the message names the entry, and nothing has been
+                changed.
+        """
+        state = Entries(state_dict)
+        state.read("version", functools.partial(_check_equal, 1))
+        state.read("scheduler", functools.partial(_check_equal, type(self).__name__))
+        settings = self._read_settings(state.inner("settings"))
+        attributes = {
+            **settings,
+            "last_epoch": state.read("last_epoch", lambda n, v: checks.count(n, v, -1)),
+            "_step_count": state.count("step_count"),
+            "base_lrs": state.list("base_lrs", checks.at_least_zero),
+            "_last_lr": state.list("last_lr", checks.at_least_zero),
+            "_optimizer_steps": state.count("optimizer_steps"),
+            "num_drops": state.count("num_drops"),
+            "history": from_columns(state.value("history"), self._record_type),
+            **self._read_progress(state, settings),
+        }
+        marked = state.flag("stepped")
+        before = self._settings()
+        self._load_meter(state)
+        self.__dict__.update(attributes)
+        self._hook.marked = marked
+        self._stepping, self._changes, self._dropped_from = False, None, []
+        changed = {k: v for k, v in self._settings().items() if before[k] != v}
+        if changed:
+            self._warnings.warn(
+                "the checkpoint's settings replace those given: "
+                + ", ".join(f"{k}={v!r} (was {before[k]!r})" for k, v in changed.items())
+            )
+
+    def _load_meter(self, state: Entries) -> None:
+        """Load what the state holds for a meter, the last thing that can fail."""
+
+    def _settings(self) -> dict[str, Any]:
+        """What the scheduler was made with, as plain values."""
+        raise NotImplementedError
+
+    def _read_settings(self, settings: Entries) -> dict[str, Any]:
+        """Attributes by name from saved :meth:`_settings`; raises ValueError where one is wrong."""
+        raise NotImplementedError
+
+    def _progress(self) -> dict[str, Any]:
+        """What has been gathered towards the next drop, as plain values."""
+        raise NotImplementedError
+
+    def _read_progress(self, state: Entries, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Attributes by name from saved :meth:`_progress`; raises ValueError where one is wrong.
+
+        Args:
+            state: with the entries of :meth:`_progress`.
+            settings: attributes that :meth:`_read_settings` has found.
+        """
+        raise NotImplementedError
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._ensure_hook()
+        self._hook.before_step = self._make_before_step()
+        self._hook.attach(self.optimizer)
+
+
+class Changes:
+    """What a decision changes.
+
+    Args:
+        record: for the history.
+        lrs: new rate of each param group, None for those that stay.
+        attributes: new values of the scheduler's attributes by name.
+    """
+
+    def __init__(self, record: Any, lrs: Sequence[float | None] = (), **attributes: Any) -> None:
+        self.record = record
+        self.lrs = list(lrs)
+        self.attributes = attributes
 
 
 def check_optimizer(optimizer: Any) -> Optimizer:
@@ -290,14 +340,23 @@ def check_optimizer(optimizer: Any) -> Optimizer:
     return optimizer
 
 
-def _untraced(hook: Callable[[Optimizer, Any, Any], None]) -> Callable[[Optimizer, Any, Any], None]:
-    """The hook, run as it is where the optimizer's step is compiled.
+def dropped(lr: float | Tensor, factor: float, floor: float) -> float | None:
+    """``max(floor, factor * lr)`` in the rate's own precision; None where that is not lower."""
+    now = float(lr)
+    lower = in_precision_of(lr, max(floor, factor * now))
+    return lower if lower < now else None
 
-    Traced, it would cost seconds, and reading a tensor learning rate would break the graph with a
-    page of warnings. What disable() imports has been imported by the optimizer's constructor.
-    """
-    disable: Callable[..., Callable[[Optimizer, Any, Any], None]] = torch.compiler.disable
-    return disable(hook)
+
+def in_precision_of(lr: float | Tensor, value: float) -> float:
+    """What a learning rate becomes when it is set to a value: a tensor rounds it."""
+    if not isinstance(lr, Tensor):
+        return value
+    return float(torch.tensor(value, dtype=lr.dtype, device="cpu"))
+
+
+def lower_bounds(min_lrs: Sequence[float], groups: int) -> Iterator[float]:
+    """One lower bound for each param group; 0 for those that were added later."""
+    return (min_lrs[i] if i < len(min_lrs) else 0.0 for i in range(groups))
 
 
 def _set_lr(group: dict[str, Any], lr: float) -> None:
@@ -311,3 +370,8 @@ def _set_lr(group: dict[str, Any], lr: float) -> None:
 def as_floats(lrs: Iterable[float | Tensor]) -> list[float]:
     """Learning rates as plain floats, for logs and checkpoints."""
     return [float(lr) for lr in lrs]
+
+
+def _check_equal(expected: Any, name: str, value: Any) -> None:
+    if value != expected or isinstance(value, bool):
+        raise ValueError(f"{name}: expected {expected!r}, which this release reads, got {value!r}")

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 
+from .. import checks
 from ..averaging import ParameterAverage
-from ..averaging import problem_of as problem_of_average
-from ..checks import check_callback, check_count, check_number
-from ..meter import HISTORY
+from ..meter import AngularVelocity
 from ..reading import Decision, Reading
-from .base import as_floats
-from .measuring import MeasuringScheduler
+from ..saved import Entries
+from .base import Changes, check_optimizer
+from .drop import DropScheduler
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -45,7 +47,7 @@ class EpochDecision(Decision):
     averaged: bool = False
 
 
-class EpochAutoDrop(MeasuringScheduler):
+class EpochAutoDrop(DropScheduler):
     """Drops the learning rate some epochs after the angular velocity has stopped changing.
 
     Call :meth:`step` once per epoch. The displacement ``s_t`` of epoch ``t`` runs from the
@@ -109,9 +111,7 @@ class EpochAutoDrop(MeasuringScheduler):
         current_threshold: ``theta``, degrees.
     """
 
-    _decision_type = EpochDecision
-    _progress_entries = ("real_steps", "current_threshold", "last_angle", "waited", "mean")
-    _looks_before_steps = True
+    _record_type = EpochDecision
     _calls_without_step_allowed = 10  # epochs
 
     def __init__(
@@ -132,104 +132,70 @@ class EpochAutoDrop(MeasuringScheduler):
         on_average: Callable[[EpochDecision], object] | None = None,
         last_epoch: int = -1,
     ) -> None:
-        degrees = "a finite number of degrees above 0"
-        check_number("threshold", threshold, degrees, lambda x: 0 < x < math.inf)
-        check_number(
-            "max_threshold",
-            max_threshold,
-            f"a finite number of degrees, at least threshold={threshold!r}",
-            lambda x: threshold <= x < math.inf,
-        )
-        check_count("delay", delay, 0)
-        if not isinstance(average, bool):
-            raise TypeError(f"average: expected a bool, got {average!r}")
-        check_callback("on_average", on_average)
+        optimizer = check_optimizer(optimizer)
+        self.threshold = self.current_threshold = _check_threshold("threshold", threshold)
+        self.max_threshold = _check_max_threshold(self.threshold, "max_threshold", max_threshold)
+        self.delay = checks.count("delay", delay, 0)
+        self.average = checks.flag("average", average)
+        checks.callback("on_average", on_average)
         if isinstance(params, Iterator):
             params = list(params)  # it is read twice
-        self.threshold = self.current_threshold = float(threshold)
-        self.max_threshold = float(max_threshold)
-        self.delay = delay
-        self.average = average
         self.on_average = on_average
         self._last_angle: float | None = None
         self._waited: int | None = None  # epochs of a pending drop's delay
         self._single_step_epochs = 0
-        super().__init__(
-            optimizer,
+        watched = optimizer if params is None else params
+        meter = AngularVelocity(
+            watched,
             1,
-            factor,
-            min_lr=min_lr,
-            params=params,
-            sample=None,
             backend=backend,
             process_group=process_group,
             form="delta",  # after a write-back only this form can be measured from elsewhere
+        )
+        self._mean = ParameterAverage(watched, backend)
+        self.factor = checks.between_0_and_1("factor", factor)
+        super().__init__(
+            optimizer,
+            meter,
+            min_lr=min_lr,
             on_reading=on_reading,
             on_drop=on_drop,
             warmup_steps=0,
             last_epoch=last_epoch,
         )
-        self._mean = ParameterAverage(optimizer if params is None else params, backend)
 
     # ---- deciding ---------------------------------------------------------------------------
 
-    def _awaits_step(self) -> bool:
-        return not self._meter.started
+    def _make_before_step(self) -> Callable[[], None]:
+        this = weakref.ref(self)
 
-    def _before_optimizer_step(self) -> None:
-        # The reference point x_0 of the first epoch, or of the first one after NaN.
-        self._meter.rebase()
+        def measure_from_here() -> None:
+            # The reference point x_0 of the first epoch, or of the first one after NaN.
+            scheduler = this()
+            if scheduler is not None and not scheduler.meter.started:
+                scheduler.meter.rebase()
+
+        return measure_from_here
 
     def _on_optimizer_step(self) -> None:
-        reading = self._meter.observe(calls=self._step_count)
+        reading = self.meter.observe(calls=self._step_count, facts=self._facts)
         if reading is None:  # the first epoch, or the parameters are others than at its start
             reading = Reading(0, 0, None, None, math.nan, math.nan)
             finite = True
         else:
-            finite = self._meter.started  # it starts over after NaN
-        self._decide(
-            dataclasses.replace(reading, step=self._real_steps, window=self._optimizer_steps),
-            finite,
+            finite = self.meter.started  # it starts over after NaN
+        self._wait(finite)
+        self._take(
+            dataclasses.replace(reading, step=self._hook.real_steps, window=self._optimizer_steps)
         )
-
-    def _decide(self, reading: Reading, finite: bool) -> None:
-        change = None
-        if reading.angle is not None and self._last_angle is not None:
-            change = abs(reading.angle - self._last_angle)
-        self._last_angle = reading.angle
-        threshold = self.current_threshold
-        if self._waited is not None:
-            self._wait(finite)
-        elif change is not None and change < threshold:
-            self._waited = 0
-        waited = self._waited
-        averaged = dropped = False
-        if waited == self.delay:
-            self._waited = None
-            averaged = self._write_average()
-            dropped = bool(self._drop_lrs(self.factor, self.min_lrs))
-            self.num_drops += dropped
-            self.current_threshold = min(self.max_threshold, threshold / self.factor)
-        decision = EpochDecision(
-            **vars(reading),
-            lr=tuple(as_floats(self.get_lr())),
-            dropped=dropped,
-            change=change,
-            threshold=threshold,
-            waited=waited,
-            averaged=averaged,
-        )
-        try:
-            if averaged and self.on_average is not None:
-                self.on_average(decision)
-        finally:
-            self._keep(decision, HISTORY)
+        self._cool()
 
     def _wait(self, finite: bool) -> None:
-        """One epoch of the delay is over."""
-        assert self._waited is not None
+        """Go on with the delay of a pending drop, if there is one."""
+        if self._waited is None:
+            return
         if not finite:
-            # No rate drops on NaN; the next angles decide anew.
+            # No rate drops on NaN; the next angles decide.
             self._waited = None
             self._mean.reset()
             return
@@ -237,26 +203,75 @@ class EpochAutoDrop(MeasuringScheduler):
         if self.average:
             self._mean.add(self._waited)
 
+    def _decide(self, reading: Reading) -> Changes:
+        change = None
+        if reading.angle is not None and self._last_angle is not None:
+            change = abs(reading.angle - self._last_angle)
+        waited, threshold = self._waited, self.current_threshold
+        if waited is None and change is not None and change < threshold:
+            waited = 0
+        averaged = lowered = False
+        lrs: list[float | None] = []
+        changes: dict[str, Any] = {"_last_angle": reading.angle, "_waited": waited}
+        if waited == self.delay:
+            averaged = self._write_average()
+            lrs = self._dropped_lrs(self.factor, range(len(self.optimizer.param_groups)))
+            lowered = any(lr is not None for lr in lrs)
+            changes["_waited"] = None
+            changes["num_drops"] = self.num_drops + lowered
+            changes["current_threshold"] = min(self.max_threshold, threshold / self.factor)
+        decision = EpochDecision(
+            **vars(reading),
+            lr=self._lrs_after(lrs or [None] * len(self.optimizer.param_groups)),
+            dropped=lowered,
+            change=change,
+            threshold=threshold,
+            waited=waited,
+            averaged=averaged,
+        )
+        return Changes(decision, lrs, **changes)
+
+    def _get_closed_form_lr(self) -> list[float]:
+        return self._closed_form(self.factor, lambda group: self.num_drops)
+
+    def _report(self, decision: Decision) -> None:
+        assert isinstance(decision, EpochDecision)
+        try:
+            if decision.averaged and self.on_average is not None:
+                self.on_average(decision)
+        finally:
+            super()._report(decision)
+
     def _write_average(self) -> bool:
         written = self._mean.write_back()
         if written:
-            self._meter.rebase()
+            self.meter.rebase()
         return written
+
+    def _recover(self) -> None:
+        if self._changes is not None:
+            self._carry_out(self._changes)
+        # How much of an epoch the average has seen is not known.
+        self.meter.interrupted()
+        self._last_angle = self._waited = None
+        self._mean.reset()
+        self.meter.close()
 
     def _update_lr(self, epoch: int | None = None) -> None:
         # SequentialLR calls this in place of step() where it hands over: the epoch that begins now
         # is the first one, and what the meter saw of the epochs before must not be measured.
         super()._update_lr(epoch)
-        self._stepped = False
+        self._hook.marked = False
         self._last_angle = self._waited = None
         self._mean.reset()
-        self._meter.close()
+        self.meter.close()
 
     def _watch_steps_between_calls(self) -> None:
-        single = self._steps_since_call == 1
+        single = self._hook.steps_since_call == 1
+        self._hook.called_late()
         self._single_step_epochs = self._single_step_epochs + 1 if single else 0
         if self._single_step_epochs == _SINGLE_STEP_EPOCHS:
-            self._warn(
+            self._warnings.warn(
                 f"step() was called after every single optimizer step {_SINGLE_STEP_EPOCHS} times; "
                 "call it once per epoch (unless an epoch has one batch)"
             )
@@ -313,30 +328,69 @@ class EpochAutoDrop(MeasuringScheduler):
             "min_lr": list(self.min_lrs),
         }
 
-    def _restore_settings(self, settings: Mapping[str, Any]) -> None:
-        self.threshold = settings["threshold"]
-        self.max_threshold = settings["max_threshold"]
-        self.delay = settings["delay"]
-        self.average = settings["average"]
+    def _read_settings(self, settings: Entries) -> dict[str, Any]:
+        threshold = settings.read("threshold", _check_threshold)
+        most = settings.read("max_threshold", functools.partial(_check_max_threshold, threshold))
+        return {
+            **super()._read_settings(settings),
+            "factor": settings.read("factor", checks.between_0_and_1),
+            "threshold": threshold,
+            "max_threshold": most,
+            "delay": settings.count("delay"),
+            "average": settings.flag("average"),
+        }
 
     def _progress(self) -> dict[str, Any]:
         return {
-            "real_steps": self._real_steps,
+            "real_steps": self._hook.real_steps,
             "current_threshold": self.current_threshold,
             "last_angle": self._last_angle,
             "waited": self._waited,
             "mean": self._mean.state_dict(),
         }
 
-    def _restore_progress(self, state: Mapping[str, Any]) -> None:
-        self._real_steps = state["real_steps"]
-        self.current_threshold = state["current_threshold"]
-        self._last_angle = state["last_angle"]
-        self._waited = state["waited"]
-        self._mean.load_state_dict(state["mean"])
+    def _decision_state(self) -> dict[str, Any]:
+        return {
+            "num_drops": self.num_drops,
+            "current_threshold": self.current_threshold,
+            "last_angle": self._last_angle,
+            "waited": self._waited,
+        }
 
-    def _problem_of(self, state: Any) -> str | None:
-        problem = super()._problem_of(state)
-        if problem is None:
-            problem = problem_of_average(state["mean"])
-        return problem
+    def _read_progress(self, state: Entries, settings: Mapping[str, Any]) -> dict[str, Any]:
+        delay = settings["delay"]
+        waited = state.maybe("waited", lambda name, value: checks.count(name, value, 0))
+        if waited is not None and waited > delay:
+            raise ValueError(
+                f"{state.name('waited')}: expected at most delay={delay}, got {waited}"
+            )
+        mean = ParameterAverage.read(state.inner("mean"))
+        return {
+            **super()._read_progress(state, settings),
+            "current_threshold": state.read("current_threshold", _check_threshold),
+            "_last_angle": state.maybe("last_angle", checks.at_least_zero),
+            "_waited": waited,
+            "_saved_mean": mean,
+            "_saved_real_steps": state.count("real_steps"),
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue where :meth:`state_dict` was taken. Settings are restored too, as in torch.
+
+        Raises:
+            ValueError: not a state of this class; the message names the entry, and nothing has been
+                changed.
+        """
+        super().load_state_dict(state_dict)
+        self._mean.restore(self.__dict__.pop("_saved_mean"))
+        self._hook.real_steps = self.__dict__.pop("_saved_real_steps")
+
+
+def _check_threshold(name: str, value: Any) -> float:
+    degrees = "a finite number of degrees above 0"
+    return checks.number(name, value, degrees, lambda x: 0 < x < math.inf)
+
+
+def _check_max_threshold(threshold: float, name: str, value: Any) -> float:
+    degrees = f"a finite number of degrees, at least threshold={threshold!r}"
+    return checks.number(name, value, degrees, lambda x: threshold <= x < math.inf)

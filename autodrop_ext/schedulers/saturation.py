@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from .. import checks
+from ..saved import Entries
+
 Kernel = Literal["value", "time"]
 
 
@@ -84,22 +87,6 @@ class SaturationDetector:
         self._samples = 0
         self._smoothed: float | None = None
 
-    def leave(self, angle: float, tolerance: float) -> None:
-        """Forget all angles if the next one falls by more than errors and their spread explain.
-
-        For angles that are measured in another way from now on: the fall is none of the motion's.
-        Fewer than three angles have no spread to speak of, and decide nothing soon.
-
-        Args:
-            angle: the next one, degrees.
-            tolerance: degrees; NaN where nothing is known of the errors.
-        """
-        if len(self._buffer) < 3:
-            return
-        least, most = min(self._buffer), max(self._buffer)
-        if not angle + tolerance >= least - (most - least):
-            self.reset()
-
     def update(self, angle: float) -> Verdict:
         """Take the next angle, in degrees."""
         self._buffer.append(angle)
@@ -118,14 +105,70 @@ class SaturationDetector:
             self.reset()
         return Verdict(smoothed, rise, saturated)
 
+    def copy(self) -> SaturationDetector:
+        """Another one that has seen the same angles."""
+        other = self.fresh()
+        other._buffer, other._samples = list(self._buffer), self._samples
+        other._smoothed = self._smoothed
+        return other
+
+    def settings(self) -> dict[str, Any]:
+        """Arguments by name."""
+        return {
+            "threshold": self.threshold,
+            "buffer_size": self.buffer_size,
+            "min_samples": self.min_samples,
+            "kernel": self.kernel,
+        }
+
     def state_dict(self) -> dict[str, Any]:
+        """What it has seen since the last saturation."""
         return {
             "buffer": list(self._buffer),
             "samples": self._samples,
             "smoothed": self._smoothed,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._buffer = list(state["buffer"])
-        self._samples = state["samples"]
-        self._smoothed = state["smoothed"]
+    def restored(self, state: Entries, of: int | None = None) -> SaturationDetector:
+        """Another one with the same settings that has seen what a state holds.
+
+        Args:
+            state: :meth:`state_dict`, or lists of its values for several detectors.
+            of: index in those lists.
+
+        Raises:
+            ValueError: an entry is missing or wrong.
+        """
+        if of is not None:
+            columns = state
+            state = Entries(
+                {key: _item(columns, key, of) for key in self.state_dict()}, columns.name(str(of))
+            )
+        other = self.fresh()
+        other._buffer = state.list("buffer", _check_angle)
+        other._samples = state.count("samples")
+        other._smoothed = state.maybe("smoothed", _check_angle)
+        if len(other._buffer) > self.buffer_size or len(other._buffer) > other._samples:
+            raise ValueError(
+                f"{state.name('buffer')}: expected at most buffer_size={self.buffer_size} and "
+                f"samples={other._samples} angles, got {len(other._buffer)}"
+            )
+        return other
+
+
+def check_kernel(name: str, value: Any) -> Kernel:
+    """Raises ValueError unless it is the name of a kernel."""
+    kernel: Kernel = checks.one_of(name, value, ("value", "time"))
+    return kernel
+
+
+def _item(columns: Entries, key: str, index: int) -> Any:
+    values = columns.value(key)
+    if not isinstance(values, Sequence) or isinstance(values, str) or index >= len(values):
+        raise ValueError(f"{columns.name(key)}: expected a value for each detector, got {values!r}")
+    return values[index]
+
+
+def _check_angle(name: str, value: Any) -> float:
+    degrees = "a number of degrees from 0 to 180"
+    return checks.number(name, value, degrees, lambda x: 0 <= x <= 180)

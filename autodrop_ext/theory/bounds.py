@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from .checks import at_least_zero, count, fraction, number
+from ..checks import at_least_zero, count, fraction, number
 
 Sums = Literal["printed", "exact"]
 

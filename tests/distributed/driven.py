@@ -102,7 +102,7 @@ def train(model: Any, optimizer: Any, scheduler: AutoDrop, steps: int = STEPS) -
 
 def seen(scheduler: AutoDrop) -> Seen:
     history = scheduler.history
-    holding = scheduler._meter._holding
+    holding = scheduler.meter._holding
     assert holding is not None
     return Seen(
         [d.step for d in history],

@@ -191,7 +191,7 @@ def overflow(rank: int, fused: bool) -> tuple[int, list[float | None]]:
         optimizer.zero_grad()
         scheduler.step()
         t += not overflows
-    return scheduler._meter.steps, [d.cosine for d in scheduler.history]
+    return scheduler.meter.steps, [d.cosine for d in scheduler.history]
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -226,5 +226,5 @@ def test_groups_that_are_stepped_one_by_one_are_one_step() -> None:
             optimizer.step()
         optimizer.param_groups = whole
         scheduler.step()
-    assert scheduler._meter.steps == 4
+    assert scheduler.meter.steps == 4
     assert scheduler._real_steps == 4

@@ -76,7 +76,7 @@ class Run:
 
 def save(rank: int, folder: str, form: str) -> None:
     replica = Run()
-    replica.scheduler._meter._fixed_form = form  # type: ignore[assignment]
+    replica.scheduler.meter._fixed_form = form  # type: ignore[assignment]
     replica.train(0, SAVED_AT)
     # Helpers that run a step at rate zero in the middle of a window move nothing.
     get_optimizer_state_dict(replica.model, replica.optimizer)
@@ -87,7 +87,7 @@ def resume(rank: int, folder: str, form: str, shape: tuple[int, ...]) -> Seen:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="AngularVelocity|AutoDrop")
         replica = Run(shape)
-        replica.scheduler._meter._fixed_form = form  # type: ignore[assignment]
+        replica.scheduler.meter._fixed_form = form  # type: ignore[assignment]
         replica.load(folder)
         replica.train(SAVED_AT, STEPS)
     return seen(replica.scheduler)
@@ -95,7 +95,7 @@ def resume(rank: int, folder: str, form: str, shape: tuple[int, ...]) -> Seen:
 
 def uninterrupted(rank: int, form: str) -> Seen:
     replica = Run()
-    replica.scheduler._meter._fixed_form = form  # type: ignore[assignment]
+    replica.scheduler.meter._fixed_form = form  # type: ignore[assignment]
     replica.train(0, STEPS)
     return seen(replica.scheduler)
 
@@ -269,7 +269,7 @@ def test_stages_with_equal_names_keep_their_own_sums(tmp_path: pathlib.Path) -> 
 def nothing_before_a_step(rank: int) -> tuple[int, int]:
     """The first forward may re-pad shards: tables made before it would point astray."""
     replica = Run()
-    meter = replica.scheduler._meter
+    meter = replica.scheduler.meter
     replica.model(0).backward()
     before = meter.device_bytes
     replica.optimizer.step()

@@ -81,7 +81,7 @@ def by_hand(mixed_precision: str, batches: list[Any]) -> tuple[nn.Module, AutoDr
             scaler.update()
             scheduler.step()
             optimizer.zero_grad()
-    return model, scheduler, scheduler._meter.steps
+    return model, scheduler, scheduler.meter.steps
 
 
 @pytest.mark.parametrize("mixed_precision", ["no", "bf16", "fp16"])
@@ -96,7 +96,7 @@ def test_windows_are_counted_in_optimizer_steps(
     model, expected, steps = by_hand(mixed_precision, batches)
     skipped = STEPS - steps
     assert (skipped > 0) == (mixed_precision == "fp16")
-    assert run.scheduler._meter.steps == steps
+    assert run.scheduler.meter.steps == steps
     assert_same_decisions(run.scheduler, expected)
     assert_same_parameters(run.model, model)
 

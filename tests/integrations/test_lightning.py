@@ -230,6 +230,6 @@ def test_a_training_step_that_returns_none_is_still_a_step(tmp_path: pathlib.Pat
         warnings.filterwarnings("ignore", message=".*training_step.*returned.*None")
         trainer(tmp_path).fit(ours, loader())
     model, expected = by_hand(skipped=skipped)
-    assert ours.scheduler._meter.steps == BATCHES // 2
+    assert ours.scheduler.meter.steps == BATCHES // 2
     assert_same_decisions(ours.scheduler, expected)
     assert_same_parameters(ours.model, model)

@@ -163,4 +163,4 @@ def test_a_call_that_fails_and_is_repeated_decides_once() -> None:
         except TypeError:
             scheduler.step(32)
     assert len(seen) == len(scheduler.history) == 40 // 5 - 2
-    assert scheduler._meter.steps == 40
+    assert scheduler.meter.steps == 40

@@ -134,7 +134,7 @@ def test_lora() -> None:
     trainable = [p for p in names["model"].parameters() if p.requires_grad]
     assert sum(p.numel() for p in trainable) == 4 * (64 + 32) + 4 * (32 + 10)
     # Each tensor's segment is aligned to 128 bytes, 32 elements.
-    assert scheduler._meter.device_bytes <= 12 * sum(-(-p.numel() // 32) * 32 for p in trainable)
+    assert scheduler.meter.device_bytes <= 12 * sum(-(-p.numel() // 32) * 32 for p in trainable)
 
 
 def test_lbfgs() -> None:

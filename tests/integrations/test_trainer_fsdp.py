@@ -54,7 +54,7 @@ def train(rank: int, folder: str, resume: str | None) -> tuple[list[dict[str, An
     scheduler = trainer.lr_scheduler
     sharded = sum(isinstance(p, DTensor) for p in trainer.model.parameters())
     decisions = [decision.as_dict() for decision in scheduler.history]
-    return decisions, sharded, scheduler._meter.device_bytes
+    return decisions, sharded, scheduler.meter.device_bytes
 
 
 def test_fsdp2(tmp_path: pathlib.Path) -> None:

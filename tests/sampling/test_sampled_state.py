@@ -134,7 +134,7 @@ def test_a_survey_that_is_over_is_not_repeated() -> None:
     """Also where the sample that it led to still gathers its first windows."""
     params, scheduler = make(sample=1 / 4)
     train(params, scheduler, range(5))  # the survey took the first window
-    meter = scheduler._meter
+    meter = scheduler.meter
     assert meter._sizes is not None and meter._next is not None
     again, other = make(sample=1 / 4)
     other.load_state_dict(scheduler.state_dict())
@@ -175,9 +175,9 @@ def test_a_state_from_before_the_choice_goes_on() -> None:
     state = scheduler.state_dict()
     assert state["meter"]["sample"]["chosen"] is None
     train(params, scheduler, range(5, 40))
-    assert scheduler._meter._auto is not None and scheduler._meter._auto.chosen is not None
+    assert scheduler.meter._auto is not None and scheduler.meter._auto.chosen is not None
     scheduler.load_state_dict(state)
-    assert scheduler._meter._auto.chosen is None
+    assert scheduler.meter._auto.chosen is None
     train(params, scheduler, range(5, 40))  # a warning would be an error
 
 
@@ -217,7 +217,7 @@ def test_a_switch_of_the_sample_lowers_no_rate() -> None:
         scheduler.step()
     angles = [d.angle for d in scheduler.history if d.angle is not None]
     assert max(angles) - min(angles) > 20  # the samples differ as they should here
-    assert scheduler._meter.choices == 1
+    assert scheduler.meter.choices == 1
     assert scheduler.num_drops == 0
 
 
@@ -243,7 +243,7 @@ def test_without_memory_for_more_it_goes_on_with_what_it_reads(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     params, scheduler = make(sample=1 / 4)
-    meter = scheduler._meter
+    meter = scheduler.meter
     read = AngularVelocity._read
 
     def full(self: AngularVelocity, shards: Any) -> Any:

@@ -304,7 +304,7 @@ def test_history_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer = Given(turning([90.0] * 9))
     scheduler = drop_three_times(optimizer)
     assert [d.window for d in scheduler.history] == [6, 7, 8, 9, 10]
-    assert len(scheduler._meter.history) == 5
+    assert len(scheduler.meter.history) == 5
 
 
 def test_a_failing_callback_leaves_the_scheduler_whole() -> None:
@@ -330,7 +330,7 @@ def test_close_takes_the_hook_off() -> None:
     scheduler = drop_three_times(optimizer)
     scheduler.close()
     assert not optimizer._optimizer_step_post_hooks
-    assert scheduler._meter.device_bytes == 0
+    assert scheduler.meter.device_bytes == 0
 
 
 def test_the_hook_does_not_keep_the_scheduler_alive() -> None:
@@ -422,7 +422,7 @@ def test_compiled_steps_are_counted(before: bool, lr: float | torch.Tensor) -> N
         parameter.grad = torch.full((4,), math.sin(i))
         step()
         scheduler.step()
-    assert scheduler._meter.steps == 12
+    assert scheduler.meter.steps == 12
     assert len(scheduler.history) == 4
     assert not any("item()" in reason for reason in breaks)  # our hook is not traced
 

@@ -293,7 +293,7 @@ def test_memory_is_taken_for_the_delay_only() -> None:
     for _ in range(7):
         optimizer.step()
         scheduler.step()
-        taken.append((scheduler._meter.device_bytes, scheduler._mean.device_bytes))
+        taken.append((scheduler.meter.device_bytes, scheduler._mean.device_bytes))
     # 12 bytes a parameter, and 4 more after the first of the two epochs, until the second is over.
     assert taken == [(12288, 0)] * 3 + [(12288, 4096)] + [(12288, 0)] * 2 + [(12288, 4096)]
 
@@ -426,7 +426,7 @@ def test_close_takes_the_hooks_off_and_frees_the_arenas() -> None:
     scheduler.close()
     assert not optimizer._optimizer_step_post_hooks
     assert not optimizer._optimizer_step_pre_hooks
-    assert scheduler._meter.device_bytes == scheduler._mean.device_bytes == 0
+    assert scheduler.meter.device_bytes == scheduler._mean.device_bytes == 0
 
 
 def test_the_hooks_do_not_keep_the_scheduler_alive() -> None:

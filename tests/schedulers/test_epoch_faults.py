@@ -246,11 +246,11 @@ def test_the_reference_point_is_taken_right_before_the_first_step() -> None:
 def test_helper_steps_at_a_rate_of_zero_set_no_reference_point(rate: Any) -> None:
     run = Run(lr=rate)
     get_optimizer_state_dict(run.model, run.optimizer)  # runs a step at lr=0 on a fresh optimizer
-    assert not run.scheduler._meter.started
+    assert not run.scheduler.meter.started
     run.scheduler.step()
     assert run.scheduler.history == []
     run.batch()
-    assert run.scheduler._meter.started
+    assert run.scheduler.meter.started
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -259,7 +259,7 @@ def test_steps_that_gradscaler_skips_are_no_steps(fused: bool) -> None:
     run.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     run.poison = True
     run.train(2)
-    assert not run.scheduler._meter.started
+    assert not run.scheduler.meter.started
     assert run.scheduler.history == []
     run.poison = False
     run.batch()

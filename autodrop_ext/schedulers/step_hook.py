@@ -1,0 +1,153 @@
+"""Counting the real steps of an optimizer: hooks that mark them, and wirings that miss them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+_LATE_STEPS = 2  # optimizer steps between two calls that point to a wrong wiring
+_LATE_CALLS = 3  # of such calls in a row: SequentialLR hands over with one, GradScaler skips some
+_KNOWN_LRS = 64  # tensor learning rates whose value is remembered
+
+_hooks: weakref.WeakKeyDictionary[Optimizer, weakref.WeakSet[StepHook]]
+_hooks = weakref.WeakKeyDictionary()
+
+
+class StepHook:
+    """Marks every real step of an optimizer, for one scheduler.
+
+    The hook only sets a mark, and the scheduler's ``step()`` consumes it. A call of ``step()``
+    without a mark, or after a step that GradScaler skipped, therefore counts nothing. Steps at a
+    learning rate of zero, which checkpoint helpers run, are not marked.
+
+    Attributes:
+        marked: whether a real step has happened since the last mark was consumed.
+        real_steps: real steps, consumed or not.
+        steps_since_call: those since the scheduler's last call.
+        before_step: called before each real step, or None.
+    """
+
+    def __init__(self) -> None:
+        self.marked = False
+        self.real_steps = 0
+        self.steps_since_call = 0
+        self.before_step: Callable[[], None] | None = None
+        self._consumed = False  # whether the newest mark was consumed
+        self._leader: int | None = None  # first parameter of the first of these steps
+        self._late_calls = 0
+        self._handles: list[Any] = []
+        self._lr_versions: dict[int, tuple[Tensor, int, bool]] = {}
+
+    def attach(self, optimizer: Optimizer) -> bool:
+        """Register the hooks unless they are there; whether they were there.
+
+        Copying or unpickling an optimizer loses its hooks. They are removed with this object.
+        """
+        registered: tuple[Any, ...] = (
+            optimizer._optimizer_step_post_hooks,
+            optimizer._optimizer_step_pre_hooks,
+        )
+        if self._handles and all(
+            handle.id in hooks for handle, hooks in zip(self._handles, registered, strict=False)
+        ):
+            return True
+        self.remove()
+        this = weakref.ref(self)
+        of = weakref.ref(optimizer)
+
+        def mark(stepped: Optimizer, args: Any, kwargs: Any) -> None:
+            hook = this()
+            if hook is not None and stepped is of():
+                hook._mark(stepped)
+
+        def look(stepped: Optimizer, args: Any, kwargs: Any) -> None:
+            hook = this()
+            if hook is None or hook.before_step is None or stepped is not of():
+                return
+            if hook._moves(stepped):
+                hook.before_step()
+
+        handles = [optimizer.register_step_post_hook(_untraced(mark))]
+        if self.before_step is not None:
+            handles.append(optimizer.register_step_pre_hook(_untraced(look)))
+        self._handles = handles
+        for handle in handles:
+            weakref.finalize(self, handle.remove)
+        _hooks.setdefault(optimizer, weakref.WeakSet()).add(self)
+        return False
+
+    def remove(self) -> None:
+        """Take the hooks off the optimizer."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def consume(self) -> bool:
+        """Whether a real step has happened since the last call."""
+        marked, self.marked = self.marked, False
+        self._consumed = self._consumed or marked
+        return marked
+
+    def shared(self, optimizer: Optimizer) -> bool:
+        """Whether another scheduler has consumed the mark of the same step."""
+        others = (hook for hook in _hooks.get(optimizer, ()) if hook is not self)
+        return any(hook._consumed and hook._handles for hook in others)
+
+    def called_late(self) -> int | None:
+        """Note a call of ``step()``.
+
+        Returns:
+            Optimizer steps since the last call, if calls keep coming too late; None otherwise.
+        """
+        steps, self.steps_since_call = self.steps_since_call, 0
+        self._late_calls = self._late_calls + 1 if steps >= _LATE_STEPS else 0
+        return steps if self._late_calls == _LATE_CALLS else None
+
+    def _mark(self, optimizer: Optimizer) -> None:
+        if not self._moves(optimizer):
+            return
+        self.marked, self._consumed = True, False
+        # DeepSpeed ZeRO steps the optimizer with one part of its parameters after the other.
+        leader = next((id(p) for g in optimizer.param_groups for p in g["params"]), None)
+        if self.steps_since_call == 0:
+            self._leader = leader
+        if leader == self._leader:
+            self.real_steps += 1
+            self.steps_since_call += 1
+
+    def _moves(self, optimizer: Optimizer) -> bool:
+        """Whether the optimizer step at hand moves parameters."""
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and bool(found_inf):
+            return False  # a fused optimizer under GradScaler is called but moves nothing
+        return not all(self._is_zero(group["lr"]) for group in optimizer.param_groups)
+
+    def _is_zero(self, lr: float | Tensor) -> bool:
+        if not isinstance(lr, Tensor):
+            return lr == 0
+        # Reading a tensor on an accelerator waits for it: only where it has changed, or is known to
+        # be zero, because writing to ``lr.data`` changes no version.
+        known = self._lr_versions.get(id(lr))
+        if known is None or known[0] is not lr or known[1] != lr._version or known[2]:
+            if len(self._lr_versions) >= _KNOWN_LRS:
+                self._lr_versions.clear()
+            known = self._lr_versions[id(lr)] = (lr, lr._version, bool(lr == 0))
+        return known[2]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_handles": [], "_lr_versions": {}, "before_step": None}
+
+
+def _untraced(hook: Callable[[Optimizer, Any, Any], None]) -> Callable[[Optimizer, Any, Any], None]:
+    """The hook, run as it is where the optimizer's step is compiled.
+
+    Traced, it would cost seconds, and reading a tensor learning rate would break the graph with a
+    page of warnings. What disable() imports has been imported by the optimizer's constructor.
+    """
+    disable: Callable[..., Callable[[Optimizer, Any, Any], None]] = torch.compiler.disable
+    return disable(hook)
