@@ -157,9 +157,11 @@ class JsonLinesLog:
             while line:
                 line = line[self._file.write(line) :]
         except (OSError, ValueError) as error:
-            with contextlib.suppress(OSError):  # the same trouble again
-                self.close()
-            self._file = None  # The next line opens the file again and cuts off what is half there.
+            # The next line opens the file again, and cuts off what is half there.
+            file, self._file = self._file, None
+            if file is not None:
+                with contextlib.suppress(OSError):  # the same trouble again
+                    file.close()
             if not self._warned:
                 self._warned = True
                 warnings.warn(

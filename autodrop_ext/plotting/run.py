@@ -50,7 +50,7 @@ def plot_run(
         metrics: Dicts with ``step`` and ``loss``, or the metrics of ``read_log``. Without a loss
             among them there is no panel for it.
         threshold: The scheduler's threshold in degrees per window, drawn as a line. Without it,
-            drops that ``min_lr`` held back cannot be told from rates that were kept.
+            drops that ``min_lr`` held back look like rates that were kept.
         path: The picture; its ending gives the format.
         title: The text above the picture.
 
@@ -191,12 +191,12 @@ def _draw_angle(axes: Axes, readings: Sequence[Record], groups: Sequence[Sequenc
 def _draw_rise(axes: Axes, readings: Sequence[Record], threshold: float | None) -> None:
     name_panel(axes, "Rise of the smoothed angle: why the rate drops", "degrees\nper window")
     rises = column(readings, "rise")
-    # A rise below the threshold lowers no rate that is at its lower bound already.
+    # A rise below the threshold lowers no rate that is at min_lr already or in a cooldown.
     below = [threshold is not None and rise < threshold for rise in rises]
     dropped = [bool(r.get("dropped")) for r in readings]
     for chosen, marker, color, filled, label in (
         ((False, False), "o", OWN, True, "kept"),
-        ((False, True), "v", DROP, False, "kept at min_lr"),
+        ((False, True), "v", DROP, False, "held back"),
         ((True, None), "v", DROP, True, "dropped"),
     ):
         points = [

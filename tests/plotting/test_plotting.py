@@ -103,11 +103,11 @@ def test_a_drop_that_min_lr_held_back_is_no_rate_that_was_kept_above_the_thresho
     rise = plot_run(run + held, threshold=1.0).axes[1]
     drawn = {line.get_label(): list(line.get_xdata()) for line in rise.lines}
     assert drawn["kept"][-1] == held[1]["step"]
-    assert drawn["kept at min_lr"] == [held[0]["step"], held[2]["step"]]
+    assert drawn["held back"] == [held[0]["step"], held[2]["step"]]
     assert len(drawn["dropped"]) == 2
-    assert "kept at min_lr" not in legend(plot_run(run, threshold=1.0).axes[1])
+    assert "held back" not in legend(plot_run(run, threshold=1.0).axes[1])
     # Without a threshold nobody knows.
-    assert "kept at min_lr" not in legend(plot_run(run + held).axes[1])
+    assert "held back" not in legend(plot_run(run + held).axes[1])
 
 
 def test_groups_with_equal_rates_share_a_line():

@@ -60,4 +60,4 @@ def test_groups_have_lines_and_rises_of_their_own(groups: int) -> None:
     counts = {line.get_label(): len(line.get_xdata()) for line in rise.get_lines()}
     drops = sum(r["dropped"] for r in run)
     assert counts["dropped"] == drops == 3
-    assert counts["kept"] + counts.get("kept at min_lr", 0) == groups * len(run) - drops
+    assert counts["kept"] + counts.get("held back", 0) == groups * len(run) - drops
