@@ -71,7 +71,12 @@ class TritonOperations:
         sums = functools.partial(torch.zeros, dtype=torch.float64, device=plan.device)
         self.per_tensor = sums((plan.num_rows, 4))
         self._partials = sums((plan.num_chunks, 4))
-        tables = (plan.chunks, plan.tensor_chunks, plan.row_weights, *(r for _, _, r in self._launches))
+        tables = (
+            plan.chunks,
+            plan.tensor_chunks,
+            plan.row_weights,
+            *(r for _, _, r in self._launches),
+        )
         parameters = (part for s in plan.segments for part in (s.alias, s.flat))
         buffers = (self.per_tensor, self._partials)
         self._streams = StreamUse(plan.device, (*tables, *buffers, *parameters))
