@@ -9,7 +9,7 @@ from torch import Tensor
 
 from autodrop_ext import AngularVelocity
 from autodrop_ext.ops import BACKENDS
-from autodrop_ext.ops.device_sums import Arenas
+from autodrop_ext.ops.device_sums import DeviceSums
 from autodrop_ext.ops.plan import Plan
 
 WINDOW = 3
@@ -40,7 +40,7 @@ def run(tensors: list[Tensor], backend: str, form: str) -> tuple[list[Tensor], l
     named = [(f"t{i}", t) for i, t in enumerate(tensors)]
     device = tensors[0].device
     plan = Plan(named, device, chunk_elements=8192)
-    arenas = Arenas(plan, BACKENDS[backend])
+    arenas = DeviceSums(plan, BACKENDS[backend])
     sums = []
     for window in range(4):
         for step in range(WINDOW):
@@ -48,9 +48,9 @@ def run(tensors: list[Tensor], backend: str, form: str) -> tuple[list[Tensor], l
             if window == 0 and step == 0:
                 arenas.begin(form)  # type: ignore[arg-type]
             else:
-                arenas.accumulate(first=step == 0)
+                arenas.add(first=step == 0)
         sums.append(list(arenas.close(WINDOW)))
-    return [getattr(arenas, role).cpu() for role in Arenas.ROLES], sums
+    return [arena.cpu() for arena in (arenas.running, arenas.previous, arenas.before)], sums
 
 
 def require(backend: str) -> None:
@@ -106,13 +106,13 @@ def test_the_current_stream_is_used(gpu: torch.device, backend: str) -> None:
     """Work queued behind a slow kernel on a side stream sees that kernel's result."""
     require(backend)
     x = torch.zeros(1_000_000, device=gpu)
-    arenas = Arenas(Plan([("x", x)], gpu), BACKENDS[backend])
+    arenas = DeviceSums(Plan([("x", x)], gpu), BACKENDS[backend])
     arenas.begin("sum")
     side = torch.cuda.Stream(gpu)
     with torch.cuda.stream(side):
         torch.cuda._sleep(100_000_000)
         x.fill_(3.0)
-        arenas.accumulate(first=True)
+        arenas.add(first=True)
         assert arenas.close(1).mean_norm == 9e6
 
 
@@ -121,7 +121,7 @@ def test_accumulate_can_be_captured_and_replayed_over_windows(gpu: torch.device)
     require("cuda")
     x = torch.randn(100_000, device=gpu)
     named = [("x", x)]
-    captured, plain = (Arenas(Plan(named, gpu), BACKENDS["cuda"]) for _ in range(2))
+    captured, plain = (DeviceSums(Plan(named, gpu), BACKENDS["cuda"]) for _ in range(2))
     for arenas in (captured, plain):
         arenas.begin("sum")
     graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
@@ -132,9 +132,9 @@ def test_accumulate_can_be_captured_and_replayed_over_windows(gpu: torch.device)
         if phase not in graphs:
             graphs[phase] = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graphs[phase]):
-                captured.accumulate(first=first)
+                captured.add(first=first)
         graphs[phase].replay()
-        plain.accumulate(first=first)
+        plain.add(first=first)
         if step % WINDOW == WINDOW - 1:
             assert captured.close(WINDOW) == plain.close(WINDOW)
     assert len(graphs) == 6
@@ -143,11 +143,11 @@ def test_accumulate_can_be_captured_and_replayed_over_windows(gpu: torch.device)
 def test_a_step_is_one_launch(gpu: torch.device) -> None:
     require("cuda")
     tensors = [torch.randn(64, device=gpu, dtype=d) for d in (torch.float32, torch.bfloat16)] * 50
-    arenas = Arenas(Plan([(f"t{i}", t) for i, t in enumerate(tensors)], gpu), BACKENDS["cuda"])
+    arenas = DeviceSums(Plan([(f"t{i}", t) for i, t in enumerate(tensors)], gpu), BACKENDS["cuda"])
     arenas.begin("sum")
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        arenas.accumulate(first=False)
+        arenas.add(first=False)
         torch.cuda.synchronize()
     kernels = [e for e in profile.events() if "accumulate_kernel" in e.name]
     assert len(kernels) == 1
@@ -160,9 +160,9 @@ def test_more_than_2_to_the_31_elements(gpu: torch.device) -> None:
     n = 2**31 + 100
     x = torch.ones(n, dtype=torch.bfloat16, device=gpu)
     x[-1] = 3.0
-    arenas = Arenas(Plan([("x", x)], gpu), BACKENDS["cuda"])
+    arenas = DeviceSums(Plan([("x", x)], gpu), BACKENDS["cuda"])
     arenas.begin("sum")
-    arenas.accumulate(first=False)
+    arenas.add(first=False)
     assert arenas.running[n - 1].item() == 6.0
     sums = arenas.close(2)
     assert sums.mean_norm == n - 1 + 9.0
