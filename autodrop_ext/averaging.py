@@ -140,7 +140,7 @@ class ParameterAverage:
         parts = []
         for (device, doubles), named in groups.items():
             plan = Plan(named, device)
-            operations = None if doubles else select(self._backend, device.type).bind(plan)
+            operations = None if doubles else select(self._backend, device).bind(plan)
             parts.append(_Part(plan, operations))
         self._parts = parts
 
@@ -300,9 +300,11 @@ def _all_finite(arena: Tensor) -> bool:
 
 
 def _check_mean(name: str, value: Any) -> Tensor:
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        raise ValueError(f"{name}: expected a floating-point tensor, got {type(value).__name__}")
-    return value
+    dense = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+    if not dense or not value.is_floating_point():
+        raise ValueError(f"{name}: expected a dense floating-point tensor, got {value!r}")
+    tensor: Tensor = value
+    return tensor
 
 
 @contextlib.contextmanager

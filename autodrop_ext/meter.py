@@ -239,7 +239,7 @@ class AngularVelocity:
             self._faults.watch_displacement(total.sums, self._sums)
         k = self._snapshots_per_window()
         oldest, shared = self._variances
-        newest = angle.mean_variance(k, total.sums, self._form)
+        newest = angle.mean_variance(k, total.sums, self._form, total.effective_elements)
         self._variances = (shared, newest)
         if since < WINDOWS_FOR_ANGLE:
             return self._keep(self._undefined())
@@ -285,7 +285,7 @@ class AngularVelocity:
         self._sums.convert(form, k)
         if form == "sum":
             # Rounding the two sums once is the error of a window of one step.
-            rounded = angle.mean_variance(1, sums, "sum")
+            rounded = angle.mean_variance(1, sums, "sum", elements)
             before, last = self._variances
             self._variances = (max(before, rounded), max(last, rounded))
 

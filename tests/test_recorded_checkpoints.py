@@ -24,7 +24,30 @@ def test_a_recorded_checkpoint_continues_to_the_bit(name: str) -> None:
     saved = read_checkpoint(FOLDER / f"{name}.pt.gz")
     run = continued(saved)
     # Without a warning: filterwarnings makes each one an error.
-    assert brief(run.run()) == EXPECTED[name]
+    assert_same(brief(run.run()), EXPECTED[name])
+
+
+def assert_same(now: list[dict[str, Any]], then: list[dict[str, Any]]) -> None:
+    """Equal to the bit, until a bound on the rounding error changes the form of the sums.
+
+    The bounds have become wider since, so that a meter turns to the exact form earlier; from there
+    on angles and norms agree within both bounds. Rates and drops are equal in any case.
+    """
+    measured = {"angle", "norm", "rounding_error"}
+    assert len(now) == len(then)
+    exact = True
+    for a, b in zip(now, then, strict=True):
+        assert {k: v for k, v in a.items() if k not in measured} == {
+            k: v for k, v in b.items() if k not in measured
+        }
+        if a.get("rounding_error") is None or a.get("angle") is None:
+            assert a.get("angle") == b.get("angle")
+            continue
+        bounds = [float.fromhex(r["rounding_error"]) for r in (a, b)]
+        if exact:
+            assert (a["angle"], a["norm"]) == (b["angle"], b["norm"])
+        assert abs(float.fromhex(a["angle"]) - float.fromhex(b["angle"])) <= sum(bounds)
+        exact = exact and max(bounds) < 0.005  # degrees; forms change from there on
 
 
 def test_the_recorded_checkpoints_hold_what_they_are_for() -> None:
@@ -45,7 +68,7 @@ def test_a_recorded_checkpoint_of_a_sample() -> None:
         warnings.simplefilter("always")
         run = continued(saved)
         records = brief(run.run())
-    said = " ".join(str(w.message) for w in caught)
-    assert records == EXPECTED["sampled"] or "cannot be continued" in said
+    if not any("cannot be continued" in str(w.message) for w in caught):
+        assert_same(records, EXPECTED["sampled"])
     assert run.state()["steps"] == 70
     assert [r for r in records if r.get("angle") is not None]

@@ -118,7 +118,7 @@ def needing(elements: int, dtype: torch.dtype, device: torch.device, advice: str
         yield
     except RuntimeError as error:
         # The CPU's allocator has no error type of its own.
-        if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
+        if not (isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: " in str(error)):
             raise
         raise RuntimeError(
             f"no memory on {device}: {elements * dtype.itemsize:,} bytes were needed; {advice}"

@@ -113,7 +113,7 @@ class WindowSums:
         named: list[Named] = [(member.name, member.tensor) for member in members]
         weights = [member.weight for member in members]
         plan = Plan(named, device, weights, ranges=ranges)
-        return DeviceSums(plan, select(self._backend, device.type))
+        return DeviceSums(plan, select(self._backend, device))
 
     # ---- what is read -----------------------------------------------------------------------
 

@@ -257,9 +257,10 @@ class AnytimeAutoDrop(DropScheduler):
         Raises:
             ImportError: matplotlib is not installed; it comes with ``autodrop_ext[plot]``.
         """
-        from ..plotting.run import plot_run
+        from ..plotting.anytime import plot_anytime
 
-        return plot_run([decision.as_dict() for decision in self.history], path=path)
+        records = [decision.as_dict() for decision in self.history]
+        return plot_anytime(records, critical=self.critical, path=path)
 
     # ---- state ------------------------------------------------------------------------------
 

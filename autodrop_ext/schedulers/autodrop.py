@@ -307,5 +307,14 @@ class AutoDrop(DropScheduler):
         }
 
     def _load_meter(self, state: Entries) -> None:
+        window, ours = (
+            state.inner("meter").count("window", 1),
+            state.inner("settings").value("window"),
+        )
+        if window != ours:
+            raise ValueError(
+                f"{state.inner('meter').name('window')}: expected the settings' window={ours}, got "
+                f"{window}"
+            )
         super()._load_meter(state)
         self.meter.per_group = "per_group" in (s := state.inner("settings")) and s.flag("per_group")

@@ -72,6 +72,8 @@ class DropScheduler(StepScheduler):
     def _on_marked_step(self) -> None:
         # At the first step of all, where every rank is: one with another warm-up would not come.
         self.meter.compare(self._facts)
+        if self._optimizer_steps == 1:
+            self._begin_log()
 
     def _on_optimizer_step(self) -> None:
         reading = self.meter.observe(calls=self._step_count, facts=self._facts)
@@ -85,6 +87,13 @@ class DropScheduler(StepScheduler):
         changes.attributes["_decided"] = reading.window
         self._carry_out(changes)
         self._report(changes.record)
+
+    def _begin_log(self) -> None:
+        """Give the settings to a log, as ``JsonLinesLog`` is one."""
+        begin = getattr(self.on_reading, "begin", None)
+        if begin is not None:
+            lr = as_floats(self.base_lrs)
+            begin({"scheduler": type(self).__name__, **self._settings(), "lr": lr})
 
     def _decide(self, reading: Reading) -> Changes:
         raise NotImplementedError
@@ -234,9 +243,19 @@ class DropScheduler(StepScheduler):
     def _load_meter(self, state: Entries) -> None:
         self.meter.load_state_dict(state.value("meter"), name=state.name("meter"))
 
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue where :meth:`state_dict` was taken. Settings are restored too, as in torch.
+
+        Raises:
+            ValueError: not a state of this class; the message names the entry, and nothing has been
+                changed.
+        """
+        super().load_state_dict(state_dict)
+        self._begin_log()
+
     def _read_settings(self, settings: Entries) -> dict[str, Any]:
         return {
-            "min_lrs": settings.list("min_lr", checks.at_least_zero),
+            "min_lrs": settings.list("min_lr", checks.at_least_zero, length=len(self.min_lrs)),
         }
 
     def _read_progress(self, state: Entries, settings: Mapping[str, Any]) -> dict[str, Any]:

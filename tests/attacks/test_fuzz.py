@@ -136,8 +136,10 @@ def check(
             tensor.data = tensor.data.clone()
         elif event == "freeze":
             tensor = case.choose.choice(case.tensors)
-            if len(case.watched()) > 1:
+            if len(case.watched()) > 1 or not tensor.requires_grad:
                 tensor.requires_grad_(not tensor.requires_grad)
+            else:
+                event = None  # something has to be watched
         elif event == "resume":
             buffer = io.BytesIO()
             torch.save(meter.state_dict(), buffer)

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from autodrop_ext.sampling.auto import FRACTIONS, AutoFraction, foreseen
 from torch import nn
 
 from autodrop_ext import AngularVelocity, AutoDrop
-from autodrop_ext.sampling.auto import FRACTIONS, AutoFraction, foreseen
 from autodrop_ext.sampling.draw import Sample, choose
 from autodrop_ext.sampling.error import standard_error
 from autodrop_ext.schedulers.saturation import SaturationDetector
