@@ -33,9 +33,9 @@ def fraction(name: str, value: Any) -> float:
 
 
 def count(name: str, value: Any, least: int) -> int:
-    """The value as an int of at least ``least``."""
-    if not isinstance(value, int) or isinstance(value, bool):
+    """The value, an int or an integer of numpy, as an int of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name}: expected an int, got {value!r}")
     if value < least:
         raise ValueError(f"{name}: expected at least {least}, got {value}")
-    return value
+    return int(value)
