@@ -142,8 +142,8 @@ def bound_after_iterations(
 ) -> float:
     """Theorem 5.2 after ``T`` iterations of Algorithm 2: ``O(log T / sqrt(T))``, (12) of 2021.
 
-    :func:`bound_after_drops` with ``sums="printed"``, with ``n`` replaced by its upper bound of (41) inside the
-    logarithms and by its lower bound in the denominators.
+    :func:`bound_after_drops` with ``sums="printed"``, and ``n`` replaced by its upper bound of (41)
+    inside the logarithms and by its lower bound in the denominators.
 
     Raises:
         ValueError: ``T <= 9 kappa2 / 2``, where the lower bound on ``n`` is not positive; the
