@@ -128,7 +128,9 @@ def _autodrop(s: Setup) -> Driver:
     optimizer = s.optimizer()
     settings = dict(s.settings)
     if settings["window"] is None:
-        settings["window"] = s.recipe.window or window_for(s.steps)
+        settings["window"] = s.recipe.window or "auto"
+    if settings["window"] == "auto":
+        settings["window"] = window_for(s.steps, factor=settings["factor"])
     return Driver(
         optimizer,
         AutoDrop(optimizer, **settings, warmup_steps=s.warmup_steps, on_reading=s.on_reading),

@@ -142,34 +142,8 @@ def write_bert(folder):
     import transformers
 
     folder.mkdir(parents=True)
-    words = [
-        "the",
-        "film",
-        "number",
-        "is",
-        "bad",
-        "good",
-        "what",
-        "?",
-        '"',
-        "0",
-        "1",
-        "2",
-        "3",
-        "4",
-        "5",
-        "6",
-        "7",
-        "8",
-        "9",
-        "##0",
-        "##1",
-        "##2",
-        "##3",
-        "##4",
-        "##5",
-    ]
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
+    words = ["the", "film", "number", "is", "bad", "good", "what", "?", '"', *"0123456789"]
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words, *(f"##{i}" for i in range(10))]
     (folder / "vocab.txt").write_text("\n".join(pieces) + "\n", encoding="utf-8")
     tokenizer = transformers.BertTokenizerFast(vocab={p: i for i, p in enumerate(pieces)})
     tokenizer.save_pretrained(folder)
