@@ -338,7 +338,7 @@ def test_a_trained_translator_translates(tmp_path):
     needs("sacrebleu", "tokenizers", "transformers")
     tiny_data.write_parallel_text(tmp_path, n=300)
     task = Translation(
-        RECIPES["wmt14-transformer"], tmp_path, device=torch.device("cpu"), batch=800, subwords=60
+        RECIPES["wmt14-transformer"], tmp_path, device=torch.device("cpu"), batch=400, subwords=200
     )
     torch.manual_seed(0)
     model = task.model()
@@ -353,7 +353,7 @@ def test_a_trained_translator_translates(tmp_path):
             optimizer.step()
     before = task.scores(task.model().eval())
     after = task.scores(model.eval())
-    # Untrained 0 BLEU, and a model that translates at all but its shortest sentences above 50.
+    # Untrained 0 BLEU. Trained it was 95 of 100; one wrong word of these 37 costs some 5.
     assert before.error > 95 and after.error < 50
     assert after.test_loss < 0.5 * before.test_loss
     assert Path(tmp_path / "subwords.json").exists()
