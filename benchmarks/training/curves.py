@@ -26,7 +26,7 @@ def draw_curves(
 ) -> None:
     """Means over seeds against epochs; runs that diverged are left out.
 
-    The panel of the test loss is there where a run has one; results of older runs have none.
+    The panel of the test loss is there where all runs have one; results of older runs have none.
 
     Args:
         lines: results of the seeds, by the line's name.
@@ -37,7 +37,8 @@ def draw_curves(
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    tested = any(_mean(results, "test_loss") for results in lines.values())
+    drawn = [results for results in lines.values() if _mean(results, "error")]
+    tested = bool(drawn) and all(_mean(results, "test_loss") for results in drawn)
     figure = Figure(figsize=(15, 7) if tested else (11, 7), layout="constrained")
     grid = figure.subplots(2, 3 if tested else 2)
     rate, loss = grid[0, :2]
@@ -54,8 +55,11 @@ def draw_curves(
     colours = colormaps["viridis" if ordered else "tab20"]
     ends: list[tuple[float, list[tuple[float, float]]]] = []
     highest = 0.0
+    # The only line of AutoDrop among others stands out; several of it are told by their colours.
+    ours = [name for name in lines if name.startswith("AutoDrop")]
+    alone = ours[0] if len(ours) == 1 and not ordered else None
     for i, (name, results) in enumerate(lines.items()):
-        own = name.startswith("AutoDrop") and not ordered and len(lines) > len(_DISTINCT)
+        own = name == alone
         style = {
             "color": _OWN
             if own

@@ -136,7 +136,7 @@ def _tuning(results: Sequence[Result]) -> list[str]:
     seed = results[0]["spec"]["seed"]
     rates = sorted({r["spec"]["lr"] for r in results if r["spec"]["lr"] is not None})
     rows = []
-    for label, runs in _by(results, _label_without_rate).items():
+    for label, runs in sorted(_by(results, _label_without_rate).items()):
         cells = {r["spec"]["lr"]: mean_and_std([r["error"]], digits) for r in runs}
         row = [cells.get(rate, "") for rate in rates]
         rows.append([label, *row] if None not in cells else [label, cells[None], *row[1:]])

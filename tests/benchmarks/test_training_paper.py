@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import tiny_data
@@ -62,6 +64,12 @@ def test_every_table_and_figure_of_both_papers_is_there():
     first = ["2021-table-1", "2021-table-2", *(f"2021-figure-{i}" for i in range(1, 13))]
     assert set(EXHIBITS) == set(uai + first)
     assert all(set(e.data) <= set(SOURCES) for e in EXHIBITS.values())
+
+
+def test_the_documentation_lists_them_all():
+    text = (Path(__file__).parents[2] / "docs" / "papers.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:uai|2021)-(?:table|figure)-\d+)`", text))
+    assert named == set(EXHIBITS)
 
 
 @pytest.mark.parametrize("name", [n for n, e in EXHIBITS.items() if e.entries])
