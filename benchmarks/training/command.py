@@ -395,7 +395,11 @@ def report(results: Sequence[Path], target: Path) -> None:
 @click.option("--epochs", type=click.IntRange(1), help="[default: the paper's]")
 @click.option("--subset", type=click.IntRange(1), help="Examples.  [default: all]")
 @click.option("--batch", type=click.IntRange(1), help="Examples a step.  [default: the paper's]")
-@click.option("--cache", type=click.Path(dir_okay=False), help="File of what is decoded once.")
+@click.option(
+    "--cache",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of what is decoded once.  [default: the data's]",
+)
 @click.option("--workers", type=click.IntRange(0), default=8, show_default=True)
 @click.option("--device", default="auto", show_default=True)
 @click.option(
@@ -426,6 +430,7 @@ def paper(
     models: Sequence[str],
     schedules: Sequence[str],
     seeds: int | None,
+    cache: Path | None,
     device: str,
     precision: str,
     finished: bool,
@@ -456,6 +461,7 @@ def paper(
         models,
         schedules,
         seeds,
+        cache,
         {**base, "device": device, "bf16": bf16},
         {"device": device, "bf16": bf16, "rounds": rounds, "steps": steps},
     )

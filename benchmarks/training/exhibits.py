@@ -143,7 +143,8 @@ FIGURE_3_RATES = (0.3, 0.1, 0.03, 0.01, 0.003)
 _MINIMUM = (
     "Lowest error over the epochs, as the paper has it, which chooses by the test data. What is "
     "searched (HD's beta, the exponential's gamma, CLR's half cycle) is searched here on one other "
-    "seed and held-out training data."
+    "seed and held-out training data. All schedules start from the recipe's rate; OneCycle and CLR "
+    "rise to it."
 )
 _EPOCHS = (
     "Error after the last epoch. The algorithm is the paper's text: the average runs over the 20 "

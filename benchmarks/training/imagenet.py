@@ -162,6 +162,7 @@ class ImageNetModel:
         # all of them must have the same number of steps.
         self.steps_per_epoch = len(order) // batch
         self._batches: Iterator[tuple[Tensor, Tensor]] = iter(())
+        self._loaders: dict[Folder, tuple[DataLoader[Any], list[list[Item]]]] = {}
         self._mean = torch.tensor(_MEAN, device=device)[:, None, None] * 255
         self._std = torch.tensor(_STD, device=device)[:, None, None] * 255
 
@@ -179,7 +180,7 @@ class ImageNetModel:
             [(seed, int(i)) for i in order[start + first : start + first + share]]
             for start in range(0, self.steps_per_epoch * self._batch, self._batch)
         ]
-        self._batches = iter(self._loader(self._train, batches))
+        self._batches = self._read(self._train, batches)
 
     def loss(self, model: nn.Module, random: Generator) -> Tensor:
         """Cross entropy of the next batch, of this rank's share."""
@@ -194,7 +195,7 @@ class ImageNetModel:
         size = max(1, self._batch // self._ranks.size)
         batches = [[(0, int(i)) for i in part] for part in share.split(size) if len(part)]
         sums = torch.zeros(3, dtype=torch.float64, device=self._device)  # wrong, loss, images
-        for images, labels in self._loader(self._test, batches):
+        for images, labels in self._read(self._test, batches):
             on_device = labels.to(self._device)
             logits = model(self._normalised(images)).float()
             sums[0] += (logits.argmax(dim=1) != on_device).sum()
@@ -208,7 +209,7 @@ class ImageNetModel:
         order, seed = self._drawn(random)
         parts = order.split(self._batch // self._ranks.size)[:50]
         batches = [[(seed, int(i)) for i in part] for part in parts]
-        for images, _ in self._loader(self._train, batches):
+        for images, _ in self._read(self._train, batches):
             yield self._normalised(images)
 
     def _drawn(self, random: Generator) -> tuple[Tensor, int]:
@@ -218,15 +219,23 @@ class ImageNetModel:
         seed = int(torch.randint(2**31, (), generator=random, device=device))
         return self._items[order], seed
 
-    def _loader(self, data: Folder, batches: list[list[Item]]) -> DataLoader[tuple[Tensor, Tensor]]:
-        return DataLoader(
-            data,
-            batch_sampler=batches,  # type: ignore[arg-type]  # items are pairs, not indices
-            num_workers=self._workers,
-            pin_memory=self._device.type == "cuda",
-            # Forked workers would share locks with CUDA's and the optimizer's threads.
-            multiprocessing_context="spawn" if self._workers else None,
-        )
+    def _read(self, data: Folder, batches: list[list[Item]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images and labels of batches. The workers are started once, and kept from then on."""
+        if data not in self._loaders:
+            drawn: list[list[Item]] = []
+            loader = DataLoader(
+                data,
+                batch_sampler=drawn,  # type: ignore[arg-type]  # items are pairs, not indices
+                num_workers=self._workers,
+                pin_memory=self._device.type == "cuda",
+                # Forked workers would share locks with CUDA's and the optimizer's threads.
+                multiprocessing_context="spawn" if self._workers else None,
+                persistent_workers=self._workers > 0,
+            )
+            self._loaders[data] = loader, drawn
+        loader, drawn = self._loaders[data]
+        drawn[:] = batches
+        return iter(loader)
 
     def _normalised(self, images: Tensor) -> Tensor:
         x = images.to(self._device, non_blocking=True).float().sub_(self._mean).div_(self._std)

@@ -36,6 +36,7 @@ class Options:
         data: folders by the data set's name; "bert" is a checkpoint.
         models, schedules: only these; empty: all.
         seeds: at most so many; None: the paper's.
+        cache: folder of what is decoded once; None: next to the data.
         base: what replaces the recipe in all runs, such as ``epochs`` and ``subset``.
         timing: arguments of :func:`training.timing.time_steps` but for model and schedules.
     """
@@ -45,6 +46,7 @@ class Options:
     models: Sequence[str] = ()
     schedules: Sequence[str] = ()
     seeds: int | None = None
+    cache: Path | None = None
     base: Mapping[str, Any] = field(default_factory=dict)
     timing: Mapping[str, Any] = field(default_factory=dict)
 
@@ -148,6 +150,7 @@ def base_spec(run: PaperRun, options: Options) -> RunSpec:
         settings=dict(run.settings),
         group=GROUP,
         data=options.data.get(recipe.data),
+        cache=None if options.cache is None else str(options.cache / f"{recipe.data}.cache"),
         checkpoint=options.data.get("bert") if recipe.kind == "glue" else None,
         angles=run.angles,
     )

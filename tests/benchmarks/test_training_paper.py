@@ -160,7 +160,20 @@ def tiny(tmp_path, *names):
     if not data.exists():
         tiny_data.write_cifar10_binaries(data)
     arguments = ["--data", f"cifar10={data}", "--model", "cifar10-resnet18", "--seeds", 2]
-    arguments += ["--epochs", 2, "--subset", 8, "--batch", 4, "--workers", 0, "--device", "cpu"]
+    arguments += [
+        "--cache",
+        tmp_path / "cache",
+        "--epochs",
+        2,
+        "--subset",
+        8,
+        "--batch",
+        4,
+        "--workers",
+        0,
+        "--device",
+        "cpu",
+    ]
     return invoke("paper", *names, *arguments, "--output", tmp_path / "out")
 
 
@@ -174,6 +187,7 @@ def test_a_table_is_run_once_and_printed_next_to_the_papers(tmp_path):
     assert "Not the paper's setting: epochs 2, subset 8, batch 4, at most 2 seeds." in done.output
     stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("result.json")}
     assert len(stamps) == 16
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == ["cifar10.cache"]
     # The first table takes the runs that it shares, and lists those without data as not run.
     again = tiny(tmp_path, "2021-table-1")
     assert again.exit_code == 0, again.output
@@ -239,6 +253,17 @@ def test_steps_are_timed_in_turns():
     assert all(len(rounds) == 2 and min(rounds) > 0 for rounds in seconds.values())
     with pytest.raises(ValueError, match="expected an image model, got 'wmt14-transformer'"):
         time_steps("wmt14-transformer", schedules, **options)
+
+
+def test_the_table_of_times_is_measured(tmp_path):
+    arguments = ("--model", "cifar10-wrn28-10", "--rounds", 1, "--steps", 1, "--device", "cpu")
+    done = invoke("paper", "uai-table-3", *arguments, "--output", tmp_path)
+    assert done.exit_code == 0, done.output
+    rows = [line.split(" | ") for line in done.output.splitlines() if "WRN-28-10" in line]
+    assert [row[1:3] for row in rows] == [
+        ["hd", "0.21"], ["tlr", "0.23"], ["step", "0.20"], ["autodrop", "0.20"],
+    ]  # fmt: skip
+    assert all(float(row[3].split()[0]) > 0 for row in rows)
 
 
 def test_figures_of_the_theory_come_from_the_demo(tmp_path):

@@ -304,16 +304,23 @@ def test_imagenet_crops(tmp_path):
 
 
 def test_workers_read_the_same_batches(tmp_path):
-    tiny_data.write_imagenet(tmp_path, images=1)
-    batches = []
+    """In two epochs, with the test images between them, from workers that stay."""
+    tiny_data.write_imagenet(tmp_path)
+    paper = RECIPES["imagenet-resnet18"]
+    read = []
     for workers in (0, 1):
         task = ImageNetModel(
-            RECIPES["imagenet-resnet18"], tmp_path, device=torch.device("cpu"), batch=2, subset=4,
-            workers=workers,
-        )  # fmt: skip
-        task.start_epoch(torch.Generator().manual_seed(0))
-        batches.append(list(task._batches))
-    for one, other in zip(*batches, strict=True):
+            paper, tmp_path, device=torch.device("cpu"), batch=2, subset=4, workers=workers
+        )
+        random = torch.Generator().manual_seed(0)
+        batches = []
+        for _ in range(2):
+            task.start_epoch(random)
+            batches += list(task._batches)
+            batches += list(task._read(task._test, [[(0, 1), (0, 2)]]))
+        read.append(batches)
+    assert len(read[0]) == 6 and not torch.equal(read[0][0][0], read[0][3][0])
+    for one, other in zip(*read, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 

@@ -20,7 +20,7 @@ def _recipe(task: str, title: str) -> PaperRecipe:
             rates=(1e-7, 1e-6, 1e-5),
             epochs=3,
             batch=32,
-            # A tenth of an epoch of the smallest task; see sources.
+            # A tenth of the smallest task's run; see sources.
             warmup_steps=80,
             warmed=("autodrop", "constant", "linear"),
         ),

@@ -28,5 +28,6 @@ RECIPE = PaperRecipe(
     "there (7e-4), dropout and label smoothing 0.1, batches of 25,000 tokens, 37,000 joint "
     "subwords, beams of 4 with a length penalty of 0.6. Of warm-up the paper says, for GLUE, that "
     "it helped AutoDrop and the manual schedules and hurt HD and TLR; the recipe does so here. "
-    "AutoDrop's window follows the package's rule: the paper prints none.",
+    "AutoDrop's window follows the package's rule, and the plateau waits for one nominal epoch of "
+    "1,000 steps: the paper prints neither.",
 )
