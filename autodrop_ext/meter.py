@@ -161,8 +161,14 @@ class AngularVelocity(Windows):
             self._faults.parameters_changed(WINDOWS_FOR_ANGLE)
             self._discard(self.position)
         if self._sums is None:
-            with no_garbage_collection():
-                self._build()
+            try:
+                with no_garbage_collection():
+                    self._build()
+            except Exception:
+                # Nothing was measured that would have to be discarded at the next step.
+                self._start_over()
+                self._observing = False
+                raise
         elif not self.spoiled:
             self._sums.begin_window()
 
