@@ -153,9 +153,9 @@ class AngularVelocity:
             self.interrupted()
         self._observing = True
         self.steps += 1
-        position = self.position
-        if position == 1 or self._sums is None:
+        if self.position == 1 or self._sums is None:
             self._begin_window()
+        position = self.position  # it changes where restored sums did not fit
         self._exchange.compare_once(facts)
         if self._is_snapshot(position):
             self._take_snapshot()
@@ -460,7 +460,7 @@ class AngularVelocity:
         self._source.watch(shards)
         if saved is not None:
             self._continue(saved, sums)
-        elif self.position == 1:
+        if self.position == 1 and not self._spoiled:
             sums.begin_window()
         # Last, so that an interrupt before it leaves everything to be built again.
         self._sums = sums
