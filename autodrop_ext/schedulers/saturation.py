@@ -20,7 +20,8 @@ def gaussian_filter(values: Sequence[float], buffer_size: int, kernel: Kernel) -
     value weighs ``exp(-d^2 / (2 sigma^2))``. The paper prints the distance ``d`` between *values*
     and bounds ``sigma`` as if it were a distance in *time*; both readings are offered. It also
     prints ``x_t`` under the sum where the neighbours' values must stand, because with ``x_t`` the
-    filter is the identity.
+    filter is the identity; and it centres the buffer on the value that is smoothed, ``m / 2`` on
+    each side, where a decision at the newest value can only look back.
 
     Args:
         values: degrees, oldest first, at least one.
@@ -57,14 +58,18 @@ class SaturationDetector:
     """Smooths angles and says when their rise has ended.
 
     Smoothing starts at ``min_samples`` angles since the last saturation and runs over the last
-    ``buffer_size`` of them. Saturation needs two smoothed values, and is reported where the newer
-    exceeds the older by less than ``threshold``; the difference is signed, as printed. The buffer
-    then starts over.
+    ``buffer_size`` of them. Saturation needs two smoothed values since the last one, and is
+    reported where the newer exceeds the older by less than ``threshold``. The difference is signed,
+    so that a fall counts as saturation. The buffer then starts over.
+
+    This is Algorithm 1 of UAI 2024 as far as it can be followed; docs/algorithm.md sets what it
+    prints next to what is done here.
 
     Args:
         threshold: degrees per window.
         buffer_size: ``m``, angles.
-        min_samples: angles; the defaults of both give Algorithm 1 as printed.
+        min_samples: angles. With 10 for both, a first value comes from 10 angles and a second one
+            from the last 10 of 11, as in Algorithm 1, which never holds more than 10.
         kernel: see :func:`gaussian_filter`.
     """
 
