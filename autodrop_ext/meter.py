@@ -148,7 +148,6 @@ class AngularVelocity(Windows):
         self.steps += 1
         if self.position == 1 or self._sums is None:
             self._begin_window()
-        position = self.position  # it changes where restored sums did not fit
         self._exchange.compare_once(facts)
         if self.is_snapshot():
             self._take_snapshot()
@@ -398,7 +397,7 @@ class AngularVelocity(Windows):
         self._source.watch(shards)
         if saved is not None:
             self._continue(saved, sums)
-        if self.position == 1 and not self._spoiled:
+        if self.position == 1 and not self.spoiled:
             sums.begin_window()
         # Last, so that an interrupt before it leaves everything to be built again.
         self._sums = sums
