@@ -403,7 +403,7 @@ class AngularVelocity(Windows):
         self._source.watch(shards)
         if saved is not None:
             self._continue(saved, sums)
-        elif self.position == 1:
+        if self.position == 1 and not self.spoiled:
             sums.begin_window()
         # Last, so that an interrupt before it leaves everything to be built again.
         self._sums = sums
