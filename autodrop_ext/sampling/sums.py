@@ -18,11 +18,7 @@ from ..ops.window_sums import COVARIANCES, Extra, Watched, WindowSums, by_device
 from .draw import DrawnChunks, Sample, draw, num_chunks
 from .error import SQUARES, margin, scatter, squares, variances
 from .survey import Survey, num_windows
-
-LEAST_MOVING = 30
-"""Effective number of moving chunks below which the error of an angle is unknown. ``(sum a)^2 / sum
-a^2`` over the chunks' shares ``a`` of ``|s|^2``, as Kish counts unequal weights."""
-
+from .wandering import NUMBERS, Wandering, trusted
 
 def sums_of(sample: float | None, seed: int) -> Callable[..., WindowSums]:
     """What makes the sums of a meter: of everything, or of a sample."""
@@ -59,6 +55,7 @@ class SampledSums(WindowSums):
         super().__init__([], backend)
         self.sample = sample
         self._drawn: list[DrawnChunks] = []
+        self._wandering: list[Wandering] = []
         self._motion: Mapping[str, FloatArray] = {}
         # Plans of everything: they find repeated tensors, and cost no arenas.
         self._members: list[tuple[Plan, list[Watched]]] = []
@@ -110,10 +107,20 @@ class SampledSums(WindowSums):
             total += float(device.plan.tensor_weights[drawn.tensor] @ stands_for)
         return total
 
-    def drawn_rows(self) -> Iterator[tuple[FloatArray, DrawnChunks, FloatArray]]:
-        """For each device: sums of each chunk, the strata, and the weights of the tensors."""
-        for device, drawn in zip(self.devices, self._drawn, strict=True):
-            yield device.rows(), drawn, device.plan.tensor_weights
+    def errors(self) -> Iterator[tuple[FloatArray, FloatArray, FloatArray]]:
+        """For each device, what the error of the angle is made of.
+
+        Covariances and products of the estimates, and how far motion wanders; see
+        :class:`SamplingError`.
+        """
+        for device, drawn, wandering in zip(
+            self.devices, self._drawn, self._wandering, strict=True
+        ):
+            rows, weights = device.rows(), device.plan.tensor_weights
+            covariances = variances(scatter(rows, drawn), drawn.population, drawn.taken)
+            of_stratum = weights[drawn.stratum_tensor]
+            products = squares(covariances, drawn.taken, of_stratum)
+            yield of_stratum @ covariances, products, wandering.numbers(rows, weights)
 
     # ---- a window ---------------------------------------------------------------------------
 
@@ -155,7 +162,7 @@ class SampledSums(WindowSums):
 
     def _draw(self, motion: Mapping[str, FloatArray]) -> None:
         """Choose the chunks and make their arenas."""
-        drawn, made = [], []
+        drawn, made, wandering = [], [], []
         for plan, members in self._members:
             lengths = [segment.flat.numel() for segment in plan.segments]
             of_tensor = [motion.get(watched.name) for watched in members]
@@ -165,13 +172,15 @@ class SampledSums(WindowSums):
                 for moved, n in zip(of_tensor, lengths, strict=True)
                 if moved is not None and len(moved) == num_chunks(n)
             ]
-            fits = len(fitting) == len(lengths)
+            surveyed = fitting if len(fitting) == len(lengths) else None
             labels = [watched.label for watched in members]
-            chunks = draw(lengths, labels, self.sample, fitting if fits else None)
+            chunks = draw(lengths, labels, self.sample, surveyed)
             ranges = Ranges(chunks.tensor, chunks.start, chunks.length, chunks.expansion)
             drawn.append(chunks)
+            wandering.append(Wandering(chunks, surveyed))
             made.append(self._make_device(plan.device, members, ranges))
-        self._motion, self._drawn, self.devices = motion, drawn, made
+        self._motion, self._drawn, self._wandering = motion, drawn, wandering
+        self.devices = made
 
     # ---- checkpoints ------------------------------------------------------------------------
 
@@ -206,48 +215,33 @@ class SamplingError:
     """Standard error and 95 % margin of a sampled angle, from numbers that ranks add up.
 
     The numbers are the six covariances of the totals, 21 sums of products for the degrees of
-    freedom, and two sums of squares of the chunks' shares of both norms.
+    freedom, and four that say how far motion wanders.
     """
 
-    size = COVARIANCES + SQUARES + 2
+    size = COVARIANCES + SQUARES + NUMBERS
 
     def local(self, sums: WindowSums) -> list[float]:
         """This rank's numbers after a close."""
         assert isinstance(sums, SampledSums), "made by SampledSums.extras"
         numbers = np.zeros(self.size)
-        for rows, drawn, weights in sums.drawn_rows():
-            covariances = variances(scatter(rows, drawn), drawn.population, drawn.taken)
-            of_stratum = weights[drawn.stratum_tensor]
-            shares = rows[:, 1:3] * (drawn.expansion * weights[drawn.tensor])[:, None]
-            numbers += np.concatenate(
-                [
-                    of_stratum @ covariances,
-                    squares(covariances, drawn.taken, of_stratum),
-                    (shares**2).sum(axis=0),
-                ]
-            )
+        for parts in sums.errors():
+            numbers += np.concatenate(parts)
         plain: list[float] = numbers.tolist()
         return plain
 
     def fields(self, totals: Sums, numbers: Sequence[float]) -> dict[str, Any]:
         """``standard_error`` and ``margin`` of a reading, degrees; NaN where they are unknown."""
-        covariances = numbers[:COVARIANCES]
-        products = numbers[COVARIANCES : COVARIANCES + SQUARES]
-        if _moving(totals, numbers[-2:]) < LEAST_MOVING:
-            return self.unknown()
+        covariances, rest = numbers[:COVARIANCES], numbers[COVARIANCES:]
+        products, wandering = rest[:SQUARES], rest[SQUARES:]
+        unread = wandering[0]
         three = (totals.dot, totals.norm, totals.previous_norm)
-        return {
-            "standard_error": standard_error(*three, covariances),
-            "margin": margin(*three, covariances, products),
-        }
+        error = standard_error(*three, covariances)
+        # Chunks without any scatter, such as one that moves among many that stand still, say
+        # nothing about those that are not read.
+        if not trusted(wandering) or (error == 0 and unread > 0):
+            return self.unknown()
+        return {"standard_error": error, "margin": margin(*three, covariances, products)}
 
     def unknown(self) -> dict[str, Any]:
         """The fields of a reading whose error is not known."""
         return {"standard_error": math.nan, "margin": math.nan}
-
-
-def _moving(totals: Sums, shares: Sequence[float]) -> float:
-    """Effective number of chunks that move, in the window that has fewer of them."""
-    norms = (totals.norm, totals.previous_norm)
-    pairs = zip(norms, shares, strict=True)
-    return min(norm**2 / share if share > 0 else 0.0 for norm, share in pairs)
