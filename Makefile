@@ -5,12 +5,13 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
+SHELL := /bin/bash
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CPP := $(shell find csrc -name '*.h' -o -name '*.cpp')
 
-.PHONY: demo test test-slow check docs packages import-time compatibility bench accuracy train-table ablations cifar gpu clean
+.PHONY: demo test test-slow check docs packages import-time compatibility bench accuracy train-table ablations cifar gpu gpu-build gpu-test gpu-sanitize gpu-bench clean
 .DELETE_ON_ERROR:
 
 # torch first and by itself: with it there, the package's own requirement brings no other build of it.
@@ -69,18 +70,39 @@ cifar:   ## ResNet-18 on CIFAR-10 as in the papers, AutoDrop beside step decay
 	$(PYTHON) benchmarks/training/command.py report build/training --to build/training
 
 # Offline, with the torch, pybind11, scikit-build-core, cmake and ninja that $(PYTHON) already has.
-gpu:   ## on a machine with a GPU: build, tests, compute-sanitizer, benchmarks; under ten minutes
+# Each target takes less than ten minutes and can run alone, so that a machine that is lent for a
+# short time wastes none of it. Results go, row by row, to the folder OUT.
+OUT ?= benchmarks/results
+ON_GPU := AUTODROP_REQUIRE_GPU=1 timeout 590
+# Only this package's kernels are instrumented: torch's take most of an hour. The option's name has
+# changed between releases of the tool.
+SANITIZER = compute-sanitizer --error-exitcode 9 \
+  $$(compute-sanitizer --help | grep -q -e --kernel-name && echo --kernel-name || echo --filter) \
+  kns=autodrop
+
+gpu: gpu-test gpu-sanitize gpu-bench   ## on a machine with a GPU: everything below, one after the other
+
+gpu-build:   ## on a machine with a GPU: build for it
 	AUTODROP_CUDA=1 CUDAARCHS=native $(PYTHON) -m pip install --no-build-isolation --no-deps --editable .
-	AUTODROP_REQUIRE_GPU=1 $(PYTHON) -m pytest tests/ops/test_gpu.py
+
+gpu-test: gpu-build   ## on a machine with a GPU: tests, results to OUT/gpu-tests.txt
+	mkdir -p $(OUT)
+	set -o pipefail; $(ON_GPU) $(PYTHON) -u -m pytest -v tests/ops/test_gpu.py | tee $(OUT)/gpu-tests.txt
 	$(PYTHON) -m autodrop_ext doctor || true  # needs click and rich, which the machine may lack
-	for tool in memcheck racecheck initcheck; do \
-	  AUTODROP_REQUIRE_GPU=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool \
-	    --error-exitcode 9 $(PYTHON) -m pytest tests/ops/test_gpu.py -k "cuda and (odd or misaligned)" \
-	    || exit 1; \
+
+gpu-sanitize: gpu-build   ## on a machine with a GPU: compute-sanitizer, results to OUT/gpu-*check.txt
+	mkdir -p $(OUT)
+	for tool in memcheck racecheck initcheck synccheck; do \
+	  set -o pipefail; PYTORCH_NO_CUDA_MEMORY_CACHING=1 AUTODROP_REQUIRE_GPU=1 timeout 145 \
+	    $(SANITIZER) --tool $$tool $(PYTHON) -u -m pytest -v tests/ops/test_gpu.py \
+	    -k "cuda and bits and (odd or misaligned)" | tee $(OUT)/gpu-$$tool.txt || exit 1; \
 	done
-	$(PYTHON) benchmarks/speed/gpu.py --output benchmarks/results
-	$(PYTHON) benchmarks/accuracy/sampling.py cost --device cuda --shapes llama8b --dtype bfloat16 \
-	  --json benchmarks/results
+
+gpu-bench: gpu-build   ## on a machine with a GPU: throughput, results to OUT/GPU-NAME.*
+	mkdir -p $(OUT)
+	$(PYTHON) benchmarks/speed/gpu.py --output $(OUT) --minutes 6
+	timeout 180 $(PYTHON) benchmarks/accuracy/sampling.py cost --device cuda --shapes llama8b --dtype bfloat16 \
+	  --json $(OUT)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info autodrop_ext/*.so demo-output benchmark.json

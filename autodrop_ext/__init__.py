@@ -12,12 +12,22 @@ from . import checks  # noqa: F401
 from .log import JsonLinesLog, TeeLog, read_log
 from .meter import AngularVelocity
 from .reading import Decision, Reading
-from .schedulers import AnalyticAutoDrop, AnalyticDrop, AutoDrop, EpochAutoDrop, EpochDecision
+from .schedulers import (
+    AnalyticAutoDrop,
+    AnalyticDrop,
+    AnytimeAutoDrop,
+    AnytimeDecision,
+    AutoDrop,
+    EpochAutoDrop,
+    EpochDecision,
+)
 
 __all__ = [
     "AnalyticAutoDrop",
     "AnalyticDrop",
     "AngularVelocity",
+    "AnytimeAutoDrop",
+    "AnytimeDecision",
     "AutoDrop",
     "Decision",
     "EpochAutoDrop",

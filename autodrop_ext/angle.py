@@ -3,12 +3,13 @@
 A window's mean carries the roundings of ``k`` additions. Where steps are tiny they repeat from step
 to step and add up, so that the error of a mean ``m`` has the variance
 
-    sigma^2 = 2^-46 (0.02 + 0.015 k + 0.003 k^2) |y|^2
+    sigma^2 = 2^-46 (0.05 + 0.015 k + 0.003 k^2) |y|^2
 
 over all elements together, where ``y`` is what was summed: the parameters in sum form (``y = m``),
 their distance from the last mean in delta form (``y = s``). The linear term is that of independent
 roundings, the quadratic one covers their repetition (fitted to simulations over k = 16 to 1000 and
-relative updates of 1e-3 to 1e-7), the constant the conversion of float64 parameters.
+relative updates of 1e-3 to 1e-7). The constant is the conversion of float64 parameters: 0.045 for
+one rounding, which is the same in all snapshots of a window where steps are tiny.
 
 The errors ``e_i`` of two neighbouring means enter ``s_i = m_i - m_{i-1}`` with opposite signs, so
 that the expected sums are ``|s_i|^2 + sigma_i^2 + sigma_{i-1}^2`` and
@@ -47,13 +48,23 @@ def angle_of(dot: float, norm: float, previous_norm: float) -> tuple[float, floa
     return math.degrees(math.acos(cosine)), cosine
 
 
-def mean_variance(window: int, sums: Sums, form: str) -> float:
-    """``sigma^2`` of the mean of a window that was summed in "sum" or "delta" form."""
-    additions = 2.0**-46 * (0.02 + 0.015 * window + 0.003 * window**2)
+def mean_variance(window: int, sums: Sums, form: str, elements: float) -> float:
+    """``sigma^2`` of the mean of a window.
+
+    Args:
+        window: ``k``, snapshots that were summed.
+        sums: totals of the window.
+        form: form that they were summed in, "sum" or "delta".
+        elements: how many elements the sums run over.
+    """
+    additions = 2.0**-46 * (0.05 + 0.015 * window + 0.003 * window**2)
+    # Below float32's normal numbers errors no longer shrink with the values. Units are 2^-149, and
+    # 2^-141 for a displacement without its low byte; a rounding has a twelfth of the unit's square.
     if form == "sum":
-        return additions * sums.mean_norm
-    # The residual of the mean is kept to |m| 2^-32, the displacement to 2^-17 of itself.
-    return (additions + 2.0**-35) * sums.norm + 2.0**-65 * sums.mean_norm
+        return additions * sums.mean_norm + elements * 2.0**-298 / 12
+    # The residual of the mean is kept to |m| 2^-32, the displacement to 16 bits of its mantissa.
+    tiny = elements * (2.0**-298 + 2.0**-282 / window**2) / 12
+    return (additions + 2.0**-34) * sums.norm + 2.0**-65 * sums.mean_norm + tiny
 
 
 def angle_error(sums: Sums, variances: tuple[float, float, float], elements: float) -> float:
@@ -68,7 +79,9 @@ def angle_error(sums: Sums, variances: tuple[float, float, float], elements: flo
     measured = angle_of(sums.dot, sums.norm, sums.previous_norm)
     if measured is None:
         return 180.0
-    oldest, shared, newest = variances
+    # With few elements the squared error may be many times its mean.
+    worst = _upper(elements)
+    oldest, shared, newest = (worst * variance for variance in variances)
     norm = sums.norm - newest - shared
     previous_norm = sums.previous_norm - shared - oldest
     corrected = angle_of(sums.dot + shared, norm, previous_norm)
@@ -78,6 +91,16 @@ def angle_error(sums: Sums, variances: tuple[float, float, float], elements: flo
     relative = (newest + shared) / norm + (shared + oldest) / previous_norm
     spread = math.degrees(math.sqrt(relative / max(elements, 1)))
     return min(180.0, FLOOR + bias + _SPREAD * spread)
+
+
+def _upper(elements: float) -> float:
+    """How many times its mean a squared error of so many elements may be.
+
+    The upper quantile of chi-square at :data:`_SPREAD` standard deviations over its mean (Wilson
+    and Hilferty): 9.7 for one element, 1.04 for ten thousand.
+    """
+    spread = 2 / (9 * max(elements, 1.0))
+    return (1 - spread + _SPREAD * math.sqrt(spread)) ** 3
 
 
 def better_form(
@@ -94,7 +117,7 @@ def better_form(
     """
     if form == "sum":
         return "delta" if rounding_error > CONVERT_TO_DELTA else "sum"
-    in_sum_form = mean_variance(window, sums, "sum")
+    in_sum_form = mean_variance(window, sums, "sum", elements)
     error = angle_error(sums, (in_sum_form, in_sum_form, in_sum_form), elements)
     return "sum" if error < CONVERT_TO_SUM else "delta"
 

@@ -1,9 +1,10 @@
-"""Weighted average of parameters over snapshots, 4 bytes a parameter (2021, Algorithm 1)."""
+"""Averages of parameters: over snapshots (2021, Algorithm 1), and for the time of a block."""
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from . import checks
 from .faults import Warnings
 from .ops import Operations, check_name, select
+from .ops.device_sums import DeviceSums
 from .ops.memory import Named, needing
 from .ops.plan import Plan
 from .parameters import ParameterSource
@@ -138,7 +140,7 @@ class ParameterAverage:
         parts = []
         for (device, doubles), named in groups.items():
             plan = Plan(named, device)
-            operations = None if doubles else select(self._backend, device.type).bind(plan)
+            operations = None if doubles else select(self._backend, device).bind(plan)
             parts.append(_Part(plan, operations))
         self._parts = parts
 
@@ -298,6 +300,20 @@ def _all_finite(arena: Tensor) -> bool:
 
 
 def _check_mean(name: str, value: Any) -> Tensor:
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        raise ValueError(f"{name}: expected a floating-point tensor, got {type(value).__name__}")
-    return value
+    dense = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+    if not dense or not value.is_floating_point():
+        raise ValueError(f"{name}: expected a dense floating-point tensor, got {value!r}")
+    tensor: Tensor = value
+    return tensor
+
+
+@contextlib.contextmanager
+def own_bits_after(devices: Sequence[DeviceSums]) -> Iterator[None]:
+    """Keep a copy of the parameters, and give them their bits back at the block's end."""
+    aliases = [segment.alias for device in devices for segment in device.plan.segments]
+    copies = [alias.clone() for alias in aliases]
+    try:
+        yield
+    finally:
+        for alias, copy in zip(aliases, copies, strict=True):
+            alias.copy_(copy)

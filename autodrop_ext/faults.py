@@ -119,6 +119,14 @@ class Faults:
         for device in sums.devices:
             finite = torch.from_numpy(device.per_tensor()).isfinite().all(dim=1).tolist()
             for segment, good in zip(device.plan.segments, finite, strict=True):
+                if not good and bool(segment.alias.isfinite().all()):
+                    self.warnings.once(
+                        "nonfinite",
+                        f"{segment.name}{where} held values during window {window} whose float32 "
+                        "sums overflow (beyond 3.4e38); the angle is undefined and no learning "
+                        "rate is dropped",
+                    )
+                    return
                 if not good:
                     self.warnings.once("nonfinite", f"{segment.name}{where} {consequence}")
                     return
@@ -132,6 +140,13 @@ class Faults:
                 f"no parameter of the sample moved during the last {_STILL_WINDOWS} windows, so "
                 "the angle is undefined and no learning rate is dropped; a larger sample= may hold "
                 "some that move",
+            )
+        elif self.still_windows == _STILL_WINDOWS and totals.mean_norm == 0:
+            self.warnings.once(
+                "still",
+                f"the parameters were zero during the last {_STILL_WINDOWS} windows, or smaller "
+                "than float32 sums can hold (1.4e-45), so the angle is undefined and no learning "
+                "rate is dropped",
             )
         elif self.still_windows == _STILL_WINDOWS:
             self.warnings.once(

@@ -1,25 +1,34 @@
-"""A run's log: JSON lines that grow while the run goes on, and where else decisions may go."""
+"""A run's log, JSON lines that grow while the run goes on, and other places for decisions."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
+import os
 import pathlib
+import reprlib
+import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol, TextIO
+from typing import Any, Literal, Protocol
 
 import torch
 
 from .reading import Decision
 
 _BEGINNING = b'{"event": "'
+_BLOCK = 1 << 16  # bytes that are read at once while the beginning of the last line is looked for
+_QUOTED = 80  # characters of a broken line in an error message
+_LARGEST_STEP = 2**63  # A larger step is no count of optimizer steps.
 
 
 class LogSink(Protocol):
-    """What takes a run's decisions: any function that takes a :class:`Decision` will do.
+    """Takes a run's decisions; any function that takes a :class:`Decision` will do.
 
-    The sinks of this package also have ``metrics(step, **values)``, for values of one's own such as
-    a loss, and ``close()``.
+    The sinks of this package also have ``metrics(step, **values)``, for other values such as a
+    loss, and ``close()``. A sink that has ``begin(settings)`` is given the scheduler's settings
+    before the first decision.
     """
 
     def __call__(self, decision: Decision, /) -> object:
@@ -54,29 +63,81 @@ def to_scalars(decision: Decision) -> dict[str, float]:
 
 
 class JsonLinesLog:
-    """Appends one JSON object a line to a file; give it to ``AutoDrop`` as ``on_reading=``.
+    """Appends one JSON object a line to a file; pass it to ``AutoDrop`` as ``on_reading=``.
 
-    Lines with ``"event": "reading"`` hold a :class:`Decision`; lines with ``"event": "metrics"``
-    hold whatever :meth:`metrics` is given. Every line is flushed, so that a killed run keeps its
-    log; a resumed run appends, after cutting off a line that was left unfinished. Of several ranks
-    the first one writes.
+    A line with ``"event": "settings"`` holds the scheduler's settings, which the scheduler passes
+    to :meth:`begin`; lines with ``"event": "reading"`` hold a :class:`Decision`; lines with
+    ``"event": "metrics"`` hold whatever :meth:`metrics` is given. Every line is written at once, so
+    that a killed run keeps its log; a resumed run appends, after cutting off a line that was left
+    unfinished. Of several ranks the first one writes.
+
+    A disk that is full, or another trouble while the run goes on, does not end the training: there
+    is one warning, lines are missing, and later ones are written as soon as that works again.
 
     Args:
-        path: of the file; it is made with the first line.
+        path: The file. It and its folder are created here, so that a path at which nothing can be
+            written is noticed before the training starts.
+
+    Raises:
+        OSError: The file cannot be written.
+        ValueError: The file exists and is not a log.
     """
 
-    def __init__(self, path: str | pathlib.Path) -> None:
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = pathlib.Path(path)
-        self._file: TextIO | None = None
+        self._file: io.FileIO | None = None
+        self._header: dict[str, Any] | None = None
+        self._warned = False
+        if is_first_rank():
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with self.path.open("ab"):
+                    _last_line(self.path)
+            except OSError as error:
+                raise type(error)(
+                    f"path: expected a file that can be written, got {str(path)!r}: "
+                    f"{error.strerror or error}"
+                ) from error
+
+    def begin(self, settings: Mapping[str, Any]) -> None:
+        """Write the header: the version of this package and the settings of a run.
+
+        A scheduler calls this before its first decision and after it has loaded a checkpoint. A
+        header that would only repeat the last one is left out.
+
+        Args:
+            settings: Plain values by name; ``scheduler`` is the name of its class.
+        """
+        from . import __version__
+
+        header = {"event": "settings", "version": __version__, "settings": _plain(settings)}
+        if header != self._header:
+            self._header = header
+            self._write(header)
 
     def __call__(self, decision: Decision) -> None:
         """Write a decision."""
         self._write({"event": "reading", **decision.as_dict()})
 
-    def metrics(self, step: int, **values: float) -> None:
-        """Write values of your own, such as ``loss``, at an optimizer step."""
-        finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
-        self._write({"event": "metrics", "step": step, **finite})
+    def metrics(self, step: int, **values: Any) -> None:
+        """Write other values, such as ``loss``, at an optimizer step.
+
+        Args:
+            step: The optimizer step.
+            **values: Numbers, also of numpy, or tensors of one element. NaN and infinity are
+                written as null.
+
+        Raises:
+            TypeError: A value is not a number.
+            ValueError: A value is called ``event``, which is the name of the kind of a line, or the
+                step is not finite.
+        """
+        if "event" in values:
+            raise ValueError("metrics: expected another name than 'event', which lines begin with")
+        numbers = {name: _number(name, value) for name, value in {"step": step, **values}.items()}
+        if numbers["step"] is None:
+            raise ValueError(f"step: expected a finite number, got {step!r}")
+        self._write({"event": "metrics", **numbers})
 
     def close(self) -> None:
         """Close the file; a later line opens it again."""
@@ -87,23 +148,40 @@ class JsonLinesLog:
     def _write(self, record: dict[str, Any]) -> None:
         if not is_first_rank():
             return
-        if self._file is None:
-            _mend_last_line(self.path)
-            self._file = self.path.open("a", encoding="utf-8")
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        line = json.dumps(record).encode() + b"\n"
+        try:
+            if self._file is None:
+                _mend_last_line(self.path)
+                # There is no buffer: after an error it would hold a line that close() fails on.
+                self._file = self.path.open("ab", buffering=0)
+            while line:
+                line = line[self._file.write(line) :]
+        except (OSError, ValueError) as error:
+            # The next line opens the file again, and cuts off what is half there.
+            file, self._file = self._file, None
+            if file is not None:
+                with contextlib.suppress(OSError):  # the same trouble again
+                    file.close()
+            if not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"JsonLinesLog: a line could not be written, and the run goes on without it: "
+                    f"{self.path}: {error}",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
 
     def __del__(self) -> None:
-        # Nothing is lost with an open file, because lines are flushed: no warning about it.
+        # Nothing is lost with an open file, because nothing is buffered: no warning about it.
         if getattr(self, "_file", None) is not None:
             self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "_file": None}
+        return {"path": self.path, "_file": None, "_header": None, "_warned": False}
 
 
 class TeeLog:
-    """Hands decisions and metrics to several sinks, in the order given.
+    """Hands settings, decisions and metrics to several sinks, one after the other.
 
     Args:
         sinks: functions that take a :class:`Decision`, such as :class:`JsonLinesLog`.
@@ -119,45 +197,52 @@ class TeeLog:
         self.sinks = sinks
 
     def __call__(self, decision: Decision) -> None:
-        """Hand a decision on."""
+        """Hand on a decision."""
         for sink in self.sinks:
             sink(decision)
 
-    def metrics(self, step: int, **values: float) -> None:
-        """Hand values of your own on to the sinks that take them."""
-        for sink in self.sinks:
-            take = getattr(sink, "metrics", None)
-            if take is not None:
-                take(step, **values)
+    def begin(self, settings: Mapping[str, Any]) -> None:
+        """Hand on a run's settings to the sinks that take them."""
+        self._call("begin", settings)
+
+    def metrics(self, step: int, **values: Any) -> None:
+        """Hand on other values to the sinks that take them."""
+        self._call("metrics", step, **values)
 
     def close(self) -> None:
         """Close the sinks that can be closed."""
+        self._call("close")
+
+    def _call(self, name: str, *args: Any, **values: Any) -> None:
         for sink in self.sinks:
-            close = getattr(sink, "close", None)
-            if close is not None:
-                close()
+            method = getattr(sink, name, None)
+            if method is not None:
+                method(*args, **values)
 
 
 class LogReader:
-    """Reads a log that may still be growing: :meth:`poll` takes what has come since.
+    """Reads a log that may still be growing; :meth:`poll` takes the lines that are new.
 
-    A resumed run starts at its checkpoint and writes some steps a second time; what an earlier line
-    says of them is then replaced.
+    A resumed run starts at its checkpoint and writes some steps a second time, which replaces what
+    earlier lines say about them.
 
     Args:
-        path: of the file, which need not exist yet.
+        path: The file, which need not exist yet.
 
     Attributes:
-        readings: the readings so far, by step.
-        metrics: the metrics so far.
-        unfinished: the beginning of a line that is not there as a whole.
+        settings: The newest settings of the run, and the ``version`` that wrote them. It is empty
+            for logs of programs that passed none.
+        readings: The readings so far, by step. Numbers that are not finite are None.
+        metrics: The metrics so far.
+        unfinished: The beginning of a line whose end has not been written yet.
     """
 
-    def __init__(self, path: str | pathlib.Path) -> None:
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = pathlib.Path(path)
         self._start_over()
 
     def _start_over(self) -> None:
+        self.settings: dict[str, Any] = {}
         self.readings: list[dict[str, Any]] = []
         self.metrics: list[dict[str, Any]] = []
         self.unfinished = b""
@@ -166,13 +251,13 @@ class LogReader:
         self._last: dict[frozenset[str], float] = {}  # step, by kind of record
 
     def poll(self) -> bool:
-        """Read the lines that are new; whether there were any.
+        """Read the lines that are new, and return whether there were any.
 
         A file that has become shorter is another run's, and is read from its beginning.
 
         Raises:
-            ValueError: a line is not a record of :class:`JsonLinesLog`; the message names it.
-            OSError: the file cannot be read.
+            ValueError: A line is not a record of :class:`JsonLinesLog`; the message names it.
+            OSError: The file cannot be read.
         """
         try:
             with self.path.open("rb") as file:
@@ -185,37 +270,54 @@ class LogReader:
                 self._start_over()
             return False
         self._at += len(new)
+        if b"\n" not in new:
+            self.unfinished += new
+            return False
         *whole, self.unfinished = (self.unfinished + new).split(b"\n")
         for line in whole:
             self._lines += 1
-            self._take(line.decode("utf-8"))
-        return bool(whole)
+            self._take(line)
+        return True
 
-    def finish(self) -> None:
-        """Take a last line that lacks only its end; pass over one that a killed run cut short."""
-        line = self.unfinished.decode("utf-8")
-        try:
-            json.loads(line)
-        except json.JSONDecodeError:
-            return
-        self._lines += 1
-        self._take(line)
-        self.unfinished = b""
+    def read_all(self) -> LogReader:
+        """Read a log to its end.
 
-    def _take(self, line: str) -> None:
+        A last line that lacks only its end is taken, and one that a killed run cut short is not.
+
+        Raises:
+            ValueError: As for :meth:`poll`.
+            OSError: The file is not there or cannot be read.
+        """
+        self.path.stat()  # raises FileNotFoundError, where poll() would wait for the file
+        self.poll()
+        if _is_json(self.unfinished) or not _may_be_record(self.unfinished):
+            self._lines += 1
+            self._take(self.unfinished)
+            self.unfinished = b""
+        return self
+
+    def _take(self, line: bytes) -> None:
         if not line.strip():
             return
         where = f"{self.path}:{self._lines}"
+        quoted = line[:_QUOTED].decode("utf-8", "replace") + (" ..." if len(line) > _QUOTED else "")
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: expected a JSON object, got {line!r}") from error
+            record = _DECODER.decode(line.decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where}: expected a JSON object, got {quoted!r}") from error
         event = record.get("event") if isinstance(record, dict) else None
+        if event == "settings" and isinstance(record.get("settings"), dict):
+            self.settings = {"version": record.get("version"), **record["settings"]}
+            return
         if event not in ("reading", "metrics"):
-            raise ValueError(f"{where}: expected a reading or metrics, got {line!r}")
+            raise ValueError(f"{where}: expected a reading or metrics, got {quoted!r}")
         step = record.get("step")
-        if not isinstance(step, (int, float)) or isinstance(step, bool):
-            raise ValueError(f"{where}: expected a number as 'step', got {step!r}")
+        if (
+            not isinstance(step, (int, float))
+            or isinstance(step, bool)
+            or not abs(step) < _LARGEST_STEP
+        ):
+            raise ValueError(f"{where}: expected a number as 'step', got {reprlib.repr(step)}")
         records = self.readings if event == "reading" else self.metrics
         # Values that are logged apart may count different steps: only those of the same names are
         # compared. Two meters may report the same step.
@@ -226,56 +328,115 @@ class LogReader:
         self._last[kind] = step
 
 
-def read_log(path: str | pathlib.Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Readings and metrics of a log, in the order they were written.
+def read_log(
+    path: str | os.PathLike[str],
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the readings and the metrics of a log, in the order they were written.
 
     A last line that a killed run left unfinished is passed over, and what a resumed run did a
     second time is there once.
 
     Raises:
-        ValueError: a line is not a record of :class:`JsonLinesLog`; the message names it.
-        OSError: the file cannot be read.
+        ValueError: A line is not a record of :class:`JsonLinesLog`; the message names it.
+        OSError: The file cannot be read.
     """
-    reader = LogReader(path)
-    reader.path.stat()  # raises FileNotFoundError where poll() would wait for the file
-    reader.poll()
-    reader.finish()
+    reader = LogReader(path).read_all()
     return reader.readings, reader.metrics
 
 
-def of_epochs(readings: Iterable[Mapping[str, Any]]) -> bool:
-    """Whether readings of a log are those of ``EpochAutoDrop``, one for each epoch."""
-    return any("waited" in reading for reading in readings)
+def kind_of(readings: Iterable[Mapping[str, Any]]) -> Literal["windows", "epochs", "anytime"]:
+    """Return what the readings of a log are about.
+
+    ``EpochAutoDrop`` has one for each epoch, ``AnytimeAutoDrop`` one for each of its growing
+    windows, and the others one for each window.
+    """
+    names = {name for reading in readings for name in reading}
+    return "epochs" if "waited" in names else "anytime" if "power" in names else "windows"
 
 
 def _kind(record: Mapping[str, Any]) -> frozenset[str]:
-    """Readings are one kind, whatever details they hold; metrics are told apart by their names."""
+    """Readings are one kind, whatever details they hold; metrics differ by their names."""
     return frozenset(["reading"] if record["event"] == "reading" else record)
+
+
+def _finite(digits: str) -> float | None:
+    number = float(digits)
+    return number if math.isfinite(number) else None
+
+
+_DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=lambda name: None)
+
+
+def _may_be_record(beginning: bytes) -> bool:
+    return beginning.startswith(_BEGINNING) or _BEGINNING.startswith(beginning)
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _number(name: str, value: Any) -> float | int | None:
+    """A Python number for one of numpy, torch or Python; None if it is not finite."""
+    try:
+        number = value.item() if hasattr(value, "item") else value
+        finite = math.isfinite(number)
+    except OverflowError:  # an integer that no float can hold
+        return None
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name}: expected a number, got {value!r}") from error
+    if not finite:
+        return None
+    return number if isinstance(number, (bool, int)) else float(number)
+
+
+def _plain(value: Any) -> Any:
+    """A copy that fits a JSON line."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return _number("settings", value)
+
+
+def _last_line(path: pathlib.Path) -> bytes:
+    """The last line of a log if it lacks its end, and nothing otherwise.
+
+    Raises:
+        ValueError: The file is not a log.
+    """
+    blocks: list[bytes] = []
+    with path.open("rb") as file:
+        first = file.read(len(_BEGINNING))
+        start = file.seek(0, 2)
+        while start > 0 and not (blocks and b"\n" in blocks[-1]):
+            length = min(_BLOCK, start)
+            start -= length
+            file.seek(start)
+            blocks.append(file.read(length))
+    rest = b"".join(reversed(blocks)).rpartition(b"\n")[2]
+    for part, where in ((rest, "ends in"), (first, "begins with")):
+        if not _may_be_record(part):
+            raise ValueError(
+                f"{path}: expected a log to append to, got a file that {where} {part[:60]!r}"
+            )
+    return rest
 
 
 def _mend_last_line(path: pathlib.Path) -> None:
     """End a line that lacks only its end; cut off one that a killed run left unfinished."""
-    try:
-        with path.open("rb+") as file:
-            end = start = file.seek(0, 2)
-            tail = b""
-            while start > 0 and b"\n" not in tail:
-                start = max(0, start - 4096)
-                file.seek(start)
-                tail = file.read(end - start)
-            rest = tail.rpartition(b"\n")[2]
-            if not rest:
-                return
-            if not (rest.startswith(_BEGINNING) or _BEGINNING.startswith(rest)):
-                raise ValueError(
-                    f"{path}: expected a log to append to, got a file that ends in {rest[:60]!r}"
-                )
-            try:
-                json.loads(rest)
-            except ValueError:
-                file.truncate(end - len(rest))
-            else:
-                file.seek(end)
-                file.write(b"\n")
-    except FileNotFoundError:
+    if not path.exists():
         return
+    rest = _last_line(path)
+    if rest:
+        with path.open("rb+") as file:
+            end = file.seek(0, 2)
+            if _is_json(rest):
+                file.write(b"\n")
+            else:
+                file.truncate(end - len(rest))

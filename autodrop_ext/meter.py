@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 from . import angle, checks
+from .averaging import own_bits_after
 from .distributed.checkpoint import ArenaState, SavedMeter, SavedSums
 from .distributed.exchange import Counts, Exchange, Facts
-from .distributed.group import check_group, find_group, may_have_ranks
+from .distributed.group import check_group, find_group
 from .distributed.layout import Layout, elements_here
 from .distributed.shards import LocalShard
 from .faults import Faults
 from .ops import check_name
 from .ops.device_sums import NamedArenas
 from .ops.interface import Form, Sums
-from .ops.window_sums import EVERYTHING, Extra, Watched, WindowSums, on_cpu
+from .ops.memory import no_garbage_collection
+from .ops.window_sums import EVERYTHING, Extra, Watched, WindowSums, fields_of, on_cpu
 from .parameters import ParameterSource
 from .parts import Parts
 from .reading import HISTORY, Reading, remember
@@ -107,15 +110,15 @@ class AngularVelocity:
         self._make_sums: Callable[..., WindowSums] = functools.partial(
             sums_of(self.sample, self.seed), backend=backend
         )
-        self._exchange = Exchange()
+        self._exchange = Exchange(self._settings)
         self._faults = Faults()
         self._sums: WindowSums | None = None
         self._restore: SavedSums | None = None  # sums of a checkpoint, until the next step
         self._resharded: SavedSums | None = None  # the same, loaded through arena_state
         self._layout: Layout
         self._extras: list[Extra] = []
-        self._compared = False  # whether the ranks have compared their settings
         self._observing = False  # stays True where an observation was interrupted
+        self._averaging = False  # whether the parameters hold an average
         # The state of a run of windows, which _start_over sets again.
         self.windows_since_restart = 0
         self._window_start = 0  # optimizer steps before the open window
@@ -144,6 +147,8 @@ class AngularVelocity:
             DisagreementError: ranks did not measure the same; raised on all of them alike.
             RuntimeError: no memory for the sums; a rank is dead or late.
         """
+        if self._averaging:
+            raise RuntimeError("observe: expected parameters of a training step, got averaged ones")
         if self._observing:
             self.interrupted()
         self._observing = True
@@ -151,8 +156,7 @@ class AngularVelocity:
         position = self.position
         if position == 1 or self._sums is None:
             self._begin_window()
-        if not self._compared:
-            self.compare(facts)
+        self._exchange.compare_once(facts)
         if self._is_snapshot(position):
             self._take_snapshot()
         reading = self._close_window(calls, facts) if position >= self.window else None
@@ -179,7 +183,8 @@ class AngularVelocity:
             self._faults.parameters_changed(WINDOWS_FOR_ANGLE)
             self._discard(self.position)
         if self._sums is None:
-            self._build()
+            with no_garbage_collection():
+                self._build()
         elif not self._spoiled:
             self._sums.begin_window()
 
@@ -201,7 +206,6 @@ class AngularVelocity:
         changed = not self._source.unchanged()
         restart = changed or self._spoiled
         totals = None if restart else self._sums.close(self._snapshots_per_window())
-        facts = functools.partial(self._all_facts, facts)
         since = 0 if totals is None else self.windows_since_restart + 1
         counts = Counts(self.steps, self.windows, self.window, calls, since, restart)
         total, numbers = self._exchange.close(
@@ -235,7 +239,7 @@ class AngularVelocity:
             self._faults.watch_displacement(total.sums, self._sums)
         k = self._snapshots_per_window()
         oldest, shared = self._variances
-        newest = angle.mean_variance(k, total.sums, self._form)
+        newest = angle.mean_variance(k, total.sums, self._form, total.effective_elements)
         self._variances = (shared, newest)
         if since < WINDOWS_FOR_ANGLE:
             return self._keep(self._undefined())
@@ -247,13 +251,6 @@ class AngularVelocity:
     def _reading(self, sums: Sums, rounding_error: float, numbers: list[float] | None) -> Reading:
         measured = angle.angle_of(sums.dot, sums.norm, sums.previous_norm)
         degrees, cosine = (None, None) if measured is None else measured
-        fields: dict[str, Any] = {}
-        for extra in self._extras:
-            if numbers is None:
-                fields |= extra.unknown()
-            else:
-                fields |= extra.fields(sums, numbers[: extra.size])
-                numbers = numbers[extra.size :]
         return Reading(
             step=self.steps,
             window=self.windows - 1,
@@ -262,14 +259,12 @@ class AngularVelocity:
             norm=math.sqrt(sums.norm),
             previous_norm=math.sqrt(sums.previous_norm),
             rounding_error=rounding_error,
-            **fields,
+            **fields_of(self._extras, sums, numbers),
         )
 
     def _undefined(self) -> Reading:
-        fields: dict[str, Any] = {}
-        for extra in self._extras:
-            fields |= extra.unknown()
-        return Reading(self.steps, self.windows - 1, None, None, math.nan, math.nan, **fields)
+        unknown = fields_of(self._extras, None, None)
+        return Reading(self.steps, self.windows - 1, None, None, math.nan, math.nan, **unknown)
 
     def _keep(self, reading: Reading) -> Reading | None:
         if self.windows < WINDOWS_FOR_ANGLE:
@@ -290,7 +285,7 @@ class AngularVelocity:
         self._sums.convert(form, k)
         if form == "sum":
             # Rounding the two sums once is the error of a window of one step.
-            rounded = angle.mean_variance(1, sums, "sum")
+            rounded = angle.mean_variance(1, sums, "sum", elements)
             before, last = self._variances
             self._variances = (max(before, rounded), max(last, rounded))
 
@@ -346,6 +341,49 @@ class AngularVelocity:
             self.windows_since_restart = 1
             self.windows += 1
 
+    @contextlib.contextmanager
+    def averaged(self, windows: Literal["last", "all"] = "all") -> Iterator[None]:
+        """Within the block the parameters hold a mean of window means; afterwards their own bits.
+
+        Args:
+            windows: "last" for the mean of the last whole window; "all" for that of both whole
+                windows that the sums hold and the open one, weighted by their steps. Where there is
+                no such window, the block changes nothing.
+
+        Raises:
+            RuntimeError: only a sample of the parameters is read.
+        """
+        if self.sample is not None:
+            raise RuntimeError(
+                f"averaged parameters: expected a meter that reads everything, got sample="
+                f"{self.sample:g}, whose sums have no mean of the other parameters; use "
+                "sample=None, or torch.optim.swa_utils.AveragedModel"
+            )
+        weights = self._mean_weights(windows)
+        if weights is None or self._sums is None:
+            yield
+            return
+        k = self._snapshots_per_window()
+        with own_bits_after(self._sums.devices):
+            self._averaging = True
+            try:
+                self._sums.write_mean(k, self._taken, weights)
+                yield
+            finally:
+                self._averaging = False
+
+    def _mean_weights(self, windows: str) -> tuple[float, float, float] | None:
+        """Weights of the window before the last one, of the last one and of the open one."""
+        if self._observing or self._spoiled or not self._source.unchanged():
+            return None
+        whole = self.windows_since_restart
+        covered = self._taken * self.window // self._snapshots_per_window()
+        steps = (self.window * (whole >= 2), self.window * (whole >= 1), covered)
+        if windows == "last":
+            steps = (0, steps[1], 0)
+        total = sum(steps)
+        return (steps[0] / total, steps[1] / total, steps[2] / total) if total else None
+
     def close(self) -> None:
         """Free the sums. A later :meth:`observe` starts over."""
         self._sums = None
@@ -393,8 +431,8 @@ class AngularVelocity:
     # ---- building ---------------------------------------------------------------------------
 
     def _build(self) -> None:
-        shards = self._source.shards()
-        group = self._exchange.group = find_group(self._process_group, shards)
+        shards = self._find_group()
+        group = self._exchange.group
         if not shards and group.size == 1 and self.steps <= 1:
             raise ValueError(
                 "params: expected at least one trainable parameter, got none "
@@ -427,6 +465,12 @@ class AngularVelocity:
         # Last, so that an interrupt before it leaves everything to be built again.
         self._sums = sums
         self._restore = self._resharded = None
+
+    def _find_group(self) -> list[LocalShard]:
+        """What is on this rank; the ranks that decide together are known then."""
+        shards = self._source.shards()
+        self._exchange.group = find_group(self._process_group, shards)
+        return shards
 
     def _make_extras(self, sums: WindowSums) -> list[Extra]:
         extras = sums.extras()
@@ -465,25 +509,14 @@ class AngularVelocity:
             DisagreementError: ranks have different settings; the message names the first of them,
                 the ranks and their values. Raised on all ranks alike.
         """
-        if self._compared:
-            return
-        if self._sums is None and may_have_ranks(self._process_group):
-            self._exchange.group = find_group(self._process_group, self._source.shards())
-        self._exchange.compare(functools.partial(self._all_facts, facts))
-        self._compared = True
+        if self._sums is None and not self._exchange.compared:
+            self._find_group()
+        self._exchange.compare_once(facts)
 
-    def _all_facts(self, facts: Facts) -> dict[str, Any]:
-        """What decisions depend on: the meter's settings, and what its user adds."""
-        settings = {
-            "window": self.window,
-            "snapshots": self.snapshots,
-            "sample": self.sample,
-            "seed": self.seed,
-            "per_tensor": self.per_tensor,
-            "per_group": self.per_group,
-            "form": self._fixed_form,
-        }
-        return {**settings, **facts()}
+    def _settings(self) -> dict[str, Any]:
+        """What readings depend on, next to the parameters."""
+        names = ("window", "snapshots", "sample", "seed", "per_tensor", "per_group")
+        return {name: getattr(self, name) for name in names} | {"form": self._fixed_form}
 
     # ---- looking ----------------------------------------------------------------------------
 
@@ -569,7 +602,7 @@ class AngularVelocity:
         """
         saved = SavedMeter.read(Entries(state_dict, name))
         self._sums = None
-        self._observing = self._compared = False
+        self._observing = False
         self._exchange.restart()
         self.window, self.snapshots = saved.window, saved.snapshots
         self.steps, self.windows = saved.steps, saved.windows
@@ -620,12 +653,13 @@ class AngularVelocity:
             self._sums = None
 
     def __getstate__(self) -> dict[str, Any]:
-        live = {"_sums": None, "_exchange": Exchange(), "_resharded": None, "_compared": False}
+        live = {"_sums": None, "_exchange": None, "_resharded": None}
         kept = {k: v for k, v in self.__dict__.items() if k not in ("_layout", "_extras")}
         return {**kept, **live, "_restore": self.state_dict()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         saved = state.pop("_restore")
         self.__dict__.update(state)
+        self._exchange = Exchange(self._settings)
         self._restore = None
         self.load_state_dict(saved)

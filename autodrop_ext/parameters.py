@@ -14,6 +14,7 @@ from .distributed.engines import local_shards, unwrap_optimizer
 from .distributed.shards import LocalShard, local_tensor
 from .ops.memory import Named
 from .ops.reference import DTYPES
+from .ops.watch import MemoryWatch
 
 _TRACKED_DTYPES = (*DTYPES, torch.complex64, torch.complex128, torch.complex32)
 
@@ -36,9 +37,7 @@ class ParameterSource:
         self._read: Callable[[], Iterable[Any]] | None = None
         self._fixed: list[Named] = []
         self._fixed_groups: list[dict[str, Any]] = []
-        self._aliases: list[Tensor] = []
-        self._addresses: list[int] = []
-        self._signature: list[list[Any]] = []
+        self._watch: MemoryWatch | None = None
         params = unwrap_optimizer(params)
         if isinstance(params, Optimizer):
             self._optimizer = params
@@ -77,13 +76,7 @@ class ParameterSource:
                     f"{name}: expected a parameter with data, got one that DeepSpeed ZeRO-3 has "
                     "partitioned; give the scheduler engine.optimizer, or params=engine.optimizer"
                 )
-        group_of = self._group_of()
-        shards = local_shards(named)  # one for each distinct parameter, in this order
-        distinct = dict.fromkeys(id(parameter) for _, parameter in named)
-        return [
-            shard._replace(group=group_of.get(i, 0))
-            for shard, i in zip(shards, distinct, strict=True)
-        ]
+        return local_shards(named, self._group_of())
 
     def num_groups(self) -> int:
         """Param groups that the parameters come in; 1 where they come without."""
@@ -91,32 +84,28 @@ class ParameterSource:
 
     def watch(self, shards: Sequence[LocalShard]) -> None:
         """Remember the parameters as they are, for :meth:`moved` and :meth:`unchanged`."""
-        self._aliases = [shard.tensor for shard in shards]
-        self._addresses = [alias.data_ptr() for alias in self._aliases]
-        self._signature = self._sign()
+        aliases = [shard.tensor for shard in shards]
+        self._watch = MemoryWatch(self._now(), aliases, frozen=self._frozen, local=local_tensor)
 
     def moved(self) -> bool:
         """Whether memory of the watched shards is elsewhere; cheap enough for every step."""
-        return [alias.data_ptr() for alias in self._aliases] != self._addresses
+        return self._watch is None or self._watch.moved()
 
     def unchanged(self) -> bool:
         """Whether the watched shards are still what :meth:`shards` would return."""
-        return not self.moved() and self._sign() == self._signature
+        return self._watch is not None and self._watch.matches(self._now())
 
-    def tensors(self) -> list[Tensor]:
-        """The local tensors without names or checks, for cheap comparison."""
+    def _now(self) -> list[Sequence[Tensor]]:
+        """The parameters of each param group without names or checks, frozen ones too."""
         if self._zero is not None:
-            return deepspeed.zero_tensors(self._zero)
+            return [deepspeed.zero_tensors(self._zero)]
         if self._optimizer is not None:
-            groups = self._optimizer.param_groups
-            return [local_tensor(p) for group in groups for p in group["params"] if p.requires_grad]
-        return [local_tensor(p) for _, p in self._trainable()]
-
-    def _sign(self) -> list[list[Any]]:
-        return [*signature(self.tensors()), [self.num_groups()]]
+            return [group["params"] for group in self._optimizer.param_groups]
+        every = [parameter for _, parameter in self._all()]
+        return [every, *(group["params"] for group in self._groups())]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_zero": None, "_aliases": [], "_addresses": [], "_signature": []}
+        return {**self.__dict__, "_zero": None, "_watch": None}
 
     def _trainable(self) -> list[Named]:
         return [(name, p) for name, p in self._all() if not self._frozen(p)]
@@ -204,18 +193,3 @@ def _check_trackable(name: str, parameter: Tensor) -> None:
             f"{name}: expected a dense floating-point or complex parameter, got {problem}; "
             "freeze it (requires_grad=False) or pass the tensors to watch as params="
         )
-
-
-def signature(tensors: Sequence[Tensor]) -> list[list[Any]]:
-    """What identifies memory and layout of tensors; equal lists mean that a plan still holds.
-
-    Column by column, because list comprehensions over one attribute are the cheapest way to look
-    at thousands of tensors (0.1 to 0.2 microseconds a tensor and attribute). Devices need no column
-    of their own: no address is valid on two.
-    """
-    return [
-        [t.data_ptr() for t in tensors],
-        [t.shape for t in tensors],
-        [t.stride() for t in tensors],
-        [t.dtype for t in tensors],
-    ]

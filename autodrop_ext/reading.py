@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, NamedTuple, TypeVar
+
+from . import checks
+from .saved import Entries
 
 _UNSAVED = {"saved": False}  # too much for checkpoints
 
@@ -125,12 +129,43 @@ def to_columns(records: Sequence[Any], kind: type) -> dict[str, list[Any]]:
     return {k: [list(x) if isinstance(x, tuple) else x for x in v] for k, v in columns.items()}
 
 
-def from_columns(columns: Mapping[str, Sequence[Any]], kind: type[Any]) -> list[Any]:
-    """The records of :func:`to_columns`."""
-    # Columns that a checkpoint of an earlier version lacks keep their defaults.
-    rows = zip(*columns.values(), strict=True)
-    plain = ((tuple(x) if isinstance(x, list) else x for x in row) for row in rows)
-    return [kind(**dict(zip(columns, row, strict=True))) for row in plain]
+def from_columns(columns: Entries, kind: type[Any]) -> list[Any]:
+    """The records of :func:`to_columns`.
+
+    Columns that a checkpoint of an earlier version lacks keep their defaults.
+
+    Raises:
+        ValueError: a column is missing, has another length, or holds other values.
+    """
+    accepted = {f.name: f.type for f in fields(kind) if f.metadata.get("saved", True)}
+    needed = [f.name for f in fields(kind) if f.default is MISSING]
+    length: int | None = None
+    values: dict[str, list[Any]] = {}
+    for name in dict.fromkeys([*needed, *columns]):
+        if name not in accepted:
+            raise ValueError(f"{columns.name(name)}: expected no such column of {kind.__name__}")
+        check = functools.partial(_check_value, str(accepted[name]))
+        values[name] = columns.list(name, check, length)
+        length = len(values[name])
+    rows = zip(*values.values(), strict=True)
+    return [kind(**dict(zip(values, row, strict=True))) for row in rows]
+
+
+def _check_value(kind: str, name: str, value: Any) -> Any:
+    """A value of a field of a record, whose type is ``kind``."""
+    if kind.startswith("tuple"):
+        inner = kind.removeprefix("tuple[").removesuffix(", ...]")
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{name}: expected a list, got {value!r}")
+        return tuple(_check_value(inner, f"{name}[{i}]", item) for i, item in enumerate(value))
+    if value is None and kind.endswith("None"):
+        return None
+    if kind.startswith("bool"):
+        return checks.flag(name, value)
+    if kind.startswith("int"):
+        return checks.count(name, value, -1)
+    # NaN and infinity are values of norms and errors.
+    return checks.number(name, value, "a number", lambda x: True)
 
 
 _OF_GROUPS = ("dropped_groups", "group_angles", "group_smoothed", "group_rises")

@@ -7,11 +7,12 @@
 
 namespace py = pybind11;
 
-#if AUTODROP_WITH_CUDA
 namespace autodrop {
+void bind_watch(py::module_& m);  // bindings_watch.cpp
+#if AUTODROP_WITH_CUDA
 void bind_cuda(py::module_& m);  // bindings_cuda.cpp
-}
 #endif
+}  // namespace autodrop
 
 namespace {
 
@@ -91,6 +92,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_built") = bool{AUTODROP_WITH_CUDA};
   m.attr("cuda_reason") = AUTODROP_CUDA_REASON;  // why not; empty where it was built
   m.attr("cuda_architectures") = AUTODROP_CUDA_ARCHITECTURES;
+  autodrop::bind_watch(m);
 #if AUTODROP_WITH_CUDA
   autodrop::bind_cuda(m);
 #endif

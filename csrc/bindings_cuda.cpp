@@ -1,6 +1,6 @@
 // The CUDA half of autodrop_ext._C: addresses in device memory, a stream handle, scalars out. A
-// CUDA error becomes a RuntimeError with CUDA's own name for it; autodrop_ext/backends/cuda.py
-// explains.
+// CUDA error becomes a RuntimeError with CUDA's own name for it; autodrop_ext/ops/cuda.py
+// explains. Python's lock is released around every call: a launch waits where a queue is full.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
@@ -35,16 +35,17 @@ struct CudaPlan {
 };
 
 CudaPlan make_plan(int device, Address chunks, Address tiles, std::int64_t num_tiles,
-                   Address tensor_chunks, Address weights, std::int64_t num_tensors,
-                   Address partials, Address per_tensor, Address total, Address host_total) {
+                   Address row_chunks, Address row_weights, std::int64_t num_rows, Address partials,
+                   Address per_row, Address total, Address host_total) {
   return {{device, pointer<const Chunk>(chunks), pointer<const Tile>(tiles), num_tiles,
-           pointer<const std::int64_t>(tensor_chunks), pointer<const double>(weights), num_tensors},
-          {pointer<Sums>(partials), pointer<Sums>(per_tensor), pointer<Sums>(total),
+           pointer<const std::int64_t>(row_chunks), pointer<const double>(row_weights), num_rows},
+          {pointer<Sums>(partials), pointer<Sums>(per_row), pointer<Sums>(total),
            pointer<Sums>(host_total)}};
 }
 
 void accumulate(const CudaPlan& self, Address running, Address mean, bool first, float weight,
                 Address stream) {
+  py::gil_scoped_release release;
   check(cuda::accumulate(self.plan, pointer<float>(running), pointer<const float>(mean), first,
                          weight, stream_of(stream)),
         "accumulate");
@@ -67,6 +68,7 @@ void close_delta(const CudaPlan& self, Address running, Address previous, Addres
 }
 
 void write_back(const CudaPlan& self, Address arena, Address mean, double scale, Address stream) {
+  py::gil_scoped_release release;
   check(cuda::write_back(self.plan, pointer<const float>(arena), pointer<const float>(mean), scale,
                          stream_of(stream)),
         "write_back");
@@ -75,7 +77,10 @@ void write_back(const CudaPlan& self, Address arena, Address mean, double scale,
 }  // namespace
 
 void bind_cuda(py::module_& m) {
-  m.def("cuda_probe", [](int device) { check(cuda::probe(device), "probe"); });
+  m.def("cuda_probe", [](int device) {
+    py::gil_scoped_release release;
+    check(cuda::probe(device), "probe");
+  });
   py::class_<CudaPlan>(m, "CudaPlan", py::module_local())
       .def(py::init(&make_plan))
       .def("accumulate", &accumulate)

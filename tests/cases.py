@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from emulated import EmulatedCuda
 from torch import Tensor
 
 from autodrop_ext.ops import Backend
@@ -101,6 +102,7 @@ BACKENDS: dict[str, Backend] = {
     "reference": ReferenceBackend(),
     "cpu baseline": CpuBackend("baseline"),
     "cpu widest": CpuBackend(),
+    "cuda emulated": EmulatedCuda(),  # the real kernels.cu, see csrc/tests/emulator
     "triton": TritonBackend(block=8192),  # two blocks a chunk; in the interpreter, see conftest.py
 }
 

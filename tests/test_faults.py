@@ -486,7 +486,7 @@ def test_a_gpu_without_machine_code_is_explained(monkeypatch: pytest.MonkeyPatch
 def test_backends_that_need_a_gpu_say_why_they_are_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     from autodrop_ext.ops import BACKENDS, native, report
 
-    reason = BACKENDS["cuda"].missing("cuda")
+    reason = BACKENDS["cuda"].missing(torch.device("cuda"))
     assert reason is not None
     if native.core is not None and native.core.cuda_built:
         assert "torch sees no CUDA GPU" in reason

@@ -6,14 +6,22 @@ import json
 import math
 import pathlib
 import pickle
+import resource
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+import autodrop_ext
 from autodrop_ext import Decision, EpochDecision, JsonLinesLog, TeeLog, read_log
 from autodrop_ext import log as log_module
-from autodrop_ext.log import LogReader, of_epochs, to_scalars
+from autodrop_ext.log import LogReader, kind_of, to_scalars
 
 
 def decision(step: int, **values: Any) -> Decision:
@@ -61,12 +69,160 @@ def test_a_line_that_lacks_only_its_end_is_kept(tmp_path: pathlib.Path) -> None:
     assert steps(read_log(path)[0]) == [12, 16]
 
 
-def test_a_file_that_is_no_log_is_left_alone(tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("text", ["first\nmy notes", "first\nmy notes\n"])
+def test_a_file_that_is_no_log_is_left_alone(text: str, tmp_path: pathlib.Path) -> None:
     path = tmp_path / "notes.txt"
-    path.write_text("first\nmy notes")
-    with pytest.raises(ValueError, match="expected a log to append to, got a file that ends in"):
-        JsonLinesLog(path)(decision(12))
-    assert path.read_text() == "first\nmy notes"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="expected a log to append to, got a file that"):
+        JsonLinesLog(path)
+    assert path.read_text() == text
+
+
+def test_a_long_unfinished_line_is_cut_off_in_no_time(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "run.jsonl"
+    log = JsonLinesLog(path)
+    log(decision(12))
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"event": "reading", "lr": [' + b"0.1, " * 8_000_000)  # 40 MB
+    start = time.perf_counter()
+    JsonLinesLog(path)(decision(16))
+    # A tenth of a second; reading the line again with every 4 KiB of it took over a minute.
+    assert time.perf_counter() - start < 10
+    assert steps(read_log(path)[0]) == [12, 16]
+    assert path.read_bytes().startswith(whole)
+
+
+# ---- trouble with the file ------------------------------------------------------------------
+
+
+def test_a_bad_path_is_noticed_before_the_training(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(IsADirectoryError, match="path: expected a file that can be written, got"):
+        JsonLinesLog(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"path: expected .* got '.*/file/run\.jsonl'"):
+        JsonLinesLog(tmp_path / "file" / "run.jsonl")
+    with pytest.raises(OSError, match="File name too long"):
+        JsonLinesLog(tmp_path / ("x" * 300))
+    with pytest.raises(TypeError):
+        JsonLinesLog(3)  # type: ignore[arg-type]
+    log = JsonLinesLog(tmp_path / "new" / "folder" / "run.jsonl")
+    assert log.path.read_bytes() == b""
+
+
+@contextmanager
+def no_file_longer_than(size: int) -> Iterator[None]:
+    """As on a full disk, a write stores what there is room for, and the next one fails."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_warned_of_once_and_the_run_goes_on(tmp_path: pathlib.Path) -> None:
+    log = JsonLinesLog(tmp_path / "run.jsonl")
+    log(decision(12))
+    with no_file_longer_than(log.path.stat().st_size + 20):
+        with pytest.warns(RuntimeWarning, match=r"a line could not be written.*File too large"):
+            log(decision(16))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            log(decision(20))
+            log.metrics(20, loss=1.0)
+    log(decision(24))
+    assert steps(read_log(log.path)[0]) == [12, 24]
+    assert all(json.loads(line) for line in log.path.read_text().splitlines())
+
+
+def test_a_folder_that_disappears_ends_no_run(tmp_path: pathlib.Path) -> None:
+    log = JsonLinesLog(tmp_path / "runs" / "run.jsonl")
+    log.path.unlink()
+    log.path.parent.rmdir()
+    with pytest.warns(RuntimeWarning, match="No such file or directory"):
+        log(decision(12))
+
+
+# ---- settings -------------------------------------------------------------------------------
+
+SETTINGS = {"scheduler": "AutoDrop", "window": 4, "threshold": 0.5, "min_lr": [0.0, math.inf]}
+
+
+def test_a_header_has_version_and_settings(tmp_path: pathlib.Path) -> None:
+    log = JsonLinesLog(tmp_path / "run.jsonl")
+    for _ in range(2):  # The second one says nothing new.
+        log.begin(SETTINGS)
+    log(decision(12))
+    log.begin(SETTINGS | {"threshold": np.float32(2.0)})  # after a checkpoint was loaded
+    lines = [json.loads(line) for line in log.path.read_text().splitlines()]
+    assert [line["event"] for line in lines] == ["settings", "reading", "settings"]
+    reader = LogReader(log.path).read_all()
+    assert reader.settings == {
+        "version": autodrop_ext.__version__,
+        "scheduler": "AutoDrop",
+        "window": 4,
+        "threshold": 2.0,
+        "min_lr": [0.0, None],
+    }
+    assert steps(reader.readings) == [12]
+    pickle.loads(pickle.dumps(log)).begin(SETTINGS)  # a copy in another process
+    assert LogReader(log.path).read_all().settings["threshold"] == 0.5
+    with pytest.raises(TypeError, match="settings: expected a number, got"):
+        log.begin({"kernel": print})
+
+
+def test_a_log_without_a_header_is_read(tmp_path: pathlib.Path) -> None:
+    log = JsonLinesLog(tmp_path / "run.jsonl")
+    log(decision(12))
+    reader = LogReader(log.path)
+    assert reader.poll()
+    assert reader.settings == {}
+    log.begin(SETTINGS)
+    assert reader.poll()
+    assert reader.settings["window"] == 4
+    log.path.unlink()
+    assert not reader.poll()
+    assert reader.settings == {}
+
+
+# ---- values ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (np.float32(0.5), 0.5),
+        (np.int64(3), 3),
+        (np.bool_(True), True),
+        (np.array([[2.0]]), 2.0),
+        (torch.tensor(0.5, requires_grad=True), 0.5),
+        (torch.tensor([3]), 3),
+        (torch.tensor(0.5, dtype=torch.bfloat16), 0.5),
+        (Fraction(1, 4), 0.25),
+        (torch.tensor(math.nan), None),
+        (10**400, None),
+    ],
+)
+def test_metrics_take_every_kind_of_number(
+    value: Any, expected: Any, tmp_path: pathlib.Path
+) -> None:
+    log = JsonLinesLog(tmp_path / "run.jsonl")
+    log.metrics(np.int64(3), loss=value)  # type: ignore[arg-type]
+    (metrics,) = read_log(log.path)[1]
+    assert metrics == {"event": "metrics", "step": 3, "loss": expected}
+    assert type(metrics["loss"]) is type(expected)
+
+
+def test_metrics_refuse_what_is_no_number(tmp_path: pathlib.Path) -> None:
+    log = JsonLinesLog(tmp_path / "run.jsonl")
+    for value in ("0.5", None, [1.0], 1j, torch.zeros(2), np.zeros(2)):
+        with pytest.raises(TypeError, match="loss: expected a number, got"):
+            log.metrics(1, loss=value)
+    with pytest.raises(ValueError, match="metrics: expected another name than 'event'"):
+        log.metrics(1, event=2)
+    with pytest.raises(ValueError, match="step: expected a finite number, got nan"):
+        log.metrics(math.nan, loss=1.0)  # type: ignore[arg-type]
+    assert log.path.read_bytes() == b""
 
 
 def test_what_a_resumed_run_repeats_is_there_once(tmp_path: pathlib.Path) -> None:
@@ -127,6 +283,11 @@ def test_a_growing_log_is_read_as_far_as_it_goes(tmp_path: pathlib.Path) -> None
         ("{", r"run\.jsonl:2: expected a JSON object"),
         ("[]", r"run\.jsonl:2: expected a reading or metrics"),
         ('{"event": "reading"}', r"run\.jsonl:2: expected a number as 'step', got None"),
+        ('{"event": "reading", "step": 1e999}', r"run\.jsonl:2: expected a number as 'step'"),
+        ('{"event": "reading", "step": 1' + "0" * 400 + "}", r"run\.jsonl:2: expected a number"),
+        ('{"event": "settings", "settings": 3}', r"run\.jsonl:2: expected a reading or metrics"),
+        ("[" * 100_000, r"run\.jsonl:2: expected a JSON object, got '\[+ \.\.\.'"),
+        ("9" * 10_000, r"run\.jsonl:2: expected a JSON object, got '9+ \.\.\.'"),
     ],
 )
 def test_a_broken_line_is_named(line: str, message: str, tmp_path: pathlib.Path) -> None:
@@ -141,12 +302,23 @@ def test_a_broken_line_is_named(line: str, message: str, tmp_path: pathlib.Path)
 def test_several_sinks_together(tmp_path: pathlib.Path) -> None:
     seen: list[Decision] = []
     log = JsonLinesLog(tmp_path / "run.jsonl")
-    tee = TeeLog(log, seen.append)
+    closed: list[bool] = []
+
+    class Sink:
+        def __call__(self, decision: Decision) -> None:
+            seen.append(decision)
+
+        def close(self) -> None:
+            closed.append(True)
+
+    tee = TeeLog(log, seen.append, Sink())
+    tee.begin({"window": 4})  # the list takes none
     tee(decision(12))
-    tee.metrics(12, loss=1.0)  # the list takes none
+    tee.metrics(12, loss=1.0)
     tee.close()
-    assert [d.step for d in seen] == [12]
-    assert log._file is None
+    assert [d.step for d in seen] == [12, 12]
+    assert closed == [True]
+    assert LogReader(log.path).read_all().settings["window"] == 4
     readings, metrics = read_log(log.path)
     assert (steps(readings), steps(metrics)) == ([12], [12])
     with pytest.raises(TypeError, match=r"sinks\[1\]: expected a function of a Decision, got 3"):
@@ -164,5 +336,6 @@ def test_scalars_of_decisions() -> None:
     assert "lr" not in several
     epoch = EpochDecision(**vars(decision(12)), change=0.5, threshold=0.01, waited=0)
     assert (to_scalars(epoch)["change"], to_scalars(epoch)["waited"]) == (0.5, 0.0)
-    assert of_epochs([epoch.as_dict()])
-    assert not of_epochs([decision(12).as_dict()])
+    assert kind_of([epoch.as_dict()]) == "epochs"
+    assert kind_of([decision(12).as_dict()]) == "windows"
+    assert kind_of([{**decision(12).as_dict(), "power": 0.0}]) == "anytime"

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 
 __all__ = ["main"]
 
 
 def main() -> None:
-    """Entry point of ``autodrop`` and of ``python -m autodrop_ext``."""
-    try:
-        import click  # noqa: F401
-        import rich  # noqa: F401
-    except ImportError as error:
-        sys.exit(f"autodrop: {error}; the commands need: pip install 'autodrop_ext[cli]'")
+    """Run ``autodrop`` or ``python -m autodrop_ext``; ``doctor`` needs no click and no rich."""
+    missing = [name for name in ("click", "rich") if importlib.util.find_spec(name) is None]
+    if missing and sys.argv[1:2] == ["doctor"]:
+        from .doctor import examine
+
+        sys.exit(examine())
+    if missing:
+        sys.exit(
+            f"autodrop: all commands but doctor need {' and '.join(missing)}: "
+            "pip install 'autodrop_ext[cli]'"
+        )
     from .app import autodrop
 
     autodrop(prog_name="autodrop")

@@ -7,7 +7,7 @@ import click
 import autodrop_ext
 
 from .demo.command import demo
-from .doctor import doctor
+from .doctor import examine
 from .plot import plot
 from .watch import watch
 
@@ -18,7 +18,14 @@ def autodrop() -> None:
     """Automatic learning-rate drop for PyTorch: try it, check it, look at a run."""
 
 
-autodrop.add_command(demo)
-autodrop.add_command(doctor)
-autodrop.add_command(plot)
-autodrop.add_command(watch)
+@click.command()
+def doctor() -> None:
+    """Show versions and backends, and test that angles are measured correctly.
+
+    The exit status is 1 if the compiled core does not load or a test fails.
+    """
+    raise SystemExit(examine())
+
+
+for command in (demo, doctor, plot, watch):
+    autodrop.add_command(command)

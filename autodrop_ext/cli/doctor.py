@@ -1,83 +1,156 @@
-"""``autodrop doctor``: what is installed, what serves which device, and does it measure right."""
+"""``autodrop doctor``: what is installed, which backend serves which device, and a self-test.
+
+It needs nothing but torch and numpy, so that it also runs where click and rich are missing.
+"""
 
 from __future__ import annotations
 
 import importlib
+import math
+import os
 import platform
+import re
+import shutil
 import sys
+import textwrap
 
-import click
 import numpy
 import torch
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from torch import Tensor
 
 import autodrop_ext
 
-from .. import ops as backends
-from .selftest import LIMIT, largest_error
+from ..meter import AngularVelocity
+from ..ops import report
 
-_STYLES = {
-    "PASS": "bold green",
-    "FAIL": "bold red",
-    "yes": "green",
-    "used": "green",
-    "NO": "bold red",
-    "not here": "yellow",
+LIMIT = 0.02  # degrees, what the package promises
+
+_WINDOW = 8  # optimizer steps
+_WINDOWS = 7
+_SHAPES = (
+    ((129, 65), torch.float32),
+    ((4, 3, 5, 5), torch.float32),
+    ((1,), torch.float32),
+    ((1000,), torch.bfloat16),
+    ((31, 7), torch.float16),
+)
+_NAMES = 22  # columns up to the end of a line's name
+_COLORS = {"PASS": 32, "yes": 32, "used": 32, "FAIL": 31, "NO": 31, "not here": 33}  # of ANSI
+_GPUS = {  # GPUs that people know, by compute capability
+    "75": "T4, RTX 20",
+    "80": "A100, A30",
+    "86": "A10, A40, RTX 30",
+    "89": "L4, L40, RTX 40",
+    "90": "H100, H200",
+    "100": "B200",
+    "103": "B300",
+    "120": "RTX 50",
 }
 
 
-@click.command()
-def doctor() -> None:
-    """Show versions and backends, and test that angles are measured correctly.
+def examine() -> int:
+    """Print versions and backends, and test that angles are measured correctly.
 
-    The exit status is 1 if the compiled core does not load or a test fails.
+    Returns:
+        The exit status: 1 if the compiled core does not load or a test fails, otherwise 0.
     """
-    console = Console(highlight=False)
     problems: list[str] = []
-    with _Section(console, "Versions") as section:
-        section.line("autodrop_ext", autodrop_ext.__version__)
-        section.line("torch", str(torch.__version__))
-        section.line("CUDA in torch", _cuda())
-        section.line("numpy", numpy.__version__)
-        section.line("python", f"{platform.python_version()}, {sys.executable}")
-    with _Section(console, "Compiled core") as section:
-        _describe_core(section, problems)
+    _heading("Versions")
+    _line("autodrop_ext", autodrop_ext.__version__)
+    _line("torch", str(torch.__version__))
+    _line("CUDA in torch", _cuda())
+    _line("numpy", numpy.__version__)
+    _line("python", f"{platform.python_version()}, {sys.executable}")
+    _heading("Compiled core")
+    _describe_core(problems)
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    with _Section(console, "Which backend serves parameters on which device") as section:
-        for device in devices:
-            _describe_backends(section, device)
-        if "cuda" not in devices:
-            section.line("on cuda", "none needed: torch sees no CUDA device")
-    heading = f"Self-test: measured angles against float64 (limit: {LIMIT} degrees apart)"
-    with _Section(console, heading) as section:
-        for device in devices:
-            for name, missing in backends.report(device).items():
-                if missing is None:
-                    _test(section, name, device, problems)
-    console.print()
-    if problems:
-        console.print(_verdict("FAIL", f": {'; '.join(problems)}"))
-        raise SystemExit(1)
-    console.print(_verdict("PASS", ": the core loads, and every backend here measures correctly"))
+    _heading("Which backend serves parameters on which device")
+    for device in devices:
+        _describe_backends(device)
+    if "cuda" not in devices:
+        _line("on cuda", "none needed: torch sees no CUDA device")
+    _heading(f"Self-test: measured angles against float64 (limit: {LIMIT} degrees apart)")
+    for device in devices:
+        for name, missing in report(device).items():
+            if missing is None:
+                _test(name, device, problems)
+    verdict = f"FAIL: {'; '.join(problems)}"
+    if not problems:
+        verdict = "PASS: the core loads, and every backend here measures correctly"
+    print()
+    print(_colored(textwrap.fill(verdict, _width()), verdict[:4]))
+    return 1 if problems else 0
 
 
-def _describe_core(section: _Section, problems: list[str]) -> None:
+def _heading(text: str) -> None:
+    print()
+    print(f"\033[1m{text}\033[0m" if _in_color() else text)
+
+
+def _line(name: str, text: str, verdict: str = "") -> None:
+    """Print a name and a text, which is folded to the width; the verdict in it gets a colour."""
+    room = max(20, _width() - _NAMES)
+    rows = [
+        row
+        for part in text.split("\n")
+        for row in textwrap.wrap(part, room, break_on_hyphens=False)
+    ]
+    folded = ("\n" + " " * _NAMES).join(rows)
+    print(f"  {name}".ljust(_NAMES) + _colored(folded, verdict))
+
+
+def _width() -> int:
+    return shutil.get_terminal_size().columns
+
+
+def _in_color() -> bool:
+    return sys.stdout.isatty() and "NO_COLOR" not in os.environ
+
+
+def _colored(text: str, word: str) -> str:
+    if not word or not _in_color():
+        return text
+    return text.replace(word, f"\033[1;{_COLORS[word]}m{word}\033[0m", 1)
+
+
+def _describe_core(problems: list[str]) -> None:
     try:
         core = importlib.import_module("autodrop_ext._C")
     except ImportError as error:
         problems.append("the compiled core does not load")
-        section.line("loads", _verdict("NO", f": {error}"))
-        section.line(
+        _line("loads", f"NO: {error}", "NO")
+        _line(
             "to repair it",
             "install a C++17 compiler, then\npip install --force-reinstall --no-deps autodrop_ext",
         )
         return
-    section.line("loads", _verdict("yes", f", version {core.version}"))
-    section.line("CPU code", f"{core.cpu_isa}, the widest that runs on this processor")
-    architectures = f"yes, for {core.cuda_architectures}"
-    section.line("CUDA kernels", architectures if core.cuda_built else f"no: {core.cuda_reason}")
+    _line("loads", f"yes, version {core.version}", "yes")
+    _line("CPU code", f"{core.cpu_isa}, the widest that runs on this processor")
+    if core.cuda_built:
+        _line("CUDA kernels", f"yes, for {name_architectures(core.cuda_architectures)}", "yes")
+    else:
+        _line("CUDA kernels", f"no: {core.cuda_reason}")
+
+
+def name_architectures(architectures: str) -> str:
+    """Return what CMake's list of CUDA architectures means for people who buy GPUs.
+
+    ``80-real`` is machine code for one generation of GPUs; ``120-virtual`` is code that the driver
+    compiles for newer ones.
+    """
+    names = []
+    newer = False
+    for entry in architectures.replace(";", " ").split():
+        match = re.fullmatch(r"(\d+)[a-z]?(-real|-virtual)?", entry)
+        newer = newer or match is None or match[2] != "-real"
+        if match is None:
+            names.append(entry)
+        elif match[2] != "-virtual":
+            gpus = _GPUS.get(match[1])
+            names.append(f"sm_{match[1]} ({gpus})" if gpus else f"sm_{match[1]}")
+    if newer:
+        names.append("newer GPUs (compiled when first used)")
+    return ", ".join(names)
 
 
 def _cuda() -> str:
@@ -85,59 +158,83 @@ def _cuda() -> str:
         return "none (a CPU build of torch)"
     if not torch.cuda.is_available():
         return f"{torch.version.cuda}, but no device is visible"
-    names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-    return f"{torch.version.cuda}, devices: {names}"
+    names = []
+    for i in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(i)
+        names.append(f"{torch.cuda.get_device_name(i)} (sm_{major}{minor})")
+    return f"{torch.version.cuda}, devices: {', '.join(names)}"
 
 
-def _describe_backends(section: _Section, device: str) -> None:
-    reasons = backends.report(device)
+def _describe_backends(device: str) -> None:
+    reasons = report(device)
     used = next(name for name, missing in reasons.items() if missing is None)
     for i, (name, missing) in enumerate(reasons.items()):
+        label = f"on {device}" if i == 0 else ""
         if name == used:
-            state = _verdict("used", "")
+            _line(label, f"{name}: used", "used")
         elif missing is None:
-            state = Text(f"works too; to use it: backend={name!r}")
+            _line(label, f"{name}: works too; to use it: backend={name!r}")
         else:
-            state = _verdict("not here", f": {missing}")
-        section.line(f"on {device}" if i == 0 else "", Text(f"{name}: ").append_text(state))
+            _line(label, f"{name}: not here: {missing}", "not here")
 
 
-def _test(section: _Section, name: str, device: str, problems: list[str]) -> None:
+def _test(name: str, device: str, problems: list[str]) -> None:
     label = f"{name}, on {device}"
     try:
         error = largest_error(name, device)
-    except Exception as failure:  # whatever is broken here is what the user came to learn
-        section.line(label, _verdict("FAIL", f": {type(failure).__name__}: {failure}"))
+    except Exception as failure:  # Whatever is broken here is what the user wants to know.
+        _line(label, f"FAIL: {type(failure).__name__}: {failure}", "FAIL")
         problems.append(f"backend {name} does not run on {device}")
         return
     if error <= LIMIT:
-        section.line(label, _verdict("PASS", f", {error:.1e} degrees apart"))
-    else:  # also where it is NaN
-        section.line(label, _verdict("FAIL", f", {error:.2g} degrees apart"))
+        _line(label, f"PASS, {error:.1e} degrees apart", "PASS")
+    else:  # also if it is NaN
+        _line(label, f"FAIL, {error:.2g} degrees apart", "FAIL")
         problems.append(f"backend {name} on {device} measures angles {error:.2g} degrees off")
 
 
-class _Section:
-    """A heading and lines of a name and a text; long texts go on below themselves."""
+def largest_error(backend: str, device: str) -> float:
+    """Return the largest difference between measured angles and those of the definition.
 
-    def __init__(self, console: Console, heading: str) -> None:
-        self._console = console
-        self._heading = heading
-        self._grid = Table.grid(padding=(0, 2))
-        self._grid.add_column(width=2)
-        self._grid.add_column(width=18)
-        self._grid.add_column(overflow="fold")
+    Parameters of three dtypes move along a random path that turns slowly. Both sides see the same
+    roundings of half precision, because both read the parameters as they are.
 
-    def line(self, name: str, text: str | Text) -> None:
-        self._grid.add_row("", Text(name), Text(text) if isinstance(text, str) else text)
+    Args:
+        backend: The name of a backend.
+        device: The name of a device, as in ``torch.device``.
 
-    def __enter__(self) -> _Section:
-        return self
+    Returns:
+        Degrees; infinity if an angle is missing.
+    """
+    random = torch.Generator().manual_seed(0)
+    params = [
+        torch.nn.Parameter(torch.randn(shape, generator=random).to(device=device, dtype=dtype))
+        for shape, dtype in _SHAPES
+    ]
+    ahead, aside = (
+        [0.02 * torch.randn(p.shape, generator=random).to(device) for p in params] for _ in "ab"
+    )
+    meter = AngularVelocity(params, _WINDOW, backend=backend)
+    means: list[Tensor] = []
+    error = 0.0
+    for window in range(_WINDOWS):
+        total = torch.zeros((), dtype=torch.float64)
+        reading = None
+        for step in range(_WINDOW):
+            turn = math.radians(5 * (window * _WINDOW + step))
+            for p, a, b in zip(params, ahead, aside, strict=True):
+                p.data.add_((math.cos(turn) * a + math.sin(turn) * b).to(p.dtype))
+            reading = meter.observe()
+            total = total + torch.cat([p.detach().double().cpu().flatten() for p in params])
+        means.append(total / _WINDOW)
+        if window >= 2:
+            expected = _angle(means[-1] - means[-2], means[-2] - means[-3])
+            if reading is None or reading.angle is None:
+                return math.inf
+            error = max(error, abs(reading.angle - expected))
+    return error
 
-    def __exit__(self, *failure: object) -> None:
-        self._console.print(Text(f"\n{self._heading}", style="bold"))
-        self._console.print(self._grid)
 
-
-def _verdict(word: str, rest: str) -> Text:
-    return Text.assemble((word, _STYLES[word]), rest)
+def _angle(s: Tensor, previous: Tensor) -> float:
+    """The definition in float64, which shares no arithmetic with the package."""
+    return math.degrees(math.acos(float(s @ previous / (s.norm() * previous.norm()))))

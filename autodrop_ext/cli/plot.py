@@ -2,109 +2,181 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ..log import of_epochs, read_log
+from ..log import LogReader, kind_of
+from ..plotting.anytime import plot_anytime
 from ..plotting.compare import plot_runs
 from ..plotting.epochs import plot_epochs
 from ..plotting.run import plot_run
 
+BROKEN = (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError)
+"""What a log that JsonLinesLog did not write may lead to."""
+
 _LONGEST = 300  # characters of an error message
+_IN_DEGREES = ("threshold", "max_threshold")
+# Settings that say little as long as they are these.
+_USUAL: dict[str, tuple[Any, ...]] = {
+    "average": (True, 8),
+    "buffer_size": (10,),
+    "critical": (0.25,),
+    "gain": (5.0,),
+    "kernel": ("value",),
+    "max_power": (0.5,),
+    "max_threshold": (1.0,),
+    "min_lr": (0.0,),
+    "min_samples": (10,),
+    "min_window": (16,),
+    "per_group": (False,),
+    "sample": (None,),
+    "snapshots": (None, 32),
+    "warmup_steps": (0,),
+    "windows": (8,),
+}
 
 
 @click.command()
-@click.argument(
-    "logs",
-    metavar="LOG...",
-    nargs=-1,
-    required=True,
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-)
+@click.argument("logs", metavar="LOG...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
+    "-o",
     "--output",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=click.Path(path_type=Path),
     help="The picture; its ending gives the format.  [default: LOG with the ending .png; of "
     "several, comparison.png]",
 )
 @click.option(
     "--threshold",
     type=float,
-    help="Threshold of the run, in degrees per window; it is not part of the log.  [default: 0.1]",
+    help="Threshold of the run, in degrees per window, for a log without settings.",
 )
 def plot(logs: tuple[Path, ...], output: Path | None, threshold: float | None) -> None:
     """Draw the log of a run: when its learning rate dropped, and why.
 
-    LOG is a file that JsonLinesLog wrote, of AutoDrop or of EpochAutoDrop. Several are drawn into
+    LOG is a file that JsonLinesLog wrote, of any scheduler of this package. Several are drawn into
     one picture, to be compared.
     """
-    runs = {name: _read(log) for name, log in zip(_names(logs), logs, strict=True)}
+    names = _names(logs)
+    runs = [_read(log) for log in logs]
+    if threshold is not None and len(logs) > 1:
+        raise click.UsageError("--threshold: expected none with several logs")
+    target = output or (Path("comparison.png") if len(logs) > 1 else logs[0].with_suffix(".png"))
     try:
         if len(logs) > 1:
-            if threshold is not None:
-                raise click.UsageError("--threshold: expected none with several logs")
-            target = Path("comparison.png") if output is None else output
-            plot_runs(runs, path=target)
+            named = zip(_with_settings(names, runs), runs, strict=True)
+            plot_runs({name: (run.readings, run.metrics) for name, run in named}, path=target)
         else:
-            ((readings, metrics),) = runs.values()
-            target = logs[0].with_suffix(".png") if output is None else output
-            if of_epochs(readings):
-                if threshold is not None:
-                    raise click.UsageError("--threshold: expected none, the log of epochs has it")
-                plot_epochs(readings, path=target)
-            else:
-                threshold = 0.1 if threshold is None else threshold
-                plot_run(readings, metrics, threshold=threshold, path=target, title=logs[0].name)
-    except (ImportError, LookupError, OSError, TypeError, ValueError) as error:
+            _draw(names[0], runs[0], target, threshold)
+    except (ImportError, *BROKEN) as error:
         raise click.ClickException(explain(logs[0], error)) from error
-    counts = [
-        (len(readings), sum(bool(reading.get("dropped")) for reading in readings))
-        for readings, _ in runs.values()
-    ]
-    if len(logs) == 1:
-        click.echo(f"{target}: {_count(counts[0][0], 'reading')}, {_count(counts[0][1], 'drop')}")
-        return
-    click.echo(f"{target}:")
-    for name, (readings_, drops) in zip(runs, counts, strict=True):
-        click.echo(f"  {name}: {_count(readings_, 'reading')}, {_count(drops, 'drop')}")
+    counts = [_counts(run) for run in runs]
+    click.echo(printable(f"{target}: {counts[0]}" if len(logs) == 1 else f"{target}:"))
+    for name, counted in zip(names, counts, strict=True) if len(logs) > 1 else ():
+        click.echo(printable(f"  {name}: {counted}"))
 
 
-def _read(log: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _counts(run: LogReader) -> str:
+    readings = count(len(run.readings), "reading")
+    if kind_of(run.readings) == "anytime":  # Its rate falls at nearly every reading.
+        return readings
+    return f"{readings}, {count(sum(bool(r.get('dropped')) for r in run.readings), 'drop')}"
+
+
+def _draw(name: str, run: LogReader, target: Path, threshold: float | None) -> None:
+    kind = kind_of(run.readings)
+    if threshold is not None and kind != "windows":
+        raise click.UsageError("--threshold: expected none, the log has it with every reading")
+    title = printable(": ".join(filter(None, [name, describe(run.settings)])))
+    if kind == "epochs":
+        plot_epochs(run.readings, path=target, title=title)
+    elif kind == "anytime":
+        critical = run.settings.get("critical")
+        plot_anytime(run.readings, run.metrics, critical=critical, path=target, title=title)
+    else:
+        threshold = run.settings.get("threshold") if threshold is None else threshold
+        if threshold is None:
+            click.echo("The log does not have the run's threshold; --threshold draws it.", err=True)
+        plot_run(run.readings, run.metrics, threshold=threshold, path=target, title=title)
+
+
+def _read(log: Path) -> LogReader:
     try:
-        readings, metrics = read_log(log)
-    except (OSError, ValueError) as error:
+        run = LogReader(log).read_all()
+    except FileNotFoundError as error:
+        raise click.ClickException(printable(f"{log} does not exist")) from error
+    except BROKEN as error:
         raise click.ClickException(explain(log, error)) from error
-    if not readings:
+    if not run.readings:
         raise click.ClickException(
-            f"{log} holds no readings; the first is written at the end of the third window"
+            printable(f"{log} holds no readings; ")
+            + "the first is written at the end of the third window"
         )
-    return readings, metrics
+    return run
 
 
-def _names(logs: tuple[Path, ...]) -> list[str]:
-    """The shortest ends of the paths that tell them apart: run.jsonl, or a/run.jsonl, b/run.jsonl.
+def _names(logs: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that differ, without ``.jsonl``: run, or a/run and b/run.
 
     Raises:
-        click.UsageError: the same log was given twice.
+        click.UsageError: The same log was given twice.
     """
-    paths = [log.resolve().parts for log in logs]
+    paths = [log.resolve() for log in logs]
     if len(set(paths)) < len(paths):
         raise click.UsageError("LOG: expected different logs, got one twice")
+    # Only endings that are all the same say nothing.
+    same_ending = all(path.suffix == ".jsonl" for path in paths)
+    parts = [(path.with_suffix("") if same_ending else path).parts for path in paths]
     length = 1
-    while len({path[-length:] for path in paths}) < len(paths):
+    while len({path[-length:] for path in parts}) < len(parts):
         length += 1
-    return [str(Path(*path[-length:])) for path in paths]
+    return [str(Path(*path[-length:])) for path in parts]
+
+
+def _with_settings(names: Sequence[str], runs: Sequence[LogReader]) -> list[str]:
+    """The names together with those settings in which the runs differ."""
+    keys = {key for run in runs for key in run.settings if key != "version"}
+    differing = {k for k in keys if any(r.settings.get(k) != runs[0].settings.get(k) for r in runs)}
+    of_each = [describe({k: v for k, v in r.settings.items() if k in differing}) for r in runs]
+    return [
+        printable(f"{name} ({text})" if text else name)
+        for name, text in zip(names, of_each, strict=True)
+    ]
+
+
+def describe(settings: Mapping[str, Any]) -> str:
+    """Return a run's settings as a line: the scheduler, and what is not as usual."""
+    words = [str(settings["scheduler"])] if "scheduler" in settings else []
+    for name, value in settings.items():
+        values = value if isinstance(value, list) else [value]
+        if name in ("scheduler", "version") or not values:
+            continue
+        if all(v in _USUAL.get(name, ()) for v in values):
+            continue
+        numbers = [f"{v:g}" if isinstance(v, float) else str(v) for v in values]
+        # One value for all param groups is one value.
+        text = numbers[0] if len(set(numbers)) == 1 else " / ".join(numbers)
+        unit = "°" if name in _IN_DEGREES else ""
+        words.append(name if value is True else f"{name} {text}{unit}")
+    return ", ".join(words)
+
+
+def printable(text: str) -> str:
+    r"""Return the text with escapes such as ``\x1b`` for what would control a terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def explain(log: Path, error: Exception) -> str:
-    """One line; a broken log may quote a line of any length."""
+    """Return an error in one line; a broken log may quote a line of any length."""
     text = " ".join(str(error).split())
-    if isinstance(error, (AttributeError, LookupError, TypeError)):
+    if not isinstance(error, (ImportError, OSError, ValueError)):
         text = f"{log}: a record is not as JsonLinesLog writes it: {text}"
+    text = printable(text)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
 
 
-def _count(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+def count(number: int, noun: str) -> str:
+    """Return a number with its noun, in the plural unless it is one."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

@@ -222,9 +222,13 @@ def check_arenas(state: Entries) -> NamedArenas:
 
 
 def _check_arena(name: str, value: Any) -> Tensor:
-    if not isinstance(value, Tensor) or value.dtype != torch.float32:
-        what = value.dtype if isinstance(value, Tensor) else repr(value)
-        raise ValueError(f"{name}: expected a float32 tensor, got {what}")
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name}: expected a float32 tensor, got {value!r}")
+    if value.dtype != torch.float32 or value.layout != torch.strided or value.is_meta:
+        raise ValueError(
+            f"{name}: expected a dense float32 tensor with data, got {value.dtype}, "
+            f"{value.layout} on {value.device}"
+        )
     return value
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -12,8 +12,14 @@ from .fsdp1 import flattened_shards
 from .shards import LocalShard, is_dtensor, of_dtensor, whole
 
 
-def local_shards(named: Iterable[tuple[str, Tensor]]) -> list[LocalShard]:
+def local_shards(
+    named: Iterable[tuple[str, Tensor]], group_of: Mapping[int, int]
+) -> list[LocalShard]:
     """What this rank holds of the given parameters; the same tensor given twice counts once.
+
+    Args:
+        named: names and parameters.
+        group_of: index of the param group by ``id`` of the parameter; 0 for others.
 
     Raises:
         TypeError: a DTensor has a ``Partial`` placement.
@@ -26,12 +32,13 @@ def local_shards(named: Iterable[tuple[str, Tensor]]) -> list[LocalShard]:
     flattened = flattened_shards(parameters)
     shards = []
     for name, parameter in parameters:
+        group = group_of.get(id(parameter), 0)
         if id(parameter) in flattened:
-            shards.append(flattened[id(parameter)])
+            shards.append(flattened[id(parameter)]._replace(group=group))
         elif is_dtensor(parameter):
-            shards.append(of_dtensor(name, parameter))
+            shards.append(of_dtensor(name, parameter)._replace(group=group))
         else:
-            shards.append(whole(name, parameter))
+            shards.append(whole(name, parameter, group))
     return shards
 
 

@@ -39,29 +39,44 @@ class Counts(NamedTuple):
 class Exchange:
     """Brings this rank's sums together with those of the others.
 
+    Args:
+        settings: returns the meter's settings, which all ranks must share.
+
     Attributes:
         group: who decides together.
+        compared: whether the ranks have compared their settings.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, settings: Facts) -> None:
         self.group: Group = Alone()
+        self.compared = False
+        self._settings = settings
         self._numbers: int | None = None  # sent by all ranks next to their rows, once agreed
 
     def restart(self) -> None:
-        """Begin as a new exchange does: with the rows alone."""
+        """Begin again: with a comparison of settings, and with the rows alone."""
+        self.compared = False
         self._numbers = None
 
-    def compare(self, facts: Facts) -> None:
-        """Compare by name what the ranks decide from; two collectives, none where alone.
+    def compare_once(self, facts: Facts) -> None:
+        """Compare settings and facts unless that was done; two collectives, none where alone.
 
         Raises:
             DisagreementError: a value differs; raised on all ranks alike.
         """
+        if not self.compared:
+            self._compare(facts)
+            self.compared = True
+
+    def _compare(self, facts: Facts) -> None:
         if isinstance(self.group, Alone):
             return
-        here = json.dumps([self.group.stage, dict(facts())])
+        here = json.dumps([self.group.stage, self._all(facts)])
         gathered = [json.loads(text) for text in self.group.gather_text(here)]
         check_facts([values for _, values in gathered], [stage for stage, _ in gathered])
+
+    def _all(self, facts: Facts) -> dict[str, Any]:
+        return {**self._settings(), **facts()}
 
     def close(
         self,
@@ -107,7 +122,7 @@ class Exchange:
             every = [values[len(row) :] for values in gathered]
             agreement = agree(rows)
             if facts_differ(rows):
-                self.compare(facts)
+                self._compare(facts)
             if sent is None and not agreement.restart and numbers:
                 every = self.group.gather(numbers)
         except DisagreementError:
@@ -133,7 +148,7 @@ class Exchange:
         facts: Facts,
         numbers: int,
     ) -> Row:
-        values = dict(facts())
+        values = self._all(facts)
         rates = values.pop("lr", None)
         return Row(
             **counts._asdict(),

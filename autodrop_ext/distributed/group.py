@@ -132,11 +132,6 @@ def check_group(process_group: Any) -> None:
     )
 
 
-def may_have_ranks(process_group: Any) -> bool:
-    """Whether :func:`find_group` could find more than one process."""
-    return process_group is not None or (dist.is_available() and dist.is_initialized())
-
-
 def find_group(process_group: Any, shards: Sequence[LocalShard]) -> Group:
     """Who decides together.
 

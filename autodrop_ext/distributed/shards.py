@@ -70,11 +70,11 @@ def local_tensor(tensor: Tensor) -> Tensor:
         return tensor.to_local()  # type: ignore[attr-defined, no-any-return]
 
 
-def whole(name: str, tensor: Tensor) -> LocalShard:
+def whole(name: str, tensor: Tensor, group: int = 0) -> LocalShard:
     """A parameter of which this rank has every element."""
     n = tensor.numel()
     layout = f"{tuple(tensor.shape)} {tensor.dtype}"
-    return LocalShard(name, tensor.detach(), parts=1, part=(), total=n, layout=layout)
+    return LocalShard(name, tensor.detach(), 1, (), n, layout, group=group)
 
 
 def of_dtensor(name: str, parameter: Any) -> LocalShard:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import operator
 import sys
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -83,7 +84,7 @@ class AutoDropMonitor(Callback):  # type: ignore[misc]
 
     def _log(self, trainer: Any) -> None:
         newest = self._newest(trainer)
-        if len(newest) == len(self._logged) and all(map(_same, newest, self._logged)):
+        if len(newest) == len(self._logged) and all(map(operator.is_, newest, self._logged)):
             return
         self._logged = newest
         values = prefixed(self.prefix, self._schedulers(trainer))
@@ -95,10 +96,6 @@ class AutoDropMonitor(Callback):  # type: ignore[misc]
 
     def _newest(self, trainer: Any) -> list[Any]:
         return [s.history[-1] if s.history else None for s in self._schedulers(trainer)]
-
-
-def _same(a: Any, b: Any) -> bool:
-    return a is b
 
 
 def _warn(message: str) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..schedulers import AnalyticAutoDrop, AutoDrop, EpochAutoDrop
+from ..schedulers import AnalyticAutoDrop, AnytimeAutoDrop, AutoDrop, EpochAutoDrop
 
-AnyAutoDrop = AutoDrop | EpochAutoDrop | AnalyticAutoDrop
+AnyAutoDrop = AutoDrop | AnytimeAutoDrop | EpochAutoDrop | AnalyticAutoDrop
 
 
 def find_schedulers(scheduler: Any) -> list[AnyAutoDrop]:

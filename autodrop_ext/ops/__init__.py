@@ -1,13 +1,16 @@
 """Backends, and the choice between them.
 
-``auto`` takes, for each type of device, the first of :data:`PREFERENCE` that serves it, and logs
-that choice once. A backend named by the user is used or refused, never replaced.
+``auto`` takes, for each device, the first of :data:`PREFERENCE` that serves it, and logs that
+choice once; as a warning where a GPU is left to the reference, which takes a launch for each tensor
+and operation. A backend named by the user is used or refused, never replaced.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
+
+import torch
 
 from .cpu import CpuBackend
 from .cuda import CudaBackend
@@ -25,24 +28,26 @@ BACKENDS: dict[str, Backend] = {
 }
 
 
-def select(name: str, device_type: str) -> Backend:
-    """The backend for a device type.
+def select(name: str, device: torch.device | str) -> Backend:
+    """The backend for a device.
 
     Args:
         name: "auto" or the name of a backend.
-        device_type: as in ``torch.device.type``.
+        device: where the parameters are; "cuda" alone stands for the current GPU. No other device
+            is touched.
 
     Raises:
         ValueError: there is no backend of that name.
-        RuntimeError: the named backend does not serve the device type; the message says why.
+        RuntimeError: the named backend does not serve the device; the message says why.
     """
     check_name(name)
+    device = _with_index(device)
     if name == "auto":
-        return _best(device_type)
-    reason = BACKENDS[name].missing(device_type)
+        return _best(device)
+    reason = BACKENDS[name].missing(device)
     if reason is not None:
         raise RuntimeError(
-            f"backend {name!r} cannot be used for {device_type} parameters: {reason}. "
+            f"backend {name!r} cannot be used for {device.type} parameters: {reason}. "
             "`autodrop doctor` (python -m autodrop_ext doctor) shows what works here"
         )
     return BACKENDS[name]
@@ -54,15 +59,31 @@ def check_name(name: str) -> None:
         raise ValueError(f"backend: expected 'auto' or one of {sorted(BACKENDS)}, got {name!r}")
 
 
-def report(device_type: str) -> dict[str, str | None]:
-    """For every backend in order of preference, why it does not serve a device type, or None."""
-    return {name: BACKENDS[name].missing(device_type) for name in PREFERENCE}
+def report(device: torch.device | str) -> dict[str, str | None]:
+    """For every backend in order of preference, why it does not serve a device, or None."""
+    device = _with_index(device)
+    return {name: BACKENDS[name].missing(device) for name in PREFERENCE}
+
+
+def _with_index(device: torch.device | str) -> torch.device:
+    """The same device; a GPU without an index is the current one."""
+    device = torch.device(device)
+    if str(device) == "cuda" and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 @functools.cache
-def _best(device_type: str) -> Backend:
-    reasons = report(device_type)
+def _best(device: torch.device) -> Backend:
+    reasons = report(device)
     name = next(name for name in PREFERENCE if reasons[name] is None)
     passed = "; ".join(f"not {n}: {r}" for n, r in reasons.items() if r is not None)
-    logger.info("backend for %s: %s%s", device_type, name, f" ({passed})" if passed else "")
+    slow = name == "reference" and device.type != "cpu"
+    logger.log(
+        logging.WARNING if slow else logging.INFO,
+        "backend for %s: %s%s",
+        device,
+        name,
+        f" ({passed})" if passed else "",
+    )
     return BACKENDS[name]

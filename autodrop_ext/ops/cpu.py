@@ -20,9 +20,9 @@ class CpuBackend:
     def __init__(self, isa: str = "") -> None:
         self._isa = isa
 
-    def missing(self, device_type: str) -> str | None:
-        if device_type != "cpu":
-            return f"it runs on cpu tensors, not on {device_type}"
+    def missing(self, device: torch.device) -> str | None:
+        if device.type != "cpu":
+            return f"it runs on cpu tensors, not on {device.type}"
         if native.core is None:
             return native.why_missing()
         return None

@@ -1,4 +1,8 @@
-"""The compiled CUDA backend: one launch per device and step, one synchronisation per window."""
+"""The compiled CUDA backend: one launch per device and step, one synchronisation per window.
+
+A step can be captured in a CUDA graph. A close waits for its stream, so inside a capture it is
+refused with a RuntimeError that names cudaErrorStreamCaptureUnsupported; the capture goes on.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from torch import Tensor
 from . import native
 from .interface import Sums
 from .plan import Plan
+from .streams import StreamUse, current_device
 
 _NO_CODE = ("cudaErrorNoKernelImageForDevice", "cudaErrorUnsupportedPtxVersion")
 
@@ -17,9 +22,9 @@ _NO_CODE = ("cudaErrorNoKernelImageForDevice", "cudaErrorUnsupportedPtxVersion")
 class CudaBackend:
     name = "cuda"
 
-    def missing(self, device_type: str) -> str | None:
-        if device_type != "cuda":
-            return f"it runs on cuda tensors, not on {device_type}"
+    def missing(self, device: torch.device) -> str | None:
+        if device.type != "cuda":
+            return f"it runs on cuda tensors, not on {device.type}"
         if native.core is None:
             return native.why_missing()
         if not native.core.cuda_built:
@@ -31,22 +36,25 @@ class CudaBackend:
             return "this torch runs on AMD GPUs, which the triton backend serves"
         if not torch.cuda.is_available():
             return "torch sees no CUDA GPU"
-        return _probe()
+        return _probe(torch.cuda.current_device() if device.index is None else device.index)
 
     def bind(self, plan: Plan) -> CudaOperations:
         return CudaOperations(plan)
 
 
 @functools.cache
-def _probe() -> str | None:
-    """Launch a kernel on every visible GPU; what went wrong, or None."""
+def _probe(device: int) -> str | None:
+    """Launch a kernel on one GPU; what went wrong, or None.
+
+    Only the GPU that is used: a context takes hundreds of megabytes on each that is touched, for
+    every rank of a machine.
+    """
     assert native.core is not None, "checked by CudaBackend.missing"
-    torch.cuda.current_device()  # initialises CUDA
-    for device in range(torch.cuda.device_count()):
-        try:
+    try:
+        with current_device(torch.device("cuda", device)):
             native.core.cuda_probe(device)
-        except RuntimeError as error:
-            return explain(str(error), device)
+    except RuntimeError as error:
+        return explain(str(error), device)
     return None
 
 
@@ -72,6 +80,10 @@ class CudaOperations:
         self._partials = sums((plan.num_chunks, 4), device=plan.device)
         self._total = sums((4,), device=plan.device)
         self._host_total = sums((4,), pin_memory=True)
+        tables = (plan.chunks, plan.tiles, plan.tensor_chunks, plan.row_weights)
+        buffers = (self._partials, self.per_tensor, self._total)
+        parameters = (part for s in plan.segments for part in (s.alias, s.flat))
+        self._streams = StreamUse(plan.device, (*tables, *buffers, *parameters))
         # The compiled plan holds addresses only; these tensors stay alive with this object.
         self._native = native.core.CudaPlan(
             plan.device.index,
@@ -91,23 +103,26 @@ class CudaOperations:
         self, running: Tensor, mean: Tensor | None, *, first: bool, weight: float = 1.0
     ) -> None:
         self._plan.refresh()
-        self._native.accumulate(
-            running.data_ptr(), native.address(mean), first, weight, self._stream()
-        )
+        with current_device(self._plan.device):
+            stream = self._streams.current(running, mean)
+            self._native.accumulate(running.data_ptr(), native.address(mean), first, weight, stream)
 
     def close_sum(self, running: Tensor, previous: Tensor, before: Tensor, window: int) -> Sums:
-        arenas = (running.data_ptr(), previous.data_ptr(), before.data_ptr())
-        self._native.close_sum(*arenas, float(window), self._stream())
+        arenas = (running, previous, before)
+        with current_device(self._plan.device):
+            stream = self._streams.current(*arenas)
+            self._native.close_sum(*(a.data_ptr() for a in arenas), float(window), stream)
         return Sums(*self._host_total.tolist())
 
     def close_delta(self, running: Tensor, previous: Tensor, mean: Tensor, window: int) -> Sums:
-        arenas = (running.data_ptr(), previous.data_ptr(), mean.data_ptr())
-        self._native.close_delta(*arenas, float(window), self._stream())
+        arenas = (running, previous, mean)
+        with current_device(self._plan.device):
+            stream = self._streams.current(*arenas)
+            self._native.close_delta(*(a.data_ptr() for a in arenas), float(window), stream)
         return Sums(*self._host_total.tolist())
 
     def write_back(self, arena: Tensor, mean: Tensor | None, scale: float) -> None:
-        self._native.write_back(arena.data_ptr(), native.address(mean), scale, self._stream())
+        with current_device(self._plan.device):
+            stream = self._streams.current(arena, mean)
+            self._native.write_back(arena.data_ptr(), native.address(mean), scale, stream)
         self._plan.publish()
-
-    def _stream(self) -> int:
-        return torch.cuda.current_stream(self._plan.device).cuda_stream

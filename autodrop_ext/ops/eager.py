@@ -13,7 +13,7 @@ from .plan import Plan
 class ReferenceBackend:
     name = "reference"
 
-    def missing(self, device_type: str) -> str | None:
+    def missing(self, device: torch.device) -> str | None:
         return None
 
     def bind(self, plan: Plan) -> ReferenceOperations:

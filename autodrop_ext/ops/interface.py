@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from .plan import Plan
@@ -52,12 +53,12 @@ class Operations(Protocol):
 
 
 class Backend(Protocol):
-    """A way to run the operations on some kinds of devices."""
+    """A way to run the operations on some devices."""
 
     name: str
 
-    def missing(self, device_type: str) -> str | None:
-        """Why this backend does not serve a device type, or None if it does."""
+    def missing(self, device: torch.device) -> str | None:
+        """Why this backend does not serve a device, or None if it does. Touches no other one."""
 
     def bind(self, plan: Plan) -> Operations:
         """The operations on a plan; everything that can be prepared is prepared here."""

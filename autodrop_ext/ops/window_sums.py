@@ -54,6 +54,28 @@ class Extra(Protocol):
         """Fields of a reading where the numbers are not known."""
 
 
+def fields_of(
+    extras: Sequence[Extra], totals: Sums | None, numbers: Sequence[float] | None
+) -> dict[str, Any]:
+    """Fields of a reading.
+
+    Args:
+        extras: what is added to the totals.
+        totals: totals over all ranks; None where there is no angle.
+        numbers: numbers of all extras, one after the other, over all ranks; None where they are not
+            known.
+    """
+    fields: dict[str, Any] = {}
+    begin = 0
+    for extra in extras:
+        if totals is None or numbers is None:
+            fields |= extra.unknown()
+        else:
+            fields |= extra.fields(totals, numbers[begin : begin + extra.size])
+            begin += extra.size
+    return fields
+
+
 class WindowSums:
     """Sums of one window after the other.
 
@@ -91,7 +113,7 @@ class WindowSums:
         named: list[Named] = [(member.name, member.tensor) for member in members]
         weights = [member.weight for member in members]
         plan = Plan(named, device, weights, ranges=ranges)
-        return DeviceSums(plan, select(self._backend, device.type))
+        return DeviceSums(plan, select(self._backend, device))
 
     # ---- what is read -----------------------------------------------------------------------
 

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from .run import (
-    Dashes,
+from .panels import (
     Record,
     column,
+    draw_losses,
     finish,
     line_style,
     log_if_wide,
     make_panels,
     name_panel,
-    smoothed_line,
-    steps_of,
+    number,
+    running_mean,
 )
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -32,18 +30,21 @@ def plot_runs(
     path: str | Path | None = None,
     title: str | None = None,
 ) -> Figure:
-    """Draw several measured runs into one picture: losses, smoothed angles, learning rates.
+    """Draw several measured runs into one picture: losses, angles and learning rates.
+
+    Losses and angles are running means over a 40th of each run; behind the losses the values
+    themselves are thin lines. Angles of single windows scatter too much for several runs to share
+    a panel, and smoothed ones are there for two windows before each drop only.
 
     Args:
-        runs: readings and metrics by name, as :func:`~autodrop_ext.read_log` gives them; of
-            ``AutoDrop`` or ``EpochAutoDrop``, whose angles are not smoothed. Of several param
-            groups the first one's rate is drawn.
-        path: where to save the picture; its ending gives the format.
-        title: above the picture.
+        runs: Readings and metrics by name, as :func:`~autodrop_ext.read_log` returns them. Of
+            several param groups the first one's rate is drawn.
+        path: The picture; its ending gives the format.
+        title: The text above the picture.
 
     Raises:
         ImportError: matplotlib is not installed; it comes with ``autodrop_ext[plot]``.
-        ValueError: there is no run, or one without readings.
+        ValueError: There is no run, or one without readings.
     """
     if not runs:
         raise ValueError("runs: expected at least one, got none")
@@ -53,62 +54,19 @@ def plot_runs(
     losses = {n: m for n, (_, m) in runs.items() if any(r.get("loss") is not None for r in m)}
     figure, panels = make_panels([1.2, 1.2, 1.0] if losses else [1.2, 1.0])
     angle, rate = panels[-2:]
-    # A run keeps its colour in all panels, also where another one has no loss.
+    # A run keeps its colour in all panels, also if another one has no loss.
     styles = {name: line_style(i) for i, name in enumerate(runs)}
     if losses:
-        name_panel(panels[0], "Training loss")
-        _draw_lines(panels[0], losses, styles, "loss")
-        panels[0].set_ylabel("loss")
-    name_panel(angle, "Angular velocity, smoothed")
-    for name, (readings, _) in runs.items():
-        steps, values = smoothed_line(readings)
-        if not any(map(math.isfinite, values)):
-            steps, values = steps_of(readings), column(readings, "angle")
-        color, dashes = styles[name]
-        axes_label = None if losses else name
-        angle.plot(
-            steps,
-            values,
-            color=color,
-            linestyle=dashes,
-            linewidth=1.4,
-            label=axes_label,
-            marker=".",
-            markersize=3,
-        )
-    angle.set_ylabel("degrees")
-    name_panel(rate, "Learning rate")
-    rates = {
-        name: [{"step": r["step"], "lr": (r.get("lr") or [None])[0]} for r in readings]
-        for name, (readings, _) in runs.items()
-    }
-    _draw_lines(rate, rates, styles, "lr", drawstyle="steps-post")
-    rate.set_ylabel("learning rate")
-    finish(figure, panels, path, title)
-    return figure
-
-
-def _draw_lines(
-    axes: Axes,
-    runs: Mapping[str, Sequence[Record]],
-    styles: Mapping[str, tuple[str, Dashes]],
-    key: str,
-    drawstyle: Literal["default", "steps-post"] = "default",
-) -> None:
-    """One line for each run that has the key."""
+        draw_losses(panels[0], losses, styles, named=False)
+    name_panel(angle, "Angular velocity, running mean", "degrees")
+    name_panel(rate, "Learning rate", "learning rate")
     everything: list[float] = []
-    for name, records in runs.items():
-        having = [r for r in records if key in r]
-        values = column(having, key)
-        everything += values
-        color, dashes = styles[name]
-        axes.plot(
-            steps_of(having),
-            values,
-            color=color,
-            linestyle=dashes,
-            linewidth=1.4,
-            drawstyle=drawstyle,
-            label=name,
-        )
-    log_if_wide(axes, everything)
+    lines = {}
+    for name, (readings, _) in runs.items():
+        steps = column(readings, "step")
+        angle.plot(*running_mean(steps, column(readings, "angle")), **styles[name])
+        rates = [number((r.get("lr") or [None])[0]) for r in readings]
+        everything += rates
+        (lines[name],) = rate.plot(steps, rates, **styles[name], drawstyle="steps-post")
+    log_if_wide(rate, everything)
+    return finish(figure, panels, path, title, lines=lines)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch.optim import Optimizer
 
 from .. import checks
-from ..saved import Entries
+from ..saved import Entries, problems_named
 from ..theory.velocity_model import (
     Phase,
     RateSequence,
@@ -104,7 +104,7 @@ class AnalyticAutoDrop(StepScheduler):
         self.on_drop = on_drop
         self._since_drop = -1  # t - t_i of the last step; Algorithm 2's first step is t = 0
         super().__init__(optimizer, warmup_steps=warmup_steps, last_epoch=last_epoch)
-        self._gap = self._next_gap(float(self.base_lrs[0]), 0)
+        self._gap = self._next_gap(0)
 
     # ---- deciding ---------------------------------------------------------------------------
 
@@ -138,7 +138,7 @@ class AnalyticAutoDrop(StepScheduler):
                 lrs,
                 num_drops=drops,
                 _since_drop=0,
-                _gap=self._next_gap(float(self.base_lrs[0]), drops),
+                _gap=self._next_gap(drops),
             )
         )
         if self.on_drop is not None:
@@ -146,19 +146,15 @@ class AnalyticAutoDrop(StepScheduler):
 
     def _scale(self, i: int) -> float:
         """``r_i / r_0``."""
-        if isinstance(self.rates, list):
-            return self.rates[i] / self.rates[0]
-        return learning_rate(i, self.rates) / learning_rate(0, self.rates)
+        return _scale(self.rates, i)
 
     def _alpha(self) -> float:
         """``alpha_i``, the model's rate."""
         return float(self.base_lrs[0]) * self._scale(self.num_drops)
 
-    def _next_gap(self, base_lr: float, drops: int) -> int | None:
+    def _next_gap(self, drops: int) -> int | None:
         """Steps until the next drop after ``drops``; None at the end of given rates."""
-        if isinstance(self.rates, list) and drops + 1 >= len(self.rates):
-            return None
-        return self.model.drop_gap(base_lr * self._scale(drops), self.tau0)
+        return _gap(self.model, self.tau0, self.rates, float(self.base_lrs[0]), drops)
 
     def _get_closed_form_lr(self) -> list[float]:
         """Rates after all drops so far: what ``SequentialLR`` asks for at a milestone."""
@@ -231,17 +227,31 @@ class AnalyticAutoDrop(StepScheduler):
                 f"{state.name('num_drops')}: expected less than the {len(rates)} rates, got {drops}"
             )
         since = state.read("since_drop", lambda name, value: checks.count(name, value, -1))
-        return {"_since_drop": since}
+        base_lrs = state.list("base_lrs", checks.at_least_zero)
+        with problems_named(state.name("base_lrs")):
+            if not base_lrs:
+                raise ValueError("expected a rate for each param group, got none")
+            settings["model"].limit(base_lrs[0])  # refuses an epsilon that the rate is too high for
+            gap = _gap(settings["model"], settings["tau0"], rates, base_lrs[0], drops)
+        return {"_since_drop": since, "_gap": gap}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue where :meth:`state_dict` was taken. Settings are restored too, as in torch.
 
-        Raises:
-            ValueError: not a state of this class; the message names the entry, and nothing has been
-                changed.
-        """
-        super().load_state_dict(state_dict)
-        self._gap = self._next_gap(float(self.base_lrs[0]), self.num_drops)
+def _scale(rates: RateSequence | list[float], i: int) -> float:
+    if isinstance(rates, list):
+        return rates[i] / rates[0]
+    return learning_rate(i, rates) / learning_rate(0, rates)
+
+
+def _gap(
+    model: VelocityModel,
+    tau0: float,
+    rates: RateSequence | list[float],
+    base_lr: float,
+    drops: int,
+) -> int | None:
+    if isinstance(rates, list) and drops + 1 >= len(rates):
+        return None
+    return model.drop_gap(base_lr * _scale(rates, drops), tau0)
 
 
 def _checked_rates(rates: Any) -> RateSequence | list[float]:

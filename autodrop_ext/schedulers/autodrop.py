@@ -134,10 +134,10 @@ class AutoDrop(DropScheduler):
         self.per_group = meter.per_group
         self.group_drops: list[int] = []
         self._detectors = [detector]
+        self.factor = checks.between_0_and_1("factor", factor)
         super().__init__(
             optimizer,
             meter,
-            factor=factor,
             min_lr=min_lr,
             on_reading=on_reading,
             on_drop=on_drop,
@@ -168,12 +168,8 @@ class AutoDrop(DropScheduler):
             for angle, detector in zip(angles, detectors, strict=False)
         ]
         saturated = [i for i, verdict in enumerate(verdicts) if verdict.saturated]
-        groups = (
-            range(len(self.optimizer.param_groups))
-            if saturated and not self.per_group
-            else saturated
-        )
-        lrs = self._dropped_lrs(groups)
+        everything = range(len(self.optimizer.param_groups)) if saturated else ()
+        lrs = self._dropped_lrs(self.factor, saturated if self.per_group else everything)
         lowered = [g for g, lr in enumerate(lrs) if lr is not None]
         of_groups: dict[str, Any] = {}
         if self.per_group:
@@ -199,7 +195,11 @@ class AutoDrop(DropScheduler):
             _detectors=detectors,
         )
 
+    def _get_closed_form_lr(self) -> list[float]:
+        return self._closed_form(self.factor, self._drops_of)
+
     def _drops_of(self, group: int) -> int:
+        """How often the rate of a param group was lowered."""
         if not self.per_group:
             return self.num_drops
         return self.group_drops[group] if group < len(self.group_drops) else 0
@@ -266,6 +266,7 @@ class AutoDrop(DropScheduler):
         # States from before param groups could decide for themselves have no "per_group".
         return {
             **super()._read_settings(settings),
+            "factor": settings.read("factor", checks.between_0_and_1),
             "window": settings.count("window", 1),
             "warmup_steps": settings.count("warmup_steps"),
             "per_group": "per_group" in settings and settings.flag("per_group"),
@@ -306,5 +307,14 @@ class AutoDrop(DropScheduler):
         }
 
     def _load_meter(self, state: Entries) -> None:
+        window, ours = (
+            state.inner("meter").count("window", 1),
+            state.inner("settings").value("window"),
+        )
+        if window != ours:
+            raise ValueError(
+                f"{state.inner('meter').name('window')}: expected the settings' window={ours}, got "
+                f"{window}"
+            )
         super()._load_meter(state)
         self.meter.per_group = "per_group" in (s := state.inner("settings")) and s.flag("per_group")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
@@ -115,13 +116,16 @@ class StepScheduler(LRScheduler):
     def _carry_out(self, changes: Changes) -> None:
         """Change rates and attributes and keep the record; repeating it changes nothing more.
 
-        An interrupt inside leaves the changes to be repeated at the next call.
+        Rates and attributes change in one call that no signal can divide. An interrupt before the
+        end leaves the changes to be repeated at the next call.
         """
         self._changes = changes
-        for group, lr in zip(self.optimizer.param_groups, changes.lrs, strict=False):
-            if lr is not None:
-                _set_lr(group, lr)
-        self.__dict__.update(changes.attributes)
+        pairs = zip(self.optimizer.param_groups, changes.lrs, strict=False)
+        writes = [_write(group, lr) for group, lr in pairs if lr is not None]
+        writes.append(functools.partial(self.__dict__.update, changes.attributes))
+        with torch.no_grad():
+            # Python looks for signals between its own instructions, and here there are none.
+            collections.deque(map(functools.partial.__call__, writes), maxlen=0)
         self._last_lr = self._lrs()
         if not (self.history and self.history[-1] is changes.record):
             remember(self.history, changes.record, HISTORY)
@@ -204,8 +208,9 @@ class StepScheduler(LRScheduler):
 
     def _set_lrs(self, lrs: Iterable[float]) -> None:
         # add_param_group may have brought more groups than there are base rates.
-        for group, lr in zip(self.optimizer.param_groups, lrs, strict=False):
-            _set_lr(group, lr)
+        with torch.no_grad():
+            for group, lr in zip(self.optimizer.param_groups, lrs, strict=False):
+                _write(group, lr)()
 
     def _metrics(self, **values: float | None) -> dict[str, float]:
         """``lr`` of the first param group, ``num_drops`` and those ``values`` that are defined."""
@@ -262,7 +267,7 @@ class StepScheduler(LRScheduler):
             "_last_lr": state.list("last_lr", checks.at_least_zero),
             "_optimizer_steps": state.count("optimizer_steps"),
             "num_drops": state.count("num_drops"),
-            "history": from_columns(state.value("history"), self._record_type),
+            "history": from_columns(state.inner("history"), self._record_type),
             **self._read_progress(state, settings),
         }
         marked = state.flag("stepped")
@@ -359,12 +364,11 @@ def lower_bounds(min_lrs: Sequence[float], groups: int) -> Iterator[float]:
     return (min_lrs[i] if i < len(min_lrs) else 0.0 for i in range(groups))
 
 
-def _set_lr(group: dict[str, Any], lr: float) -> None:
+def _write(group: dict[str, Any], lr: float) -> functools.partial[Any]:
+    """What sets a param group's rate, in place if that is a tensor; call it without gradients."""
     if isinstance(group["lr"], Tensor):
-        with torch.no_grad():
-            group["lr"].fill_(lr)
-    else:
-        group["lr"] = lr
+        return functools.partial(group["lr"].fill_, lr)
+    return functools.partial(group.__setitem__, "lr", lr)
 
 
 def as_floats(lrs: Iterable[float | Tensor]) -> list[float]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch.optim import Optimizer
 
@@ -13,6 +15,9 @@ from ..meter import AngularVelocity
 from ..reading import Decision, Reading
 from ..saved import Entries
 from .base import Changes, StepScheduler, as_floats, dropped, lower_bounds
+
+Shape = Literal["linear", "sqrt", "cosine"]
+SHAPES = ("linear", "sqrt", "cosine")
 
 
 class DropScheduler(StepScheduler):
@@ -24,7 +29,6 @@ class DropScheduler(StepScheduler):
     Args:
         optimizer: whose learning rates are changed.
         meter: what decisions are made from; made for this scheduler.
-        factor: what a drop multiplies rates by, in (0, 1).
         min_lr: lower bound of the rate, one for all param groups or one for each.
         on_reading: called with every decision.
         on_drop: called with those decisions that lowered a rate.
@@ -33,18 +37,19 @@ class DropScheduler(StepScheduler):
 
     Attributes:
         meter: the meter.
-        factor: what a drop multiplies rates by.
         min_lrs: lower bound of each param group's rate.
     """
 
     _record_type: ClassVar[type[Decision]] = Decision
+    averaged_windows: ClassVar[Literal["last", "all"]] = "last"
+    """What :meth:`averaged_parameters` takes the mean of: the last whole window, or both whole
+    windows that the sums hold and the open one, weighted by their steps."""
 
     def __init__(
         self,
         optimizer: Optimizer,
         meter: AngularVelocity,
         *,
-        factor: float,
         min_lr: float | Iterable[float],
         on_reading: Callable[[Any], object] | None,
         on_drop: Callable[[Any], object] | None,
@@ -54,10 +59,10 @@ class DropScheduler(StepScheduler):
         checks.callback("on_reading", on_reading)
         checks.callback("on_drop", on_drop)
         self.meter = meter
-        self.factor = checks.between_0_and_1("factor", factor)
         self.on_reading = on_reading
         self.on_drop = on_drop
         self._decided: int | None = None  # window of the newest reading that was decided on
+        self._cooldown: Cooldown | None = None
         super().__init__(optimizer, warmup_steps=warmup_steps, last_epoch=last_epoch)
         self.min_lrs = checks.floors(min_lr, len(self.optimizer.param_groups))
         meter.warn_as(type(self).__name__)
@@ -67,11 +72,14 @@ class DropScheduler(StepScheduler):
     def _on_marked_step(self) -> None:
         # At the first step of all, where every rank is: one with another warm-up would not come.
         self.meter.compare(self._facts)
+        if self._optimizer_steps == 1:
+            self._begin_log()
 
     def _on_optimizer_step(self) -> None:
         reading = self.meter.observe(calls=self._step_count, facts=self._facts)
         if reading is not None:
             self._take(reading)
+        self._cool()
 
     def _take(self, reading: Reading) -> None:
         """Decide on a reading, carry the decision out and report it."""
@@ -79,6 +87,13 @@ class DropScheduler(StepScheduler):
         changes.attributes["_decided"] = reading.window
         self._carry_out(changes)
         self._report(changes.record)
+
+    def _begin_log(self) -> None:
+        """Give the settings to a log, as ``JsonLinesLog`` is one."""
+        begin = getattr(self.on_reading, "begin", None)
+        if begin is not None:
+            lr = as_floats(self.base_lrs)
+            begin({"scheduler": type(self).__name__, **self._settings(), "lr": lr})
 
     def _decide(self, reading: Reading) -> Changes:
         raise NotImplementedError
@@ -97,13 +112,16 @@ class DropScheduler(StepScheduler):
             # Other ranks may have decided on it.
             self._take(newest)
 
-    def _dropped_lrs(self, groups: Iterable[int]) -> list[float | None]:
-        """Rates after a drop of some param groups; None for those that stay as they are."""
+    def _dropped_lrs(self, factor: float, groups: Iterable[int]) -> list[float | None]:
+        """Rates after a drop of some param groups; None for those that stay as they are.
+
+        During a cooldown all of them do.
+        """
         lrs = self.get_lr()
         bounds = lower_bounds(self.min_lrs, len(lrs))
-        chosen = set(groups)
+        chosen = set(groups) if self._cooldown is None else set()
         return [
-            dropped(lr, self.factor, floor) if i in chosen else None
+            dropped(lr, factor, floor) if i in chosen else None
             for i, (lr, floor) in enumerate(zip(lrs, bounds, strict=True))
         ]
 
@@ -120,23 +138,78 @@ class DropScheduler(StepScheduler):
 
     def _facts(self) -> dict[str, Any]:
         """What decisions depend on; equal on all ranks."""
-        return {**self._settings(), **self._decision_state(), "lr": as_floats(self.get_lr())}
+        cooldown = Cooldown.saved(self._cooldown)
+        lr = as_floats(self.get_lr())
+        return {**self._settings(), **self._decision_state(), "cooldown": cooldown, "lr": lr}
 
     def _decision_state(self) -> dict[str, Any]:
         """What has been gathered towards the next decision, as plain values by name."""
         return {"num_drops": self.num_drops}
 
-    def _get_closed_form_lr(self) -> list[float]:
-        """Base rates after all drops so far: what ``SequentialLR`` asks for at a milestone."""
+    def _closed_form(self, factor: float, drops: Callable[[int], int]) -> list[float]:
+        """Base rates after ``drops`` of each group; the warm-up's share of them while it lasts."""
         lrs = self._warmed(self.base_lrs)
         for g, floor in enumerate(lower_bounds(self.min_lrs, len(lrs))):
-            for _ in range(self._drops_of(g)):
-                lrs[g] = min(lrs[g], max(floor, self.factor * lrs[g]))
+            for _ in range(drops(g)):
+                lrs[g] = min(lrs[g], max(floor, factor * lrs[g]))
         return lrs
 
-    def _drops_of(self, group: int) -> int:
-        """How often the rate of a param group was lowered."""
-        return self.num_drops
+    # ---- averages and cooldown --------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def averaged_parameters(self) -> Iterator[None]:
+        """Within the block the parameters hold a mean of window means, :attr:`averaged_windows`.
+
+        For evaluation and for saving::
+
+            with scheduler.averaged_parameters():
+                evaluate(model)
+
+        Afterwards the parameters have their bits back, also after an exception. The meter's sums
+        hold the mean already, so that the average costs no memory; within the block there is a copy
+        of the parameters. Where the meter has just started (over), the block changes nothing.
+        Statistics of batch normalisation belong to the parameters of the last step: measure them
+        again within the block with ``torch.optim.swa_utils.update_bn(loader, model)``, and keep
+        copies of them if training goes on.
+
+        Raises:
+            RuntimeError: only a sample of the parameters is read, so that the sums have no mean of
+                the others.
+        """
+        with self.meter.averaged(self.averaged_windows):
+            yield
+
+    def cooldown(self, num_steps: int, shape: Shape = "linear") -> None:
+        """Let the rates fall to ``min_lr`` over the next ``num_steps`` steps, whatever is measured.
+
+        For someone who now knows when the run ends. A second call starts from the present rates.
+        Checkpoints hold the cooldown, and readings go on.
+
+        Args:
+            num_steps: calls of :meth:`step` that follow an optimizer step.
+            shape: "linear", "sqrt" (``1 - sqrt(x)``) or "cosine", over the part ``x`` that is done.
+
+        Raises:
+            ValueError, TypeError: an argument is wrong.
+            RuntimeError: the warm-up is not over.
+        """
+        if self._optimizer_steps < self.warmup_steps:
+            raise RuntimeError(
+                f"cooldown: expected a call after the warm-up of {self.warmup_steps} steps, got "
+                f"one after {self._optimizer_steps}"
+            )
+        self._cooldown = Cooldown(
+            self._optimizer_steps,
+            checks.count("num_steps", num_steps, 1),
+            checks.one_of("shape", shape, SHAPES),
+            as_floats(self.get_lr()),
+        )
+
+    def _cool(self) -> None:
+        if self._cooldown is not None:
+            now = as_floats(self.get_lr())
+            lower = self._cooldown.lrs_at(self._optimizer_steps, self.min_lrs)
+            self._set_lrs(map(min, now, lower))
 
     def close(self) -> None:
         """Take the hooks off the optimizer and free the sums. The learning rates stay."""
@@ -163,17 +236,77 @@ class DropScheduler(StepScheduler):
         if self._stepping:
             self._recover()
             self._stepping = False
-        return {**super().state_dict(), "meter": self.meter.state_dict()}
+        cooldown = Cooldown.saved(self._cooldown)
+        meter = self.meter.state_dict()
+        return {**super().state_dict(), "cooldown": cooldown, "meter": meter}
 
     def _load_meter(self, state: Entries) -> None:
         self.meter.load_state_dict(state.value("meter"), name=state.name("meter"))
 
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue where :meth:`state_dict` was taken. Settings are restored too, as in torch.
+
+        Raises:
+            ValueError: not a state of this class; the message names the entry, and nothing has been
+                changed.
+        """
+        super().load_state_dict(state_dict)
+        self._begin_log()
+
     def _read_settings(self, settings: Entries) -> dict[str, Any]:
         return {
-            "factor": settings.read("factor", checks.between_0_and_1),
-            "min_lrs": settings.list("min_lr", checks.at_least_zero),
+            "min_lrs": settings.list("min_lr", checks.at_least_zero, length=len(self.min_lrs)),
         }
 
     def _read_progress(self, state: Entries, settings: Mapping[str, Any]) -> dict[str, Any]:
         newest = self.meter.history[-1].window if self.meter.history else None
-        return {"_decided": newest}
+        # Older states have no cooldown.
+        cooldown = Cooldown.read(state.inner("cooldown")) if "cooldown" in state else None
+        return {"_decided": newest, "_cooldown": cooldown}
+
+
+class Cooldown(NamedTuple):
+    """A fall of all rates to their lower bounds.
+
+    Attributes:
+        begin: steps before it.
+        num_steps: steps that it takes.
+        shape: form of the fall.
+        lrs: rates at its begin.
+    """
+
+    begin: int
+    num_steps: int
+    shape: Shape
+    lrs: Sequence[float]
+
+    def lrs_at(self, step: int, min_lrs: Sequence[float]) -> list[float]:
+        """Rates after a step; those of groups that were added since are left out."""
+        done = min(1.0, (step - self.begin) / self.num_steps)
+        left = {
+            "linear": 1.0 - done,
+            "sqrt": 1.0 - math.sqrt(done),
+            "cosine": (1.0 + math.cos(math.pi * done)) / 2,
+        }[self.shape]
+        bounds = lower_bounds(min_lrs, len(self.lrs))
+        floors = (min(floor, lr) for floor, lr in zip(bounds, self.lrs, strict=True))
+        return [floor + (lr - floor) * left for floor, lr in zip(floors, self.lrs, strict=True)]
+
+    @staticmethod
+    def saved(cooldown: Cooldown | None) -> dict[str, Any]:
+        """Plain values, with the same entries where there is none."""
+        if cooldown is None:
+            return {"begin": 0, "num_steps": 0, "shape": "linear", "lrs": []}
+        return {**cooldown._asdict(), "lrs": list(cooldown.lrs)}
+
+    @classmethod
+    def read(cls, state: Entries) -> Cooldown | None:
+        """The inverse of :meth:`saved`; raises ValueError where an entry is wrong."""
+        if state.count("num_steps") == 0:
+            return None
+        return cls(
+            state.count("begin"),
+            state.count("num_steps"),
+            state.read("shape", lambda name, value: checks.one_of(name, value, SHAPES)),
+            state.list("lrs", checks.at_least_zero),
+        )

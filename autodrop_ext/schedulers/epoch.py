@@ -153,10 +153,10 @@ class EpochAutoDrop(DropScheduler):
             form="delta",  # after a write-back only this form can be measured from elsewhere
         )
         self._mean = ParameterAverage(watched, backend)
+        self.factor = checks.between_0_and_1("factor", factor)
         super().__init__(
             optimizer,
             meter,
-            factor=factor,
             min_lr=min_lr,
             on_reading=on_reading,
             on_drop=on_drop,
@@ -188,6 +188,7 @@ class EpochAutoDrop(DropScheduler):
         self._take(
             dataclasses.replace(reading, step=self._hook.real_steps, window=self._optimizer_steps)
         )
+        self._cool()
 
     def _wait(self, finite: bool) -> None:
         """Go on with the delay of a pending drop, if there is one."""
@@ -214,7 +215,7 @@ class EpochAutoDrop(DropScheduler):
         changes: dict[str, Any] = {"_last_angle": reading.angle, "_waited": waited}
         if waited == self.delay:
             averaged = self._write_average()
-            lrs = self._dropped_lrs(range(len(self.optimizer.param_groups)))
+            lrs = self._dropped_lrs(self.factor, range(len(self.optimizer.param_groups)))
             lowered = any(lr is not None for lr in lrs)
             changes["_waited"] = None
             changes["num_drops"] = self.num_drops + lowered
@@ -229,6 +230,9 @@ class EpochAutoDrop(DropScheduler):
             averaged=averaged,
         )
         return Changes(decision, lrs, **changes)
+
+    def _get_closed_form_lr(self) -> list[float]:
+        return self._closed_form(self.factor, lambda group: self.num_drops)
 
     def _report(self, decision: Decision) -> None:
         assert isinstance(decision, EpochDecision)
@@ -329,6 +333,7 @@ class EpochAutoDrop(DropScheduler):
         most = settings.read("max_threshold", functools.partial(_check_max_threshold, threshold))
         return {
             **super()._read_settings(settings),
+            "factor": settings.read("factor", checks.between_0_and_1),
             "threshold": threshold,
             "max_threshold": most,
             "delay": settings.count("delay"),

@@ -79,10 +79,11 @@ def plot_automatic_drop(
     """Loss, angular velocity and rate under automatic drops (UAI 2024, Figure 2).
 
     Args:
-        dropped: its losses are drawn as a mean over the runs, beside the constant rates'; angle,
-            rate and drops are those of its first run.
-        constant: by learning rate.
-        path: where to save the picture.
+        dropped: The runs with automatic drops. Loss and angle are means over them, as those of the
+            constant rates; the rate of every run is a thin line, because runs drop at different
+            iterations, and the thick one is the geometric mean.
+        constant: The runs at constant rates, by rate.
+        path: The picture; its ending gives the format.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -90,7 +91,7 @@ def plot_automatic_drop(
     figure, (loss, angle, rate) = _panels(3)
     _name(loss, "Loss without noise, $L(x_t) - L(x^*)$")
     _name(angle, f"Angular velocity, mean of {_AVERAGE} iterations")
-    _name(rate, "Learning rate, first run")
+    _name(rate, "Learning rate")
     _band(angle, every=10)
     mean = dropped.loss.mean(dim=0)
     loss.plot(range(len(mean)), mean, color=_OWN, linewidth=2, label="automatic", zorder=3)
@@ -102,11 +103,12 @@ def plot_automatic_drop(
     steps = _iterations(smooth[0])
     angle.plot(steps, smooth[0], color="0.7", linewidth=0.9, label="first run")
     angle.plot(steps, smooth.mean(dim=0), color=_OWN, label=f"mean of {len(smooth)} runs")
-    lrs = dropped.lr[0]
-    rate.step(range(len(lrs)), lrs, where="post", color=_OWN)
+    for i, lrs in enumerate(dropped.lr):
+        label = "each run" if i == 0 else None
+        rate.step(range(len(lrs)), lrs, where="post", color="0.7", linewidth=0.7, label=label)
+    lrs = dropped.lr.log().mean(dim=0).exp()
+    rate.step(range(len(lrs)), lrs, where="post", color=_OWN, label="geometric mean")
     _plain_log(rate)
-    drops = ((lrs[1:] < lrs[:-1]).nonzero()[:, 0] + 1).tolist()
-    _mark_drops((loss, angle, rate), drops)
     loss.set_xscale("log")
     loss.set_xlim(1, len(mean) - 1)
     loss.set_yscale("log")

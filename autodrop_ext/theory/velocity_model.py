@@ -56,7 +56,8 @@ class VelocityModel:
     def derivative(self, t: _Time, lr: float) -> _Time:
         """``v'_lr(t)`` in radians per iteration, as the proof of Theorem 5.2 begins."""
         slope = self.gamma * self._checked(lr)
-        return self.limit(lr) * slope / (slope * t + 1) ** 2
+        curve = slope * t + 1
+        return self.limit(lr) * slope / curve / curve  # the square could overflow
 
     def limit(self, lr: float) -> float:
         """``(pi / 2) (1 + epsilon lr)``, radians."""

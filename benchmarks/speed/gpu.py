@@ -1,17 +1,22 @@
-"""Throughput on one GPU beside torch's own operations, with CUDA events.
+"""Throughput on one GPU, compared with torch's own operations, with CUDA events.
 
-    python benchmarks/speed/gpu.py [--output benchmarks/results] [--quick]
+    python benchmarks/speed/gpu.py [--output benchmarks/results] [--quick] [--minutes 9]
 
 Both sides alternate in one process, and every figure is a median of 20. Device time is that of CUDA
-events around the call; host time is the call without waiting. GB/s counts the bytes that the
-operation must move at least: 8 and the parameter's own bytes per element and step, 12 per close.
-Peers are checked against float64 before anything is timed. Writes NAME.json and NAME.md, named by
-the GPU.
+events around the call, which waits in the queue behind a kernel that sleeps: so the device does not
+wait for the host between its launches. (A close synchronises at its end; its device time contains
+that wait's return, some microseconds.) Host time is the call on an empty queue without waiting.
+GB/s counts the bytes that the operation must move at least: 8 and the parameter's own bytes per
+element and step, 12 per close. Peers are checked against float64 before anything is timed.
+
+Writes NAME.jsonl, a row as soon as it is measured, and at the end NAME.json and NAME.md; NAME is
+that of the GPU. No new shape is begun when the minutes are over; the .md says which were left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import pathlib
 import re
@@ -31,6 +36,7 @@ from autodrop_ext.ops.device_sums import Arenas
 from autodrop_ext.ops.plan import Plan
 
 ROUNDS, WINDOW = 20, 64
+MOST_COMPILED = 400  # tensors; torch.compile takes many minutes for 10,000
 BILLION = transformer(width=2048, layers=24, vocabulary=32_000)  # 1.27e9 parameters, 292 tensors
 SHARD = transformer(width=4096, layers=32, vocabulary=128_000)  # 8e9 parameters, in eight parts
 
@@ -48,19 +54,27 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 def device_seconds(device: torch.device, call: Callable[[], object]) -> tuple[float, float]:
     """Seconds of a call on the device, and on the host without waiting."""
-    if device.type == "cpu":  # only to try this script where there is no GPU
-        start = time.perf_counter()
-        call()
-        return (time.perf_counter() - start,) * 2
-    torch.cuda.synchronize()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
     start = time.perf_counter()
     call()
     on_host = time.perf_counter() - start
+    if device.type == "cpu":  # only to try this script where there is no GPU
+        return on_host, on_host
+    torch.cuda.synchronize()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(sleep_cycles(on_host))
+    begin.record()
+    call()
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) / 1e3, on_host
+
+
+def sleep_cycles(host_seconds: float) -> int:
+    """Cycles for which the device sleeps while the host launches: twice as long as that took.
+
+    At 2 GHz, and at least 100 microseconds; a slower clock sleeps longer.
+    """
+    return int(2e9 * max(2 * host_seconds, 1e-4))
 
 
 def median_times(
@@ -73,6 +87,7 @@ def median_times(
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     for _ in range(ROUNDS):
         for name, call in calls.items():
+            synchronize(device)
             times[name].append(device_seconds(device, call))
     result = {}
     for name, call in calls.items():
@@ -127,7 +142,7 @@ def peer_calls(
         "parameters_to_vector and add_": flattening,
         "AveragedModel": lambda: averaged.update_parameters(model),
     }
-    if with_graph:
+    if with_graph and len(params) <= MOST_COMPILED:
         graph = torch.cuda.CUDAGraph()
         torch._foreach_add_(sums, params)
         with torch.cuda.graph(graph):
@@ -147,8 +162,11 @@ def peer_calls(
     return calls
 
 
-def measure(name: str, dtype: torch.dtype, device: torch.device) -> list[dict[str, Any]]:
-    """All rows of one shape and dtype."""
+Note = Callable[[dict[str, Any]], None]
+
+
+def measure(name: str, dtype: torch.dtype, device: torch.device, note: Note) -> None:
+    """Note all rows of one shape and dtype, each as soon as it is there."""
     params = [torch.randn(s, device=device).to(dtype) for s in SHAPES[name]]
     if name == "misaligned":
         params = [torch.cat([p[:1], p])[1:] for p in params]
@@ -160,18 +178,23 @@ def measure(name: str, dtype: torch.dtype, device: torch.device) -> list[dict[st
     synchronize(device)
     plan_seconds = time.perf_counter() - start
     wanted = ("cuda", "triton") if device.type == "cuda" else ("cpu",)
-    usable = [b for b in wanted if BACKENDS[b].missing(device.type) is None]
+    usable = [b for b in wanted if BACKENDS[b].missing(device) is None]
     arenas = {b: Arenas(plan, BACKENDS[b]) for b in usable}
     for a in arenas.values():
         a.begin("sum")
-    rows: list[dict[str, Any]] = []
 
     def add(operation: str, calls: dict[str, Callable[[], object]], moved: int) -> None:
-        for who, figures in median_times(device, calls).items():
-            row = {"shape": name, "dtype": str(dtype).removeprefix("torch.")}
+        rows = median_times(device, calls)
+        for who, figures in rows.items():
+            row: dict[str, Any] = {"shape": name, "dtype": str(dtype).removeprefix("torch.")}
             row |= {"operation": operation, "who": who, **figures}
             row["gb_per_s"] = moved / figures["device_us"] / 1e3
-            rows.append(row)
+            row["plan_ms"] = plan_seconds * 1e3
+            foreach = rows.get("_foreach_add_", figures)["device_us"] - figures["device_us"]
+            if operation == "accumulate" and who in arenas and foreach > 0:
+                # After how many steps the plan has paid for itself.
+                row["plan_paid_after_steps"] = plan_seconds * 1e6 / foreach
+            note(row)
 
     huge = n > 2**31
     calls: dict[str, Callable[[], object]] = {
@@ -187,19 +210,10 @@ def measure(name: str, dtype: torch.dtype, device: torch.device) -> list[dict[st
     add("accumulate", calls, own + 8 * n)
     add("close", closes, 12 * n)
 
-    # After how many steps the plan has paid for itself beside _foreach_add_, host and device.
-    times = {r["who"]: r["device_us"] for r in rows if r["operation"] == "accumulate"}
-    for row in rows:
-        row["plan_ms"] = plan_seconds * 1e3
-        gain = times.get("_foreach_add_", 0.0) - times.get(row["who"], 0.0)
-        if row["operation"] == "accumulate" and row["who"] in arenas and gain > 0:
-            row["plan_paid_after_steps"] = plan_seconds * 1e6 / gain
     for b, a in arenas.items():
         same = len({tuple(a.close(WINDOW)) for _ in range(10) if rewind(a)}) == 1
-        rows.append(
-            {"shape": name, "who": b, "operation": "ten closes give the same bits", "same": same}
-        )
-    return rows
+        what = {"shape": name, "dtype": str(dtype).removeprefix("torch.")}
+        note(what | {"who": b, "operation": "ten closes give the same bits", "same": same})
 
 
 def rewind(arenas: Arenas) -> bool:
@@ -284,17 +298,30 @@ def markdown(result: dict[str, Any]) -> str:
     share = result.get("training")
     if share:
         lines += ["", f"The meter takes {share['share_percent']:.2f} % of a training step."]
+    if result["left_out"]:
+        lines += ["", f"Left out: {'; '.join(result['left_out'])}."]
     return "\n".join(lines) + "\n"
+
+
+def give_memory_back(device: torch.device) -> None:
+    """Free what the last shape has left, graphs and compiled code included."""
+    gc.collect()
+    if device.type == "cuda":
+        torch._dynamo.reset()
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("benchmarks/results"))
     parser.add_argument("--quick", action="store_true", help="the two smallest shapes only")
+    parser.add_argument("--minutes", type=float, default=9.0, help="then no shape is begun")
     parser.add_argument("--device", default="cuda", help="cpu tries the script without a GPU")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("torch sees no CUDA GPU; on the CPU run: make bench")
+    end = time.monotonic() + 60 * arguments.minutes
     device = torch.device(arguments.device, 0 if arguments.device == "cuda" else None)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -304,20 +331,37 @@ def main() -> None:
         "torch": torch.__version__,
         "ceilings": ceilings(device),
         "rows": [],
+        "left_out": [],
     }
-    names = ("resnet50", "tiny10000") if arguments.quick else SHAPES
-    for name in names:
-        for dtype in DTYPES:
-            if name == "2^31" and dtype is torch.float32:
-                continue  # 34 GB of arenas and 8 of parameters say the same as bf16
-            result["rows"] += measure(name, dtype, device)
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-                torch._dynamo.reset()
-    if not arguments.quick:
-        result["training"] = share_of_training(device)
     arguments.output.mkdir(parents=True, exist_ok=True)
     stem = re.sub(r"[^a-z0-9]+", "-", result["gpu"].lower()).strip("-")
+    with (arguments.output / f"{stem}.jsonl").open("w") as file:
+
+        def note(row: dict[str, Any]) -> None:
+            result["rows"].append(row)
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+
+        for ceiling in result["ceilings"]:
+            file.write(json.dumps(ceiling) + "\n")
+        names = ("resnet50", "tiny10000") if arguments.quick else SHAPES
+        for name in names:
+            for dtype in DTYPES:
+                if name == "2^31" and dtype is torch.float32:
+                    continue  # 34 GB of arenas and 8 of parameters say the same as bf16
+                give_memory_back(device)
+                what = f"{name} {str(dtype).removeprefix('torch.')}"
+                if time.monotonic() > end:
+                    result["left_out"].append(f"{what}: time is over")
+                    continue
+                try:
+                    measure(name, dtype, device, note)
+                except torch.OutOfMemoryError as error:
+                    result["left_out"].append(f"{what}: {str(error).splitlines()[0]}")
+        give_memory_back(device)
+        if not arguments.quick and time.monotonic() < end:
+            result["training"] = share_of_training(device)
+            file.write(json.dumps(result["training"]) + "\n")
     (arguments.output / f"{stem}.json").write_text(json.dumps(result, indent=1))
     (arguments.output / f"{stem}.md").write_text(markdown(result))
     print(markdown(result))

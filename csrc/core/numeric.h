@@ -12,6 +12,12 @@
 #define AUTODROP_HD
 #endif
 
+// Where CUDA's own functions may be used: in the code for a GPU, and in csrc/tests/emulator, which
+// compiles that code with a host compiler and brings those functions along.
+#if defined(__CUDA_ARCH__) || defined(AUTODROP_EMULATOR)
+#define AUTODROP_DEVICE_CODE 1
+#endif
+
 namespace autodrop {
 
 struct Half {

@@ -1,5 +1,6 @@
 #include "cpu/parallel.h"
 
+#include <algorithm>
 #include <cstring>
 
 namespace autodrop::cpu {
@@ -32,10 +33,17 @@ const Kernels* best_kernels() {
   return best;
 }
 
+int useful_threads(std::int64_t bytes, int num_threads) {
+  const std::int64_t useful = bytes / kBytesPerThread;
+  return static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(useful, num_threads)));
+}
+
 namespace {
 
-// Below this many elements the time to wake a thread exceeds the work it takes over.
-constexpr std::int64_t kElementsPerThread = 32768;
+// Bytes that an operation moves for each element. Parameters count as float32: a sum over the
+// chunks' dtypes would be exact and cost more than it tells.
+constexpr std::int64_t kParameter = 4, kArena = 4;
+
 // Above this size an arena does not stay in a cache between two steps, and streaming pays.
 constexpr std::int64_t kStreamElements = std::int64_t{8} << 20;
 
@@ -61,10 +69,10 @@ std::int64_t chunk_at(const Plan& plan, std::int64_t offset) {
 
 // Calls body(first chunk, last chunk) with every chunk exactly once, in equal shares of elements.
 template <class Body>
-void for_shares(const Plan& plan, int num_threads, const Body& body) {
+void for_shares(const Plan& plan, std::int64_t bytes_per_element, int num_threads,
+                const Body& body) {
   const std::int64_t elements = arena_elements(plan);
-  const std::int64_t useful = elements / kElementsPerThread + 1;
-  const int shares = static_cast<int>(useful < num_threads ? useful : num_threads);
+  const int shares = useful_threads(elements * bytes_per_element, num_threads);
   if (shares <= 1) {
     body(std::int64_t{0}, plan.num_chunks);
     return;
@@ -109,7 +117,8 @@ Sums add_up(const Plan& plan, double displacement_scale, double mean_scale, cons
 void accumulate(const Plan& plan, float* running, const float* mean, bool first, float weight,
                 int num_threads, const Kernels* kernels) {
   const bool stream = first && arena_elements(plan) >= kStreamElements;
-  for_shares(plan, num_threads, [&](std::int64_t begin, std::int64_t end) {
+  const std::int64_t bytes = kParameter + (first ? kArena : 2 * kArena) + (mean ? kArena : 0);
+  for_shares(plan, bytes, num_threads, [&](std::int64_t begin, std::int64_t end) {
     kernels->accumulate(plan.chunks + begin, plan.chunks + end, running, mean, first, weight,
                         stream);
   });
@@ -118,7 +127,7 @@ void accumulate(const Plan& plan, float* running, const float* mean, bool first,
 Sums close_sum(const Plan& plan, const float* running, const float* previous, const float* before,
                double window, Sums* partials, Sums* per_tensor, int num_threads,
                const Kernels* kernels) {
-  for_shares(plan, num_threads, [&](std::int64_t begin, std::int64_t end) {
+  for_shares(plan, 3 * kArena, num_threads, [&](std::int64_t begin, std::int64_t end) {
     kernels->close_sum(plan.chunks + begin, plan.chunks + end, running, previous, before,
                        partials + begin);
   });
@@ -128,7 +137,8 @@ Sums close_sum(const Plan& plan, const float* running, const float* previous, co
 
 Sums close_delta(const Plan& plan, float* running, float* previous, float* mean, double window,
                  Sums* partials, Sums* per_tensor, int num_threads, const Kernels* kernels) {
-  for_shares(plan, num_threads, [&](std::int64_t begin, std::int64_t end) {
+  // Three arenas are read and written.
+  for_shares(plan, 6 * kArena, num_threads, [&](std::int64_t begin, std::int64_t end) {
     kernels->close_delta(plan.chunks + begin, plan.chunks + end, running, previous, mean, window,
                          partials + begin);
   });
@@ -137,7 +147,8 @@ Sums close_delta(const Plan& plan, float* running, float* previous, float* mean,
 
 void write_back(const Plan& plan, const float* arena, const float* mean, double scale,
                 int num_threads, const Kernels* kernels) {
-  for_shares(plan, num_threads, [&](std::int64_t begin, std::int64_t end) {
+  const std::int64_t bytes = kParameter + kArena + (mean ? kArena : 0);
+  for_shares(plan, bytes, num_threads, [&](std::int64_t begin, std::int64_t end) {
     kernels->write_back(plan.chunks + begin, plan.chunks + end, arena, mean, scale);
   });
 }

@@ -1,8 +1,12 @@
+#include <type_traits>
+
 #include "core/thread_work.h"
 #include "cuda/kernels.h"
 
 namespace autodrop::cuda {
 namespace {
+
+using thread_work::load_row;
 
 // 8 warps share a tile. Two blocks a multiprocessor is what ptxas may count on: told nothing, or
 // three, it trades registers for spills on sm_80 to sm_120; and 512 threads with 128 bytes each in
@@ -12,18 +16,26 @@ constexpr int kBlocks = 2;
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// Switches to the plan's device and back.
+// The runtime keeps the last error of a thread and reports it to whoever asks next, torch among
+// them. Whoever gets the error from here needs no second report.
+cudaError_t settled(cudaError_t error) {
+  if (error != cudaSuccess) cudaGetLastError();
+  return error;
+}
+
+// Switches to the plan's device and back. The caller has made that device current where going back
+// could make a context on another one (autodrop_ext/ops/streams.py); here it costs one query.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
-    error_ = cudaGetDevice(&previous_);
+    error_ = settled(cudaGetDevice(&previous_));
     if (error_ == cudaSuccess && previous_ != device) {
-      error_ = cudaSetDevice(device);
+      error_ = settled(cudaSetDevice(device));
       switched_ = error_ == cudaSuccess;
     }
   }
   ~DeviceGuard() {
-    if (switched_) cudaSetDevice(previous_);
+    if (switched_) settled(cudaSetDevice(previous_));
   }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
@@ -37,7 +49,7 @@ class DeviceGuard {
 
 // Calls work(chunk index, lane, lanes) for this thread's part of the block's tile.
 template <class Work>
-__device__ void for_chunks(const Tile& tile, const Work& work) {
+__device__ void for_chunks(const Tile tile, const Work& work) {
   if (tile.num_chunks == 1) {
     work(tile.first_chunk, static_cast<int>(threadIdx.x), kThreads);
     return;
@@ -77,15 +89,15 @@ template <bool kDelta, bool kFirst, bool kWeighted>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     accumulate_kernel(const Chunk* chunks, const Tile* tiles, float* running, const float* mean,
                       float weight) {
-  for_chunks(tiles[blockIdx.x], [&](std::int64_t c, int lane, int lanes) {
-    thread_work::accumulate<kDelta, kFirst, kWeighted>(chunks[c], running, mean, weight, lane,
-                                                       lanes);
+  for_chunks(load_row(tiles + blockIdx.x), [&](std::int64_t c, int lane, int lanes) {
+    thread_work::accumulate<kDelta, kFirst, kWeighted>(load_row(chunks + c), running, mean, weight,
+                                                       lane, lanes);
   });
 }
 
 // Partial sums per chunk, each in its own slot: no atomics, the same bits run after run.
 template <class Close>
-__device__ void close_tile(const Tile& tile, Sums* partials, const Close& close) {
+__device__ void close_tile(const Tile tile, Sums* partials, const Close& close) {
   if (tile.num_chunks == 1) {
     const Sums sums = block_sum(close(tile.first_chunk, static_cast<int>(threadIdx.x), kThreads));
     if (threadIdx.x == 0) partials[tile.first_chunk] = sums;
@@ -100,41 +112,40 @@ __device__ void close_tile(const Tile& tile, Sums* partials, const Close& close)
 __global__ void __launch_bounds__(kThreads, kBlocks)
     close_sum_kernel(const Chunk* chunks, const Tile* tiles, const float* running,
                      const float* previous, const float* before, Sums* partials) {
-  close_tile(tiles[blockIdx.x], partials, [&](std::int64_t c, int lane, int lanes) {
-    return thread_work::close_sum(chunks[c], running, previous, before, lane, lanes);
+  close_tile(load_row(tiles + blockIdx.x), partials, [&](std::int64_t c, int lane, int lanes) {
+    return thread_work::close_sum(load_row(chunks + c), running, previous, before, lane, lanes);
   });
 }
 
 __global__ void __launch_bounds__(kThreads, kBlocks)
     close_delta_kernel(const Chunk* chunks, const Tile* tiles, float* running, float* previous,
                        float* mean, double window, Sums* partials) {
-  close_tile(tiles[blockIdx.x], partials, [&](std::int64_t c, int lane, int lanes) {
-    return thread_work::close_delta(chunks[c], running, previous, mean, window, lane, lanes);
+  close_tile(load_row(tiles + blockIdx.x), partials, [&](std::int64_t c, int lane, int lanes) {
+    return thread_work::close_delta(load_row(chunks + c), running, previous, mean, window, lane,
+                                    lanes);
   });
 }
 
-// One block per tensor.
+// One block per row of the sums.
 __global__ void __launch_bounds__(kThreads, kBlocks)
-    tensor_kernel(const std::int64_t* tensor_chunks, const Sums* partials,
-                  double displacement_scale, double mean_scale, Sums* per_tensor) {
-  const std::int64_t t = blockIdx.x;
-  Sums sums =
-      block_sum(thread_work::add_rows(partials, nullptr, tensor_chunks[t], tensor_chunks[t + 1],
-                                      static_cast<int>(threadIdx.x), kThreads));
+    row_kernel(const std::int64_t* row_chunks, const Sums* partials, double displacement_scale,
+               double mean_scale, Sums* per_row) {
+  const std::int64_t r = blockIdx.x;
+  Sums sums = block_sum(thread_work::add_rows(partials, nullptr, row_chunks[r], row_chunks[r + 1],
+                                              static_cast<int>(threadIdx.x), kThreads));
   if (threadIdx.x == 0) {
     sums.dot *= displacement_scale;
     sums.norm *= displacement_scale;
     sums.previous_norm *= displacement_scale;
     sums.mean_norm *= mean_scale;
-    per_tensor[t] = sums;
+    per_row[r] = sums;
   }
 }
 
 // One block.
 __global__ void __launch_bounds__(kThreads, kBlocks)
-    total_kernel(const Sums* per_tensor, const double* weights, std::int64_t num_tensors,
-                 Sums* total) {
-  const Sums sums = block_sum(thread_work::add_rows(per_tensor, weights, 0, num_tensors,
+    total_kernel(const Sums* per_row, const double* weights, std::int64_t num_rows, Sums* total) {
+  const Sums sums = block_sum(thread_work::add_rows(per_row, weights, 0, num_rows,
                                                     static_cast<int>(threadIdx.x), kThreads));
   if (threadIdx.x == 0) *total = sums;
 }
@@ -142,45 +153,83 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 __global__ void __launch_bounds__(kThreads, kBlocks)
     write_back_kernel(const Chunk* chunks, const Tile* tiles, const float* arena, const float* mean,
                       double scale) {
-  for_chunks(tiles[blockIdx.x], [&](std::int64_t c, int lane, int lanes) {
-    thread_work::write_back(chunks[c], arena, mean, scale, lane, lanes);
+  for_chunks(load_row(tiles + blockIdx.x), [&](std::int64_t c, int lane, int lanes) {
+    thread_work::write_back(load_row(chunks + c), arena, mean, scale, lane, lanes);
   });
 }
 
 __global__ void nothing_kernel() {}
 
-unsigned blocks(std::int64_t count) { return static_cast<unsigned>(count); }
+template <class... P>
+cudaError_t launch(void (*kernel)(P...), std::int64_t blocks, cudaStream_t stream,
+                   std::common_type_t<P>... arguments) {
+  void* pointers[] = {&arguments..., nullptr};
+  return settled(cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads),
+                                  pointers, 0, stream));
+}
 
 template <bool kDelta, bool kFirst>
-void launch_accumulate(const Plan& plan, float* running, const float* mean, float weight,
-                       cudaStream_t stream) {
-  if (weight == 1.0f) {
-    accumulate_kernel<kDelta, kFirst, false><<<blocks(plan.num_tiles), kThreads, 0, stream>>>(
-        plan.chunks, plan.tiles, running, mean, weight);
-  } else {
-    accumulate_kernel<kDelta, kFirst, true><<<blocks(plan.num_tiles), kThreads, 0, stream>>>(
-        plan.chunks, plan.tiles, running, mean, weight);
+cudaError_t launch_accumulate(const Plan& plan, float* running, const float* mean, float weight,
+                              cudaStream_t stream) {
+  const auto kernel = weight == 1.0f ? accumulate_kernel<kDelta, kFirst, false>
+                                     : accumulate_kernel<kDelta, kFirst, true>;
+  return launch(kernel, plan.num_tiles, stream, plan.chunks, plan.tiles, running, mean, weight);
+}
+
+// Calls visit(kernel) for every kernel that a step, a close or a write-back launches.
+template <class Visit>
+cudaError_t for_kernels(const Visit& visit) {
+  cudaError_t error = cudaSuccess;
+  const auto next = [&](auto* kernel) {
+    if (error == cudaSuccess) error = visit(kernel);
+  };
+  next(accumulate_kernel<false, false, false>);
+  next(accumulate_kernel<false, false, true>);
+  next(accumulate_kernel<false, true, false>);
+  next(accumulate_kernel<false, true, true>);
+  next(accumulate_kernel<true, false, false>);
+  next(accumulate_kernel<true, false, true>);
+  next(accumulate_kernel<true, true, false>);
+  next(accumulate_kernel<true, true, true>);
+  next(close_sum_kernel);
+  next(close_delta_kernel);
+  next(row_kernel);
+  next(total_kernel);
+  next(write_back_kernel);
+  return error;
+}
+
+// A close waits for its stream, which a capture would not survive: it is refused before it harms.
+cudaError_t refuse_capture(cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  if (cudaError_t error = settled(cudaStreamIsCapturing(stream, &status)); error != cudaSuccess) {
+    return error;
   }
+  return status == cudaStreamCaptureStatusNone ? cudaSuccess : cudaErrorStreamCaptureUnsupported;
 }
 
 // The second and third pass of a close, and the one synchronisation of a window.
 cudaError_t finish(const Plan& plan, double displacement_scale, double mean_scale,
                    const CloseBuffers& buffers, cudaStream_t stream) {
-  if (cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
-  if (plan.num_tensors > 0) {
-    tensor_kernel<<<blocks(plan.num_tensors), kThreads, 0, stream>>>(
-        plan.tensor_chunks, buffers.partials, displacement_scale, mean_scale, buffers.per_tensor);
-    if (cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
+  if (plan.num_rows > 0) {
+    if (cudaError_t error =
+            launch(row_kernel, plan.num_rows, stream, plan.row_chunks, buffers.partials,
+                   displacement_scale, mean_scale, buffers.per_row);
+        error != cudaSuccess) {
+      return error;
+    }
   }
-  total_kernel<<<1, kThreads, 0, stream>>>(buffers.per_tensor, plan.weights, plan.num_tensors,
-                                           buffers.total);
-  if (cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
-  if (cudaError_t error = cudaMemcpyAsync(buffers.host_total, buffers.total, sizeof(Sums),
-                                          cudaMemcpyDeviceToHost, stream);
+  if (cudaError_t error = launch(total_kernel, 1, stream, buffers.per_row, plan.row_weights,
+                                 plan.num_rows, buffers.total);
       error != cudaSuccess) {
     return error;
   }
-  return cudaStreamSynchronize(stream);
+  if (cudaError_t error = settled(cudaMemcpyAsync(buffers.host_total, buffers.total, sizeof(Sums),
+                                                  cudaMemcpyDeviceToHost, stream));
+      error != cudaSuccess) {
+    return error;
+  }
+  return settled(cudaStreamSynchronize(stream));
 }
 
 }  // namespace
@@ -191,13 +240,11 @@ cudaError_t accumulate(const Plan& plan, float* running, const float* mean, bool
   const DeviceGuard guard(plan.device);
   if (guard.error() != cudaSuccess) return guard.error();
   if (mean != nullptr) {
-    first ? launch_accumulate<true, true>(plan, running, mean, weight, stream)
-          : launch_accumulate<true, false>(plan, running, mean, weight, stream);
-  } else {
-    first ? launch_accumulate<false, true>(plan, running, mean, weight, stream)
-          : launch_accumulate<false, false>(plan, running, mean, weight, stream);
+    return first ? launch_accumulate<true, true>(plan, running, mean, weight, stream)
+                 : launch_accumulate<true, false>(plan, running, mean, weight, stream);
   }
-  return cudaGetLastError();
+  return first ? launch_accumulate<false, true>(plan, running, mean, weight, stream)
+               : launch_accumulate<false, false>(plan, running, mean, weight, stream);
 }
 
 cudaError_t close_sum(const Plan& plan, const float* running, const float* previous,
@@ -205,9 +252,13 @@ cudaError_t close_sum(const Plan& plan, const float* running, const float* previ
                       cudaStream_t stream) {
   const DeviceGuard guard(plan.device);
   if (guard.error() != cudaSuccess) return guard.error();
+  if (cudaError_t error = refuse_capture(stream); error != cudaSuccess) return error;
   if (plan.num_tiles > 0) {
-    close_sum_kernel<<<blocks(plan.num_tiles), kThreads, 0, stream>>>(
-        plan.chunks, plan.tiles, running, previous, before, buffers.partials);
+    if (cudaError_t error = launch(close_sum_kernel, plan.num_tiles, stream, plan.chunks,
+                                   plan.tiles, running, previous, before, buffers.partials);
+        error != cudaSuccess) {
+      return error;
+    }
   }
   const double scale = 1.0 / (window * window);
   return finish(plan, scale, scale, buffers, stream);
@@ -217,9 +268,13 @@ cudaError_t close_delta(const Plan& plan, float* running, float* previous, float
                         double window, const CloseBuffers& buffers, cudaStream_t stream) {
   const DeviceGuard guard(plan.device);
   if (guard.error() != cudaSuccess) return guard.error();
+  if (cudaError_t error = refuse_capture(stream); error != cudaSuccess) return error;
   if (plan.num_tiles > 0) {
-    close_delta_kernel<<<blocks(plan.num_tiles), kThreads, 0, stream>>>(
-        plan.chunks, plan.tiles, running, previous, mean, window, buffers.partials);
+    if (cudaError_t error = launch(close_delta_kernel, plan.num_tiles, stream, plan.chunks,
+                                   plan.tiles, running, previous, mean, window, buffers.partials);
+        error != cudaSuccess) {
+      return error;
+    }
   }
   return finish(plan, 1.0 / (window * window), 1.0, buffers, stream);
 }
@@ -229,17 +284,23 @@ cudaError_t write_back(const Plan& plan, const float* arena, const float* mean, 
   if (plan.num_tiles == 0) return cudaSuccess;
   const DeviceGuard guard(plan.device);
   if (guard.error() != cudaSuccess) return guard.error();
-  write_back_kernel<<<blocks(plan.num_tiles), kThreads, 0, stream>>>(plan.chunks, plan.tiles, arena,
-                                                                     mean, scale);
-  return cudaGetLastError();
+  return launch(write_back_kernel, plan.num_tiles, stream, plan.chunks, plan.tiles, arena, mean,
+                scale);
 }
 
 cudaError_t probe(int device) {
   const DeviceGuard guard(device);
   if (guard.error() != cudaSuccess) return guard.error();
-  nothing_kernel<<<1, 1>>>();
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? cudaDeviceSynchronize() : error;
+  // By default CUDA loads a kernel at its first launch, which is an error inside a capture.
+  const cudaError_t error = for_kernels([](auto* kernel) {
+    cudaFuncAttributes attributes;
+    return settled(cudaFuncGetAttributes(&attributes, kernel));
+  });
+  if (error != cudaSuccess) return error;
+  if (cudaError_t launched = launch(nothing_kernel, 1, nullptr); launched != cudaSuccess) {
+    return launched;
+  }
+  return settled(cudaStreamSynchronize(nullptr));
 }
 
 }  // namespace autodrop::cuda

@@ -1,5 +1,7 @@
 // The three operations on one CUDA device: launches only. Every function enqueues on `stream`,
-// allocates nothing, and returns what the launch returned; only close_* waits for the stream.
+// allocates nothing, and returns the first error, of which the runtime keeps no memory. Only
+// close_* waits for the stream; a stream that is being captured is refused with
+// cudaErrorStreamCaptureUnsupported, and its capture goes on.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -14,15 +16,15 @@ struct Plan {
   const Chunk* chunks;  // [num_chunks]
   const Tile* tiles;    // [num_tiles]
   std::int64_t num_tiles;
-  const std::int64_t* tensor_chunks;  // [num_tensors + 1], tensor t has chunks [t], [t + 1)
-  const double* weights;              // [num_tensors]
-  std::int64_t num_tensors;
+  const std::int64_t* row_chunks;  // [num_rows + 1], row r of the sums has chunks [r] to [r + 1]
+  const double* row_weights;       // [num_rows]
+  std::int64_t num_rows;           // tensors, or in a sampled plan chunks
 };
 
 // Where a close puts its sums.
 struct CloseBuffers {
   Sums* partials;    // [num_chunks], device: one fixed slot per chunk
-  Sums* per_tensor;  // [num_tensors], device: unweighted
+  Sums* per_row;     // [num_rows], device: unweighted
   Sums* total;       // [1], device: weighted
   Sums* host_total;  // [1], pinned host memory
 };
@@ -37,7 +39,8 @@ cudaError_t close_delta(const Plan& plan, float* running, float* previous, float
 cudaError_t write_back(const Plan& plan, const float* arena, const float* mean, double scale,
                        cudaStream_t stream);
 
-// Launches a kernel that does nothing: whether this binary has code for a device.
+// Loads every kernel and launches one that does nothing: whether this binary has code for a device,
+// and what makes a capture possible from the first step on.
 cudaError_t probe(int device);
 
 }  // namespace autodrop::cuda

@@ -22,16 +22,21 @@ namespace autodrop::testing {
 
 inline int failures = 0;
 inline long checks = 0;
+constexpr int kMostFailures = 50;  // that are printed; what is wrong once is wrong a million times
 
-#define CHECK(condition, ...)                                     \
-  do {                                                            \
-    ++checks;                                                     \
-    if (!(condition)) {                                           \
-      ++failures;                                                 \
-      std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
-      std::printf(__VA_ARGS__);                                   \
-      std::printf("\n");                                          \
-    }                                                             \
+#define CHECK(condition, ...)                                       \
+  do {                                                              \
+    ++checks;                                                       \
+    if (!(condition)) {                                             \
+      ++failures;                                                   \
+      std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition);   \
+      std::printf(__VA_ARGS__);                                     \
+      std::printf("\n");                                            \
+      if (failures == kMostFailures) {                              \
+        std::printf("%ld checks, %d failures\n", checks, failures); \
+        std::exit(1);                                               \
+      }                                                             \
+    }                                                               \
   } while (false)
 
 struct Free {

@@ -1,8 +1,12 @@
 // The CPU core under AddressSanitizer and UBSan: every kernel set that runs here, odd lengths,
 // misaligned starts, empty tensors, values that are not finite, compared with plain loops.
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <limits>
+#include <mutex>
+#include <set>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -126,6 +130,169 @@ void test_streaming(const cpu::Kernels* kernels) {
         "a streamed first step differs from the parameters");
 }
 
+// Which chunks each thread was given, by kernels that touch no memory.
+struct Recorded {
+  std::mutex mutex;
+  std::vector<std::pair<const Chunk*, const Chunk*>> shares;
+  std::set<std::thread::id> threads;
+
+  void add(const Chunk* begin, const Chunk* end) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    shares.emplace_back(begin, end);
+    threads.insert(std::this_thread::get_id());
+  }
+};
+Recorded* recorded = nullptr;
+
+const cpu::Kernels kRecording = {
+    "recording",
+    [](const Chunk* begin, const Chunk* end, float*, const float*, bool, float, bool) {
+      recorded->add(begin, end);
+    },
+    [](const Chunk* begin, const Chunk* end, const float*, const float*, const float*, Sums*) {
+      recorded->add(begin, end);
+    },
+    [](const Chunk* begin, const Chunk* end, float*, float*, float*, double, Sums*) {
+      recorded->add(begin, end);
+    },
+    [](const Chunk* begin, const Chunk* end, const float*, const float*, double) {
+      recorded->add(begin, end);
+    },
+};
+
+// How many threads an operation uses follows from the bytes it moves, and every chunk is in one
+// share.
+void test_number_of_threads() {
+  struct Operation {
+    const char* name;
+    std::int64_t bytes;  // moved for each element
+    void (*run)(const cpu::Plan&, int threads, Sums* partials, Sums* per_tensor);
+  };
+  static float arena[1];  // stands for any: kRecording reads none
+  const Operation operations[] = {
+      {"accumulate", 12,
+       [](const cpu::Plan& plan, int threads, Sums*, Sums*) {
+         cpu::accumulate(plan, arena, nullptr, false, 1.0f, threads, &kRecording);
+       }},
+      {"accumulate, first", 8,
+       [](const cpu::Plan& plan, int threads, Sums*, Sums*) {
+         cpu::accumulate(plan, arena, nullptr, true, 1.0f, threads, &kRecording);
+       }},
+      {"accumulate, delta", 16,
+       [](const cpu::Plan& plan, int threads, Sums*, Sums*) {
+         cpu::accumulate(plan, arena, arena, false, 1.0f, threads, &kRecording);
+       }},
+      {"accumulate, delta, first", 12,
+       [](const cpu::Plan& plan, int threads, Sums*, Sums*) {
+         cpu::accumulate(plan, arena, arena, true, 1.0f, threads, &kRecording);
+       }},
+      {"close_sum", 12,
+       [](const cpu::Plan& plan, int threads, Sums* partials, Sums* per_tensor) {
+         cpu::close_sum(plan, arena, arena, arena, 2.0, partials, per_tensor, threads, &kRecording);
+       }},
+      {"close_delta", 24,
+       [](const cpu::Plan& plan, int threads, Sums* partials, Sums* per_tensor) {
+         cpu::close_delta(plan, arena, arena, arena, 2.0, partials, per_tensor, threads,
+                          &kRecording);
+       }},
+      {"write_back", 8,
+       [](const cpu::Plan& plan, int threads, Sums*, Sums*) {
+         cpu::write_back(plan, arena, nullptr, 1.0, threads, &kRecording);
+       }},
+      {"write_back, delta", 12,
+       [](const cpu::Plan& plan, int threads, Sums*, Sums*) {
+         cpu::write_back(plan, arena, arena, 1.0, threads, &kRecording);
+       }},
+  };
+  const std::int64_t share = cpu::kBytesPerThread;
+  for (const Operation& operation : operations) {
+    for (const int allowed : {1, 2, 5}) {
+      for (const std::int64_t bytes :
+           {std::int64_t{0}, std::int64_t{1} << 20, share, 2 * share - 24, 2 * share,
+            3 * share - 24, 3 * share, 5 * share, 100 * share}) {
+        // 64 elements a chunk, all in one tensor.
+        const std::int64_t elements = (bytes + operation.bytes - 1) / operation.bytes;
+        std::vector<Chunk> chunks;
+        for (std::int64_t at = 0; at < elements; at += 64) {
+          chunks.push_back({0, at, std::min<std::int64_t>(64, elements - at), 0});
+        }
+        const std::int64_t n = static_cast<std::int64_t>(chunks.size());
+        const std::int64_t tensor_chunks[] = {0, n};
+        const double weight = 1.0;
+        const cpu::Plan plan{chunks.data(), n, tensor_chunks, &weight, 1};
+        std::vector<Sums> partials(chunks.size()), per_tensor(1);
+        Recorded now;
+        recorded = &now;
+        operation.run(plan, allowed, partials.data(), per_tensor.data());
+        recorded = nullptr;
+
+        const std::int64_t wanted = std::clamp<std::int64_t>(bytes / share, 1, allowed);
+        CHECK(static_cast<std::int64_t>(now.threads.size()) == wanted,
+              "%s of %lld bytes used %zu of %d threads, not %lld", operation.name,
+              static_cast<long long>(bytes), now.threads.size(), allowed,
+              static_cast<long long>(wanted));
+        CHECK(static_cast<std::int64_t>(now.shares.size()) == wanted, "%zu shares",
+              now.shares.size());
+        std::sort(now.shares.begin(), now.shares.end());
+        const Chunk* end = chunks.data();
+        for (const auto& [first, last] : now.shares) {
+          CHECK(first == end && last >= first, "%s: a chunk is missing or done twice",
+                operation.name);
+          CHECK((last - first) <= (n + wanted - 1) / wanted + 1, "%s: %lld of %lld chunks at once",
+                operation.name, static_cast<long long>(last - first), static_cast<long long>(n));
+          end = last;
+        }
+        CHECK(end == chunks.data() + n, "%s: the last chunks are missing", operation.name);
+      }
+    }
+  }
+}
+
+// A model that is large enough for several threads in every operation has the same bits whatever
+// their number.
+void test_bits_do_not_depend_on_threads(const cpu::Kernels* kernels) {
+  const std::int64_t large = 3 * cpu::kBytesPerThread / 8;  // three threads where 8 bytes are moved
+  const std::vector<std::pair<DType, std::int64_t>> shapes = {{DType::kFloat32, large / 2 + 3},
+                                                              {DType::kBFloat16, 30'007},
+                                                              {DType::kFloat64, 9'999},
+                                                              {DType::kFloat16, large / 4},
+                                                              {DType::kFloat32, large / 4}};
+  Model one(shapes, 1, 16'384, 5);
+  std::vector<Sums> partials(one.chunks.size()), per_tensor(one.tensors.size());
+  const auto run = [&](Model& model, int threads) {
+    const cpu::Plan plan = plan_of(model);
+    std::vector<Sums> sums;
+    cpu::accumulate(plan, model.third.get(), nullptr, true, 1.0f, threads, kernels);
+    cpu::accumulate(plan, model.previous.get(), nullptr, true, 0.5f, threads, kernels);
+    cpu::accumulate(plan, model.running.get(), model.third.get(), true, 3.0f, threads, kernels);
+    model.move(1.001);
+    cpu::accumulate(plan, model.running.get(), model.third.get(), false, 1.0f, threads, kernels);
+    sums.push_back(cpu::close_sum(plan, model.running.get(), model.previous.get(),
+                                  model.third.get(), 4.0, partials.data(), per_tensor.data(),
+                                  threads, kernels));
+    sums.push_back(cpu::close_delta(plan, model.running.get(), model.previous.get(),
+                                    model.third.get(), 4.0, partials.data(), per_tensor.data(),
+                                    threads, kernels));
+    sums.insert(sums.end(), per_tensor.begin(), per_tensor.end());
+    cpu::write_back(plan, model.previous.get(), model.third.get(), 0.125, threads, kernels);
+    return sums;
+  };
+  const std::vector<Sums> wanted = run(one, 1);
+  for (const int threads : {2, 3, 5}) {
+    Model model(shapes, 1, 16'384, 5);
+    const std::vector<Sums> got = run(model, threads);
+    const std::size_t bytes = static_cast<std::size_t>(one.offsets.back()) * sizeof(float);
+    CHECK(std::memcmp(got.data(), wanted.data(), got.size() * sizeof(Sums)) == 0,
+          "other sums with %d threads", threads);
+    CHECK(std::memcmp(model.running.get(), one.running.get(), bytes) == 0, "running");
+    CHECK(std::memcmp(model.previous.get(), one.previous.get(), bytes) == 0, "previous");
+    CHECK(std::memcmp(model.third.get(), one.third.get(), bytes) == 0, "third");
+    for (std::size_t t = 0; t < model.tensors.size(); ++t) {
+      CHECK(model.tensors[t].memory == one.tensors[t].memory, "tensor %zu written back", t);
+    }
+  }
+}
+
 void test_not_finite(const cpu::Kernels* kernels) {
   Model model({{DType::kFloat32, 20}, {DType::kFloat32, 9}}, 0, 32, 7);
   set_element(model.tensors[1].data(), DType::kFloat32, 8,
@@ -146,6 +313,7 @@ void test_not_finite(const cpu::Kernels* kernels) {
 int main() {
   const DType dtypes[] = {DType::kFloat32, DType::kFloat64, DType::kFloat16, DType::kBFloat16};
   int sets = 0;
+  test_number_of_threads();
   for (const char* name : {"baseline", "avx2"}) {
     const cpu::Kernels* kernels = cpu::kernels_named(name);
     if (kernels == nullptr) {
@@ -175,6 +343,7 @@ int main() {
     Model nothing({}, 0, 64, 3);
     test_model(kernels, nothing, 2);
     test_streaming(kernels);
+    test_bits_do_not_depend_on_threads(kernels);
     test_not_finite(kernels);
   }
   std::printf("%ld checks with %d kernel sets, %d failures\n", checks, sets, failures);

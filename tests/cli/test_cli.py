@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
+import statistics
 import subprocess
 import sys
 
@@ -10,10 +13,11 @@ import torch
 from click.testing import CliRunner
 
 import autodrop_ext
+from autodrop_ext import AngularVelocity
 from autodrop_ext.cli import doctor as doctor_module
 from autodrop_ext.cli.app import autodrop
 from autodrop_ext.cli.demo.training import SCHEDULES
-from autodrop_ext.cli.selftest import LIMIT, largest_error
+from autodrop_ext.cli.doctor import LIMIT, largest_error
 
 
 def run(*arguments):
@@ -77,6 +81,17 @@ def test_demo_replaces_the_log_of_an_earlier_run_and_repeats_it(tmp_path):
     assert lines() == lines()
 
 
+def test_demo_says_how_much_the_filter_moves_angles(tmp_path):
+    result = run("demo", "--seeds", 1, "--steps", 90, "--kernel", "time", "--output", tmp_path)
+    readings, _ = autodrop_ext.read_log(tmp_path / "digits.jsonl")
+    moved = [abs(r["smoothed"] - r["angle"]) for r in readings if r["smoothed"] is not None]
+    text = " ".join(result.output.split())
+    assert "(kernel='time'): ten angles in a row scatter by" in text
+    assert f"moves the newest one by {statistics.fmean(moved):.1f} degrees" in text
+    refused = one_line_error(run("demo", "--task", "nqm", "--kernel", "time"))
+    assert "--kernel: expected none with --task nqm" in refused
+
+
 def test_demo_that_ends_before_the_first_reading_says_so(tmp_path):
     result = run("demo", "--seeds", 2, "--steps", 5, "--output", tmp_path)
     assert result.exit_code == 0
@@ -117,6 +132,40 @@ def test_doctor_passes_and_says_what_is_here():
     assert all(len(line) <= 80 for line in result.output.splitlines())
 
 
+@pytest.mark.parametrize(
+    ("architectures", "expected"),
+    [
+        ("90-real", "sm_90 (H100, H200)"),
+        ("80-real 89-real 120-real 120-virtual", None),
+        ("90a-real;77-real", "sm_90 (H100, H200), sm_77"),
+        ("86", "sm_86 (A10, A40, RTX 30), newer GPUs (compiled when first used)"),
+        ("native", "native, newer GPUs (compiled when first used)"),
+    ],
+)
+def test_architectures_have_the_names_of_gpus(architectures, expected):
+    names = doctor_module.name_architectures(architectures)
+    if expected is None:
+        expected = "sm_80 (A100, A30), sm_89 (L4, L40, RTX 40), sm_120 (RTX 50), "
+        expected += "newer GPUs (compiled when first used)"
+    assert names == expected
+
+
+def test_doctor_has_colours_in_a_terminal_only(monkeypatch, capsys):
+    monkeypatch.setattr(doctor_module, "largest_error", lambda backend, device: 0.0)
+    monkeypatch.setenv("COLUMNS", "80")
+    doctor_module.examine()
+    plain = capsys.readouterr().out
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    doctor_module.examine()
+    colored = capsys.readouterr().out
+    assert "\x1b[1;32mPASS\x1b[0m" in colored
+    assert re.sub(r"\x1b\[[0-9;]*m", "", colored) == plain
+    monkeypatch.setenv("NO_COLOR", "1")
+    doctor_module.examine()
+    assert capsys.readouterr().out == plain
+
+
 @pytest.mark.parametrize("error", [10 * LIMIT, float("nan")])
 def test_doctor_fails_where_angles_are_wrong(error, monkeypatch):
     monkeypatch.setattr(doctor_module, "largest_error", lambda backend, device: error)
@@ -147,15 +196,17 @@ def test_doctor_without_the_core(monkeypatch):
     assert "FAIL: the compiled core does not load" in result.output
 
 
-def test_selftest_notices_a_wrong_angle(monkeypatch):
+@pytest.mark.parametrize("wrong", [lambda angle: angle + 0.03, lambda angle: None])
+def test_selftest_notices_a_wrong_angle(wrong, monkeypatch):
     assert largest_error("reference", "cpu") < LIMIT
-    from autodrop_ext import parts as details
+    observe = AngularVelocity.observe
 
-    correct = details.angle_of
-    monkeypatch.setattr(details, "angle_of", lambda d, n, p: correct(0.99 * d, n, p))
+    def observe_wrongly(meter, **keywords):
+        reading = observe(meter, **keywords)
+        return reading and dataclasses.replace(reading, angle=wrong(reading.angle))
+
+    monkeypatch.setattr(AngularVelocity, "observe", observe_wrongly)
     assert largest_error("reference", "cpu") > LIMIT
-    monkeypatch.setattr(details, "angle_of", lambda d, n, p: None)
-    assert largest_error("reference", "cpu") == float("inf")
 
 
 # ---- plot -----------------------------------------------------------------------------------
@@ -175,9 +226,10 @@ def log(tmp_path):
 def test_plot_writes_beside_the_log_or_where_told(log, tmp_path):
     result = run("plot", log)
     assert result.exit_code == 0, result.output
-    assert result.output == f"{tmp_path / 'run.png'}: 2 readings, 1 drop\n"
+    assert result.stdout == f"{tmp_path / 'run.png'}: 2 readings, 1 drop\n"
+    assert "does not have the run's threshold" in result.stderr
     assert (tmp_path / "run.png").stat().st_size > 10_000
-    assert run("plot", log, "--output", tmp_path / "other.svg", "--threshold", 1).exit_code == 0
+    assert run("plot", log, "-o", tmp_path / "other.svg", "--threshold", 1).exit_code == 0
     assert (tmp_path / "other.svg").read_text().startswith("<?xml")
 
 
@@ -190,7 +242,7 @@ def test_plot_writes_beside_the_log_or_where_told(log, tmp_path):
         (b'{"event": "other"}\n', "run.jsonl:1: expected a reading or metrics"),
         (b'{"event": "reading", "angle": 80.0}\n', "'step'"),
         (b'{"event": "reading", "step": 1, "angle": "x"}\n', "'x'"),
-        (b"\xff\xfe\x00", "codec"),
+        (b"\xff\xfe\x00", "run.jsonl:1: expected a JSON object"),
         (b"x" * 10_000 + b"\n\n", " ..."),
     ],
 )
@@ -228,8 +280,19 @@ def test_without_click_or_rich_the_extra_is_named(module, monkeypatch):
     from autodrop_ext.cli import main
 
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(SystemExit, match=r"pip install 'autodrop_ext\[cli\]'"):
+    monkeypatch.setattr(sys, "argv", ["autodrop", "plot"])
+    with pytest.raises(SystemExit, match=f"need {module}: .*autodrop_ext\\[cli\\]"):
         main()
+
+
+def test_doctor_needs_neither_click_nor_rich():
+    script = "import sys; sys.modules.update(click=None, rich=None); import runpy; "
+    script += "sys.argv = ['autodrop', 'doctor']; "
+    script += "runpy.run_module('autodrop_ext', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == run("doctor").output
+    assert done.stderr == ""
 
 
 def test_runs_as_a_module():

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import io
-import math
+import json
 import pathlib
+import shutil
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
+from autodrop_ext.cli import plot as plot_module
 from autodrop_ext.cli import watch as watch_module
 from autodrop_ext.cli.app import autodrop
-from autodrop_ext.cli.live_view import render
-from autodrop_ext.log import JsonLinesLog
+from autodrop_ext.cli.watch import render
+from autodrop_ext.log import JsonLinesLog, LogReader
 from autodrop_ext.plotting.compare import plot_runs
 from autodrop_ext.reading import Decision
 from autodrop_ext.schedulers import EpochDecision
@@ -26,7 +28,9 @@ def run(*arguments: object) -> Any:
 
 def shown(width: int = 80, **log: Any) -> list[str]:
     console = Console(width=width, file=io.StringIO())
-    console.print(render("run.jsonl", log.get("readings", []), log.get("metrics", []), width=width))
+    reader = LogReader("run.jsonl")
+    vars(reader).update(log)
+    console.print(render(reader, width=width))
     return console.file.getvalue().splitlines()  # type: ignore[attr-defined]
 
 
@@ -95,7 +99,6 @@ def test_it_follows_a_log_that_grows(
 ) -> None:
     """In a terminal, with the waiting replaced by what the run does in the meantime."""
     path = tmp_path / "run.jsonl"
-    log = JsonLinesLog(path)
     console = Console(file=io.StringIO(), force_terminal=True, width=80, height=40)
     monkeypatch.setattr(watch_module, "Console", lambda **options: console)
     events = iter(["first", "second", "ctrl-c"])
@@ -106,7 +109,7 @@ def test_it_follows_a_log_that_grows(
         event = next(events)
         if event == "ctrl-c":
             raise KeyboardInterrupt
-        log(decision(2 if event == "first" else 3))
+        JsonLinesLog(path)(decision(2 if event == "first" else 3))
 
     monkeypatch.setattr(watch_module.time, "sleep", sleep)
     assert run("watch", path, "--interval", 0.5).exit_code == 0
@@ -124,10 +127,60 @@ def test_every_width_and_every_gap(width: int) -> None:
     ]
     metrics = [{"step": 1, "loss": None}, {"step": 2, "accuracy": 1.0}]
     lines = shown(width, readings=readings, metrics=metrics)
-    assert any("▼" in line for line in lines)
+    assert any("▼" in line for line in lines) == (width >= 40)  # There is no room for curves.
     assert all(len(line) <= width for line in lines)
+    assert not any("…" in line for line in lines)
     assert not any("nan" in line or "None" in line for line in lines)
     assert any("No readings yet" in line for line in shown(80))
+
+
+def test_growing_windows_have_their_own_columns() -> None:
+    run = [
+        decision(w).as_dict() | {"window_steps": 32, "mean_cosine": 0.2, "power": 0.25}
+        for w in range(2, 9)
+    ]
+    lines = shown(readings=run, settings={"scheduler": "AnytimeAutoDrop", "critical": 0.25})
+    assert lines[1] == "AnytimeAutoDrop"
+    heads = ["step", "window", "cosine", "mean", "exponent", "rate"]
+    (row,) = [i for i, line in enumerate(lines) if line.split() == heads]
+    assert lines[-1].split() == ["576", "32", "0.10", "0.20", "0.25", "0.1"]
+    assert len(lines) - row - 1 == 6
+    assert not any("smoothed" in line or "drop" in line for line in lines[2:])
+
+
+@pytest.mark.parametrize(
+    ("width", "heads"),
+    [
+        (80, "step window angle smoothed rise rate"),
+        (64, "step window angle smoothed rise rate"),
+        (63, "step angle smoothed rise rate"),
+        (54, "step angle rise rate"),
+        (43, "step angle rate"),
+        (25, "step angle rate"),
+        (24, "step rate"),
+    ],
+)
+def test_a_narrow_terminal_has_fewer_columns_and_whole_numbers(width: int, heads: str) -> None:
+    run = [
+        decision(w, smoothed=81.25, rise=-0.5, lr=(0.00125,), dropped=w % 2 == 0).as_dict()
+        for w in range(1000, 1008)
+    ]
+    lines = shown(width, readings=run)
+    (row,) = [i for i, line in enumerate(lines) if line.split() == heads.split()]
+    assert len(lines) - row - 1 == 6
+    assert all(
+        line.split()[0] == f"{64 * w:,}"
+        for line, w in zip(lines[row + 1 :], range(1003, 1009), strict=True)
+    )
+    assert all("0.00125" in line for line in lines[row + 1 :])
+    assert not any("…" in line or len(line) > width for line in lines)
+
+
+def test_settings_are_in_the_second_line() -> None:
+    settings = {"version": "0.1.0", "scheduler": "AutoDrop", "window": 64, "threshold": 0.1}
+    settings |= {"min_lr": [0.0, 0.001], "per_group": True, "kernel": "value"}
+    lines = shown(readings=[decision(2).as_dict()], settings=settings)
+    assert lines[1] == "AutoDrop, window 64, threshold 0.1°, min_lr 0 / 0.001, per_group"
 
 
 def test_epochs_have_their_own_columns() -> None:
@@ -138,14 +191,62 @@ def test_epochs_have_their_own_columns() -> None:
     assert "smoothed" not in text
 
 
-@pytest.mark.parametrize("content", ["broken\n", '{"event": "reading", "step": 1, "lr": 3}\n'])
-def test_a_broken_log_is_one_line(content: str, tmp_path: pathlib.Path) -> None:
+BROKEN = [
+    "broken",
+    '{"event": "reading", "step": 1, "lr": 3}',
+    '{"event": "reading", "step": 1, "lr": [[1]]}',
+    '{"event": "reading", "step": 1, "angle": "x\\u001b[2J"}',
+    '{"event": "reading", "step": 1e999}',
+    '{"event": "reading", "step": 1, "angle": {"a": 1}}',
+    "[" * 100_000,
+    '{"event": "reading", "step": 1, "angle": ' + "9" * 5000 + "}",
+    "\x1b[2J",
+]
+ODD = [
+    '{"event": "reading", "step": 1, "angle": 1e999, "rise": -1e999, "lr": [1e999]}',
+    '{"event": "reading", "step": 1, "angle": NaN, "smoothed": Infinity, "lr": [0.1]}',
+    '{"event": "reading", "step": 1e18, "angle": 1e308, "rise": 1e308, "lr": [1e-320]}',
+    '{"event": "reading", "step": 1, "angle": 1' + "0" * 400 + ', "lr": [1' + "0" * 400 + "]}",
+    '{"event": "reading", "step": -5, "window": 1e99, "waited": 1e99, "dropped": 1}',
+    '{"event": "reading", "step": 2, "power": 1e999, "window_steps": 1e999, "lr": []}',
+    '{"event": "settings", "settings": {"threshold": 1e999, "x": [[1]], "\\u001b": "\\u001b"}}',
+]
+
+
+@pytest.mark.parametrize("line", BROKEN + ODD)
+@pytest.mark.parametrize("command", ["watch", "plot"])
+def test_no_log_ends_a_command_in_a_traceback(
+    command: str, line: str, tmp_path: pathlib.Path
+) -> None:
     path = tmp_path / "run.jsonl"
-    path.write_text(content)
-    result = run("watch", path, "--once")
-    assert result.exit_code == 1
-    assert isinstance(result.exception, SystemExit)
-    assert sum(line.startswith("Error: ") for line in result.output.splitlines()) == 1
+    usual = '{"event": "reading", "step": 0, "angle": 80.0, "lr": [0.1], "dropped": false}'
+    path.write_text(f"{usual}\n{line}\n")
+    result = run(command, path, *(["--once"] if command == "watch" else ["--threshold", 0.1]))
+    assert isinstance(result.exception, SystemExit | None), result.exception
+    assert "\x1b" not in result.output
+    if line in BROKEN:
+        assert result.exit_code == 1
+        assert sum(line.startswith("Error: ") for line in result.output.splitlines()) == 1
+    elif line.count("waited") + line.count("power") == 0 or command == "watch":
+        assert result.exit_code == 0, result.output
+
+
+def test_a_file_name_controls_no_terminal(tmp_path: pathlib.Path) -> None:
+    name = "a\x1b[2Jb\u202e$x$.jsonl"
+    shutil.copy(long_run(tmp_path / "run.jsonl", 1).path, tmp_path / name)
+    other = tmp_path / "run.jsonl"
+    for arguments in (
+        ("watch", tmp_path / name, "--once"),
+        ("watch", tmp_path / f"{name}.none", "--once"),
+        ("plot", tmp_path / name),
+        ("plot", tmp_path / name, "-o", tmp_path / name / "below.png"),
+        ("plot", tmp_path / name, other, "-o", tmp_path / "both.png"),
+        ("plot", tmp_path / f"{name}.none"),
+    ):
+        output = run(*arguments).output
+        assert "\x1b" not in output
+        assert "\u202e" not in output
+        assert r"a\x1b[2Jb" in output.replace("\n", ""), output
 
 
 # ---- plot: epochs, and several logs ---------------------------------------------------------
@@ -160,7 +261,62 @@ def test_plot_of_epochs(tmp_path: pathlib.Path) -> None:
     assert (tmp_path / "epochs.png").stat().st_size > 10_000
     refused = run("plot", log.path, "--threshold", 1)
     assert refused.exit_code == 2
-    assert "--threshold: expected none, the log of epochs has it" in refused.output
+    assert "--threshold: expected none, the log has it with every reading" in refused.output
+
+
+def test_a_picture_shows_the_settings_of_its_run(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = JsonLinesLog(tmp_path / "first.jsonl")
+    log.begin({"scheduler": "AutoDrop", "window": 4, "threshold": 5.0, "min_lr": [0.01, 0.01]})
+    log(decision(2, rise=4.0, dropped=True))
+    drawn: dict[str, Any] = {}
+    monkeypatch.setattr(plot_module, "plot_run", lambda *args, **values: drawn.update(values))
+    result = run("plot", log.path)
+    assert result.stderr == ""
+    assert drawn["threshold"] == 5.0
+    assert drawn["title"] == "first: AutoDrop, window 4, threshold 5°, min_lr 0.01"
+    run("plot", log.path, "--threshold", 3)
+    assert drawn["threshold"] == 3.0
+    log.begin({"scheduler": "AutoDrop", "window": 4, "threshold": 2.0})  # resumed with another
+    run("plot", log.path)
+    assert drawn["threshold"] == 2.0
+
+
+def test_a_comparison_names_the_settings_that_differ(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, window in (("a", 4), ("b", 8)):
+        log = JsonLinesLog(tmp_path / f"{name}.jsonl")
+        log.begin({"scheduler": "AutoDrop", "window": window, "threshold": 0.1})
+        log(decision(2))
+    JsonLinesLog(tmp_path / "c.jsonl")(decision(2))
+    drawn: list[str] = []
+    monkeypatch.setattr(plot_module, "plot_runs", lambda runs, **values: drawn.extend(runs))
+    a, b, c = (tmp_path / f"{name}.jsonl" for name in "abc")
+    run("plot", a, b)
+    assert drawn == ["a (window 4)", "b (window 8)"]
+    run("plot", a, c)
+    assert drawn[2:] == ["a (AutoDrop, window 4, threshold 0.1°)", "c"]
+
+
+def test_plot_of_growing_windows(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "any.jsonl"
+    lines = [
+        decision(w).as_dict()
+        | {"event": "reading", "window_steps": 16, "mean_cosine": 0.2, "power": 0.25}
+        for w in range(2, 9)
+    ]
+    header = {"event": "settings", "version": "0", "settings": {"critical": 0.2}}
+    path.write_text("".join(json.dumps(line) + "\n" for line in [header, *lines]))
+    result = run("plot", path)
+    assert result.output == f"{tmp_path / 'any.png'}: 7 readings\n"
+    assert (tmp_path / "any.png").stat().st_size > 10_000
+    drawn: dict[str, Any] = {}
+    monkeypatch.setattr(plot_module, "plot_anytime", lambda *args, **values: drawn.update(values))
+    run("plot", path)
+    assert drawn["critical"] == 0.2
+    assert drawn["title"] == "any: critical 0.2"
 
 
 def test_plot_of_several_logs(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,8 +329,8 @@ def test_plot_of_several_logs(tmp_path: pathlib.Path, monkeypatch: pytest.Monkey
     assert result.exit_code == 0, result.output
     assert result.output.splitlines() == [
         "comparison.png:",
-        "  a/run.jsonl: 11 readings, 1 drop",
-        "  b/run.jsonl: 22 readings, 2 drops",
+        "  a/run: 11 readings, 1 drop",
+        "  b/run: 22 readings, 2 drops",
     ]
     assert (tmp_path / "comparison.png").stat().st_size > 10_000
     assert run("plot", "a/run.jsonl", "c.jsonl", "--output", "two.svg").exit_code == 0
@@ -191,12 +347,11 @@ def test_what_a_comparison_draws() -> None:
     loss = [{"step": 3, "loss": 1.0}, {"step": 4, "accuracy": 1.0}]
     figure = plot_runs({"windows": (measured, []), "epochs": (epochs, loss)})
     titles = [axes.get_title(loc="left") for axes in figure.axes]
-    assert titles == ["Training loss", "Angular velocity, smoothed", "Learning rate"]
+    assert titles == ["Training loss", "Angular velocity, running mean", "Learning rate"]
     (loss_line,) = figure.axes[0].lines
     windows, of_epochs = figure.axes[1].lines
     assert loss_line.get_color() == of_epochs.get_color() != windows.get_color()
-    assert windows.get_ydata()[0] == 80.0
-    assert math.isnan(windows.get_ydata()[1])
+    assert list(windows.get_ydata()) == [82.0, 83.0]
     assert list(of_epochs.get_ydata()) == [81.0, 82.0]
     assert list(figure.axes[2].lines[0].get_ydata()) == [0.1, 0.05]
     assert len(plot_runs({"windows": (measured, [])}).axes) == 2

@@ -1,6 +1,14 @@
-"""The CUDA and Triton backends on a GPU: bits of the reference, streams, graphs, determinism."""
+"""The CUDA and Triton backends on a GPU: bits of the reference, streams, graphs, determinism.
+
+What of this needs no GPU runs without one as well: the case table in Triton's interpreter and in
+the emulator of the CUDA kernels, and captures, errors and threads in ``test_emulated.py``.
+"""
 
 from __future__ import annotations
+
+import subprocess
+import sys
+import threading
 
 import pytest
 import torch
@@ -54,7 +62,7 @@ def run(tensors: list[Tensor], backend: str, form: str) -> tuple[list[Tensor], l
 
 
 def require(backend: str) -> None:
-    reason = BACKENDS[backend].missing("cuda")
+    reason = BACKENDS[backend].missing(torch.device("cuda"))
     assert reason is None, reason
 
 
@@ -153,19 +161,185 @@ def test_a_step_is_one_launch(gpu: torch.device) -> None:
     assert len(kernels) == 1
 
 
-def test_more_than_2_to_the_31_elements(gpu: torch.device) -> None:
-    require("cuda")
+@every_gpu_backend
+@pytest.mark.parametrize("form", ["sum", "delta"])
+def test_more_than_2_to_the_31_elements(gpu: torch.device, backend: str, form: str) -> None:
+    require(backend)
     if torch.cuda.mem_get_info(gpu)[0] < 34 * 2**30:
         pytest.skip("needs 34 GiB of free GPU memory")
     n = 2**31 + 100
     x = torch.ones(n, dtype=torch.bfloat16, device=gpu)
     x[-1] = 3.0
+    arenas = Arenas(Plan([("x", x)], gpu), BACKENDS[backend])
+    arenas.begin(form)  # type: ignore[arg-type]
+    x.mul_(2)
+    arenas.accumulate(first=False)
+    # In delta form the first iterate stands in for the mean: what was added is the difference.
+    assert arenas.running[n - 1].item() == (9.0 if form == "sum" else 3.0)
+    assert arenas.running[2**31 - 1].item() == (3.0 if form == "sum" else 1.0)
+    sums = arenas.close(2)
+    assert sums.mean_norm == (n - 1) * 1.5**2 + 4.5**2
+    assert sums.norm == (sums.mean_norm if form == "sum" else (n - 1) * 0.5**2 + 1.5**2)
+    newest = arenas.previous if form == "sum" else arenas.third
+    arenas._operations.write_back(newest, None, 0.5 if form == "sum" else 1.0)
+    assert x[-1].item() == 4.5
+    assert x[2**31 - 1].item() == x[0].item() == 1.5
+    del arenas, x, newest
+    torch.cuda.empty_cache()
+
+
+@every_gpu_backend
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("delta", [False, True])
+def test_weighted_steps_have_the_bits_of_the_reference(
+    gpu: torch.device, backend: str, case: str, delta: bool
+) -> None:
+    require(backend)
+    results = []
+    for name in (backend, "reference"):
+        tensors = on_device(make(case), gpu)
+        named = [(f"t{i}", t) for i, t in enumerate(tensors)]
+        arenas = Arenas(Plan(named, gpu), BACKENDS[name])
+        mean = arenas.third if delta else None
+        operations = arenas._operations
+        if delta:
+            operations.accumulate(arenas.third, None, first=True)
+            move(tensors, 1)
+        operations.accumulate(arenas.running, mean, first=True, weight=3.0)
+        move(tensors, 2)
+        operations.accumulate(arenas.running, mean, first=False, weight=0.1)
+        results.append(arenas.running.view(torch.int32).cpu())
+    assert torch.equal(*results)
+
+
+@every_gpu_backend
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("with_mean", [False, True])
+def test_write_back_has_the_bits_of_the_reference(
+    gpu: torch.device, backend: str, case: str, with_mean: bool
+) -> None:
+    require(backend)
+    results = []
+    for name in (backend, "reference"):
+        tensors = on_device(make(case), gpu)
+        named = [(f"t{i}", t) for i, t in enumerate(tensors)]
+        arenas = Arenas(Plan(named, gpu), BACKENDS[name])
+        arenas.begin("sum")
+        arenas.third.copy_(arenas.running * 0.25)
+        mean = arenas.third if with_mean else None
+        arenas._operations.write_back(arenas.running, mean, 0.3)
+        results.append([t.cpu() for t in tensors])
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.fixture
+def second_gpu(gpu: torch.device) -> torch.device:
+    """A GPU that is not the current one."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    return torch.device("cuda", (torch.cuda.current_device() + 1) % torch.cuda.device_count())
+
+
+@every_gpu_backend
+@pytest.mark.parametrize("form", ["sum", "delta"])
+def test_a_second_device_while_another_is_current(
+    gpu: torch.device, second_gpu: torch.device, backend: str, form: str
+) -> None:
+    require(backend)
+    here, sums = run(on_device(make("mixed dtypes"), gpu), backend, form)
+    there, other_sums = run(on_device(make("mixed dtypes"), second_gpu), backend, form)
+    assert torch.cuda.current_device() == gpu.index
+    assert sums == other_sums
+    assert all(torch.equal(a, b) for a, b in zip(here, there, strict=True))
+
+
+def test_a_probe_makes_a_context_on_its_own_device_only(
+    gpu: torch.device, second_gpu: torch.device
+) -> None:
+    """In a process of its own, because this one has touched both."""
+    program = (
+        "import torch; from autodrop_ext.ops import select; "
+        f"select('auto', torch.device('cuda', {second_gpu.index})); "
+        "print([torch._C._cuda_hasPrimaryContext(i) for i in range(torch.cuda.device_count())])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    wanted = [i == second_gpu.index for i in range(torch.cuda.device_count())]
+    assert done.stdout.strip() == str(wanted)
+
+
+@every_gpu_backend
+def test_memory_freed_under_a_waiting_kernel_is_not_given_away(
+    gpu: torch.device, backend: str
+) -> None:
+    require(backend)
+    n = 5_000_000
+    x = torch.ones(n, device=gpu)
+    arenas = Arenas(Plan([("x", x)], gpu), BACKENDS[backend])
+    arenas.begin("sum")
+    torch.cuda.synchronize(gpu)
+    side = torch.cuda.Stream(gpu)
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(400_000_000)  # a fifth of a second or so
+        arenas.accumulate(first=False)
+    address = arenas.running.data_ptr()
+    size = len(arenas.running)
+    del arenas
+    fresh = [torch.zeros(size, device=gpu) for _ in range(8)]
+    assert address not in [t.data_ptr() for t in fresh]
+    torch.cuda.synchronize(gpu)
+    assert all(t.count_nonzero().item() == 0 for t in fresh)
+
+
+def test_a_close_inside_a_capture_is_refused_and_the_next_step_is_good(gpu: torch.device) -> None:
+    """The capture is this plan's first use of the kernels: a probe has loaded them all."""
+    require("cuda")
+    x = torch.ones(100_000, device=gpu)
     arenas = Arenas(Plan([("x", x)], gpu), BACKENDS["cuda"])
     arenas.begin("sum")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        arenas.accumulate(first=False)
+        with pytest.raises(RuntimeError, match="cudaErrorStreamCaptureUnsupported"):
+            arenas.close(2)
+    graph.replay()
     arenas.accumulate(first=False)
-    assert arenas.running[n - 1].item() == 6.0
-    sums = arenas.close(2)
-    assert sums.mean_norm == n - 1 + 9.0
+    assert arenas.close(3).mean_norm == 100_000.0
+
+
+@every_gpu_backend
+def test_two_meters_in_two_threads(gpu: torch.device, backend: str) -> None:
+    require(backend)
+    results: dict[tuple[str, int], list[float]] = {}
+
+    def measure(where: str, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        device = gpu if where == "gpu" else torch.device("cpu")
+        host = torch.randn(200_000, generator=generator)
+        x = host.to(device)
+        meter = AngularVelocity([x], 3, backend=backend if where == "gpu" else "auto")
+        angles = results[where, seed] = []
+        with torch.cuda.stream(torch.cuda.Stream(gpu)):
+            for _ in range(30):
+                host += 0.01 * torch.randn(host.shape, generator=generator)
+                x.copy_(host)
+                reading = meter.observe()
+                if reading is not None:
+                    angles.append(reading.angle or 0.0)
+
+    threads = [threading.Thread(target=measure, args=("gpu", seed)) for seed in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed in (1, 2):
+        measure("cpu", seed)
+        assert len(results["cpu", seed]) == 8
+        assert results["gpu", seed] == pytest.approx(results["cpu", seed], abs=1e-9)
 
 
 @every_gpu_backend

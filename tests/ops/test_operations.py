@@ -26,7 +26,12 @@ def move(tensors: list[Tensor], step: int) -> None:
 
 
 def run(case: str, backend: str, form: str, windows: int = 4) -> tuple[Arenas, list[Sums]]:
-    tensors = make(case)
+    return run_on(make(case), backend, form, windows)
+
+
+def run_on(
+    tensors: list[Tensor], backend: str, form: str, windows: int = 4
+) -> tuple[Arenas, list[Sums]]:
     arenas = arenas_of(tensors, backend)
     sums = []
     for window in range(windows):
@@ -183,7 +188,11 @@ def test_sums_do_not_depend_on_the_number_of_threads(form: str) -> None:
     try:
         for count in (1, 2, 3, 7):
             torch.set_num_threads(count)
-            arenas, sums = run("threads", "cpu widest", form)
+            # 1.5e6 elements: enough for 4 threads when steps are added (see kBytesPerThread in
+            # csrc/cpu/parallel.h), and for 7 when a window is closed in delta form.
+            generator = torch.Generator().manual_seed(0)
+            tensors = [torch.randn(250_000 + 17 * i, generator=generator) for i in range(6)]
+            arenas, sums = run_on(tensors, "cpu widest", form)
             results.append((sums, bits(arenas.running).tolist(), arenas.per_tensor.tolist()))
     finally:
         torch.set_num_threads(threads)

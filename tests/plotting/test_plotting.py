@@ -7,6 +7,9 @@ import sys
 
 import pytest
 
+from autodrop_ext.plotting.anytime import plot_anytime
+from autodrop_ext.plotting.compare import plot_runs
+from autodrop_ext.plotting.panels import running_mean
 from autodrop_ext.plotting.run import plot_comparison, plot_run
 
 
@@ -92,6 +95,93 @@ def test_smoothed_line_breaks_at_a_drop():
     assert math.isnan(values[3])
     assert values[2] == 84.0
     assert values[4] == 85.0
+
+
+def test_a_drop_that_min_lr_held_back_is_no_rate_that_was_kept_above_the_threshold():
+    run = readings(2)
+    held = [reading(40, rise=-2.0, smoothed=80.0), reading(41, rise=3.0), reading(42, rise=0.5)]
+    rise = plot_run(run + held, threshold=1.0).axes[1]
+    drawn = {line.get_label(): list(line.get_xdata()) for line in rise.lines}
+    assert drawn["kept"][-1] == held[1]["step"]
+    assert drawn["held back"] == [held[0]["step"], held[2]["step"]]
+    assert len(drawn["dropped"]) == 2
+    assert "held back" not in legend(plot_run(run, threshold=1.0).axes[1])
+    # Without a threshold nobody knows.
+    assert "held back" not in legend(plot_run(run + held).axes[1])
+
+
+def test_groups_with_equal_rates_share_a_line():
+    equal = [reading(w, lr=[0.1 / w, 0.1 / w, 0.1]) for w in range(2, 6)]
+    axes = plot_run(equal).axes[-1]
+    assert legend(axes)[:2] == ["param groups 0, 1", "param group 2"]
+    twins = plot_run([reading(w, lr=[0.1 / w] * 2) for w in range(2, 6)]).axes[-1]
+    assert legend(twins) == ["rate never dropped"]
+
+
+def test_a_name_with_dollars_is_no_formula(tmp_path):
+    name = "$\\frac$ _run"
+    plot_run(readings(1), title=name, path=tmp_path / "a.png")
+    figure = plot_runs({name: (readings(1), METRICS), "_b$": (readings(2), METRICS)})
+    figure.savefig(tmp_path / "b.png")
+    (shared,) = figure.legends
+    assert [text.get_text() for text in shared.get_texts()] == [name, "_b$"]
+
+
+@pytest.mark.parametrize("value", [math.inf, -1e308, 1e308, 10**400, 1e-320, math.nan])
+def test_no_value_breaks_a_picture(value, tmp_path):
+    names = ("angle", "smoothed", "rise", "margin")
+    run = [*readings(2), reading(60, lr=[value], **dict.fromkeys(names, value))]
+    metrics = [*METRICS, {"step": 60, "loss": value}]
+    plot_run(run, metrics, threshold=0.1, path=tmp_path / "a.png")
+    plot_runs({"a": (run, metrics), "b": (run, metrics)}, path=tmp_path / "b.png")
+    plot_anytime([r | anytime(1) for r in run], metrics, path=tmp_path / "c.png")
+
+
+def test_running_means():
+    steps, means = running_mean(range(400), [float(i % 2) for i in range(400)])
+    assert list(steps) == list(range(400))
+    assert means[0] == pytest.approx(3 / 6)  # the first value and five after it
+    assert means[200] == pytest.approx(6 / 11)  # five on both sides: a 40th of the run
+    assert running_mean([1, 2], [math.nan, 3.0])[1][1] == 3.0
+    assert len(running_mean(range(100_000), [1.0] * 100_000)[0]) == 1000
+
+
+# ---- AnytimeAutoDrop ------------------------------------------------------------------------
+
+
+def anytime(window, **values):
+    steps = 16 * 2 ** (window // 8)
+    plain = {"window": window, "window_steps": steps, "step": 16 * (window + 1) * 2}
+    plain |= {"cosine": 0.5 - window / 40, "mean_cosine": 0.5 - window / 50, "lr": [0.1 / window]}
+    return plain | {"power": max(0.0, window / 50 - 0.25), "dropped": False} | values
+
+
+def test_what_is_drawn_of_growing_windows(tmp_path):
+    run = [anytime(w) for w in range(1, 20)]
+    run[0] |= {"cosine": None, "mean_cosine": None}
+    figure = plot_anytime(run, METRICS, critical=0.3, path=tmp_path / "a.png", title="a run")
+    names = ["Training loss, mean over the last tenth of the steps so far"]
+    names += ["Cosine of the angle", "Exponent p", "Learning rate"]
+    assert titles(figure) == names
+    assert all(axes.get_xscale() == "log" for axes in figure.axes)
+    _, cosine, power, rate = figure.axes
+    assert rate.get_yscale() == "log"
+    drawn = {line.get_label(): line for line in cosine.lines}
+    assert legend(cosine) == ["window", "mean", "critical 0.3"]
+    assert drawn["window"].get_ydata()[5] == run[5]["cosine"]
+    assert drawn["mean"].get_ydata()[5] == run[5]["mean_cosine"]
+    assert math.isnan(drawn["mean"].get_ydata()[0])
+    assert set(drawn["critical 0.3"].get_ydata()) == {0.3}
+    assert list(power.lines[0].get_ydata()) == [d["power"] for d in run]
+    # Windows 8 and 16 are the first of twice the length.
+    doublings = [line.get_xdata()[0] for line in power.lines[1:]]
+    assert doublings == [run[7]["step"], run[15]["step"]]
+    assert legend(rate) == ["window doubles, from 16 to 64 steps"]
+    assert len(plot_anytime(run).axes) == 3
+    assert "critical" not in " ".join(legend(plot_anytime(run).axes[0]))
+    assert titles(plot_run(run)) == names[1:]
+    with pytest.raises(ValueError, match="decisions: expected at least one, got none"):
+        plot_anytime([])
 
 
 def test_rates_of_several_groups_and_of_zero(tmp_path):

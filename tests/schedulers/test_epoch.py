@@ -406,8 +406,8 @@ def test_plot_shows_delays_and_drops(tmp_path: Any) -> None:
     figure = scheduler.plot(tmp_path / "run.png")
     assert (tmp_path / "run.png").stat().st_size > 10_000
     rate = figure.axes[-1]
-    drops = [line.get_xdata()[0] for line in rate.lines if line.get_gid() == "drop"]
-    assert drops == [5, 8]
+    (drops,) = [marks for marks in rate.collections if marks.get_gid() == "drops"]
+    assert [segment[0][0] for segment in drops.get_segments()] == [5, 8]
     assert sum(patch.get_gid() == "delay" for patch in rate.patches) == 4
     assert [axes.get_ylabel() for axes in figure.axes] == [
         "degrees",

@@ -62,10 +62,26 @@ def test_automatic_drops_are_marked_where_they_are():
     figure = plot_automatic_drop(dropped, {0.06: quadratic.run(0.06, 40, [0])})
     assert labels(figure) == [("", "loss"), ("", "degrees"), ("iteration", "learning rate")]
     # The rate of iteration 5 is the first lower one; see where_drops_happen in the tests of runs.
-    for axes in figure.axes:
-        assert [path.vertices[0][0] for path in axes.collections[-1].get_paths()] == [5]
-    legend = [text.get_text() for text in figure.axes[2].get_legend().get_texts()]
-    assert legend == ["rate dropped once (red lines, all panels)"]
+    rate = figure.axes[2]
+    for name in ("each run", "geometric mean"):
+        drawn = line(rate, name).get_ydata()
+        assert [i for i in range(1, len(drawn)) if drawn[i] < drawn[i - 1]] == [5]
+
+
+def test_drops_of_several_runs_are_not_drawn_as_those_of_one():
+    quadratic = NoisyQuadratic([1.0, 2.0])
+    dropped = quadratic.run(
+        0.06, 60, [0, 1, 2], drop=AutomaticDrop(min_lr=0.01, average=3, threshold=1.0)
+    )
+    figure = plot_automatic_drop(dropped, {0.06: quadratic.run(0.06, 60, [0])})
+    loss, angle, rate = figure.axes
+    assert len({tuple(lrs.tolist()) for lrs in dropped.lr}) == 3
+    assert len(rate.lines) == 4
+    expected = dropped.lr.log().mean(dim=0).exp()
+    assert line(rate, "geometric mean").get_ydata() == pytest.approx(expected)
+    # No line of one run's drops crosses the means.
+    assert not loss.collections
+    assert len(angle.patches) == len(angle.collections) + 1
 
 
 def test_the_velocity_model_in_degrees():

@@ -5,18 +5,23 @@ from __future__ import annotations
 import importlib.util
 import statistics
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, get_args
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from ...log import JsonLinesLog
 from ...plotting.run import plot_comparison
-from . import theory as theory_tasks
+from ...schedulers.saturation import Kernel
+from ..plot import printable
 from .digits import Digits
 from .text import Bytes
+from .theory import ALGORITHM_ITERATIONS, NQM_ITERATIONS, NQM_LEAST, NQM_SEEDS, nqm, theory
 from .training import SCHEDULES, Run, Task, train
 
 _TASKS: dict[str, type[Digits] | type[Bytes]] = {"digits": Digits, "bytes": Bytes}
@@ -62,8 +67,14 @@ _THRESHOLD = 0.1
     help="AutoDrop's window, optimizer steps.  [default: digits 3, bytes 2]",
 )
 @click.option(
+    "--kernel",
+    type=click.Choice(get_args(Kernel)),
+    help="What AutoDrop's filter weighs angles by.  [default: value]",
+)
+@click.option(
+    "-o",
     "--output",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=click.Path(path_type=Path),
     default="demo-output",
     show_default=True,
     help="Folder of the picture and the log.",
@@ -74,6 +85,7 @@ def demo(
     first_seed: int,
     steps: int | None,
     window: int | None,
+    kernel: Kernel | None,
     output: Path,
 ) -> None:
     """Train under AutoDrop, a constant rate and cosine annealing, and compare.
@@ -88,7 +100,9 @@ def demo(
             f"the demo needs {' and '.join(missing)}: pip install 'autodrop_ext[demo]'"
         )
     if name not in _TASKS:
-        _without_data(name, seeds, first_seed, steps, window, output)
+        _without_data(
+            name, seeds, first_seed, steps, {"--window": window, "--kernel": kernel}, output
+        )
         return
     task = _TASKS[name]()
     seeds = seeds or task.seeds
@@ -104,14 +118,21 @@ def demo(
     start = time.perf_counter()
     log = output / f"{name}.jsonl"
     log.unlink(missing_ok=True)  # a log appends; this is a new run
+    kernel = kernel or "value"
     runs = _train_all(
-        console, task, range(first_seed, first_seed + seeds), steps=steps, window=window, log=log
+        console,
+        task,
+        range(first_seed, first_seed + seeds),
+        steps=steps,
+        window=window,
+        kernel=kernel,
+        log=log,
     )
     console.print()
     console.print(_table(task, runs))
-    _explain(console, task, runs, steps, window)
+    _explain(console, task, runs, steps, window, kernel)
     console.print(f"Took {time.perf_counter() - start:.0f} s.")
-    _write_picture(console, output / f"{name}.png", task, runs, log)
+    _write_picture(console, output / f"{name}.png", task, runs, window, log)
 
 
 def _without_data(
@@ -119,38 +140,44 @@ def _without_data(
     seeds: int | None,
     first_seed: int,
     steps: int | None,
-    window: int | None,
+    unused: dict[str, object],
     output: Path,
 ) -> None:
-    """The tasks that draw the papers' theory: no schedules, no log."""
-    unused = {"--window": window}
+    """Draw the papers' theory, for which there are no schedules and no log."""
     if name == "theory":
-        unused |= {"--seeds": seeds, "--first-seed": first_seed or None}
+        unused = unused | {"--seeds": seeds, "--first-seed": first_seed or None}
     for option, value in unused.items():
         if value is not None:
             raise click.UsageError(f"{option}: expected none with --task {name}, got {value}")
     _make(output)
     console = Console()
     if name == "theory":
-        steps = steps or theory_tasks.ALGORITHM_ITERATIONS
-        theory_tasks.theory(console, output, iterations=steps)
+        steps = steps or ALGORITHM_ITERATIONS
+        theory(console, output, iterations=steps)
         return
-    steps = steps or theory_tasks.NQM_ITERATIONS
-    if steps < theory_tasks.NQM_LEAST:
-        raise click.UsageError(f"--steps: expected at least {theory_tasks.NQM_LEAST}, got {steps}")
-    last = first_seed + (seeds or theory_tasks.NQM_SEEDS)
-    theory_tasks.nqm(console, output, iterations=steps, seeds=range(first_seed, last))
+    steps = steps or NQM_ITERATIONS
+    if steps < NQM_LEAST:
+        raise click.UsageError(f"--steps: expected at least {NQM_LEAST}, got {steps}")
+    last = first_seed + (seeds or NQM_SEEDS)
+    nqm(console, output, iterations=steps, seeds=range(first_seed, last))
 
 
 def _make(output: Path) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise click.ClickException(f"--output: {error}") from error
+        raise click.ClickException(printable(f"--output: {error}")) from error
 
 
 def _train_all(
-    console: Console, task: Task, seeds: range, *, steps: int, window: int, log: Path
+    console: Console,
+    task: Task,
+    seeds: range,
+    *,
+    steps: int,
+    window: int,
+    kernel: Kernel,
+    log: Path,
 ) -> dict[str, list[Run]]:
     runs: dict[str, list[Run]] = {schedule: [] for schedule in SCHEDULES}
     columns = (
@@ -172,6 +199,7 @@ def _train_all(
                     seed,
                     steps=steps,
                     window=window,
+                    kernel=kernel,
                     log=lines,
                     on_step=lambda: progress.advance(bar),
                 )
@@ -206,7 +234,12 @@ def _table(task: Task, runs: dict[str, list[Run]]) -> Table:
 
 
 def _explain(
-    console: Console, task: Task, runs: dict[str, list[Run]], steps: int, window: int
+    console: Console,
+    task: Task,
+    runs: dict[str, list[Run]],
+    steps: int,
+    window: int,
+    kernel: Kernel,
 ) -> None:
     most = steps // (_WINDOWS_PER_DROP * window)
     quality = {name: statistics.fmean(run.quality for run in g) for name, g in runs.items()}
@@ -227,12 +260,33 @@ def _explain(
             "It dropped nearly as often as it could: over windows this short the angle is noisy, "
             "and the rate falls much like an exponential."
         )
+    smoothing = _smoothing(runs["AutoDrop"][0].readings, kernel)
+    if smoothing:
+        console.print(smoothing)
     if task.steps == steps:
         console.print(task.note)
 
 
+def _smoothing(readings: Sequence[Mapping[str, Any]], kernel: Kernel) -> str:
+    """How far the filter moves an angle, and how far angles scatter; nothing of a short run."""
+    angles = [r["angle"] for r in readings if r["angle"] is not None]
+    moved = [abs(r["smoothed"] - r["angle"]) for r in readings if r["smoothed"] is not None]
+    tens = [angles[i : i + 10] for i in range(0, len(angles) - 9, 10)]
+    if not tens or not moved:
+        return ""
+    scatter = statistics.fmean(map(statistics.pstdev, tens))
+    text = (
+        f"How much smoothed smooths (kernel={kernel!r}): ten angles in a row scatter by "
+        f"{scatter:.1f} degrees, and the filter moves the newest one by "
+        f"{statistics.fmean(moved):.1f} degrees on average."
+    )
+    if kernel == "value":
+        text += " It weighs angles by their distance in degrees, so that only near ones count."
+    return text
+
+
 def _write_picture(
-    console: Console, path: Path, task: Task, runs: dict[str, list[Run]], log: Path
+    console: Console, path: Path, task: Task, runs: dict[str, list[Run]], window: int, log: Path
 ) -> None:
     first = runs["AutoDrop"][0]
     if not first.readings:
@@ -246,12 +300,11 @@ def _write_picture(
         {schedule: group[0].metrics for schedule, group in runs.items()},
         threshold=_THRESHOLD,
         path=path,
-        title=f"{task.name}, seed {first.seed}: {task.description}",
+        title=f"{task.name}, seed {first.seed}, window {window}: {task.description}",
     )
     # soft_wrap: a path or command that is broken over lines cannot be copied.
-    console.print(f"\nPicture: {path}", soft_wrap=True, highlight=False)
-    console.print(f"Log:     {log}", soft_wrap=True, highlight=False)
-    console.print(f"Draw it: autodrop plot {log}", soft_wrap=True, highlight=False)
+    for line in ("", f"Picture: {path}", f"Log:     {log}", f"Draw it: autodrop plot {log}"):
+        console.print(Text(printable(line)), soft_wrap=True)
 
 
 def _mean(values: list[float], digits: int) -> str:

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler
 
 from ...log import JsonLinesLog
 from ...schedulers import AutoDrop
+from ...schedulers.saturation import Kernel
 
 SCHEDULES = ("AutoDrop", "constant", "cosine")
 
@@ -77,6 +78,7 @@ def train(
     *,
     steps: int,
     window: int,
+    kernel: Kernel = "value",
     log: JsonLinesLog | None = None,
     on_step: Callable[[], object] = lambda: None,
 ) -> Run:
@@ -91,6 +93,7 @@ def train(
         seed: of parameters and batches.
         steps: optimizer steps.
         window: of AutoDrop, optimizer steps.
+        kernel: of AutoDrop's Gaussian filter.
         log: takes AutoDrop's readings and every schedule's metrics.
         on_step: called after every step.
     """
@@ -99,7 +102,7 @@ def train(
         torch.manual_seed(seed)
         model = task.model()
         optimizer = task.optimizer(model)
-        scheduler = _scheduler(schedule, optimizer, steps, window, log)
+        scheduler = _scheduler(schedule, optimizer, steps, window, kernel, log)
         random = Generator().manual_seed(seed)
         losses: list[float] = []
         in_step = 0.0  # seconds
@@ -134,10 +137,15 @@ def train(
 
 
 def _scheduler(
-    schedule: str, optimizer: Optimizer, steps: int, window: int, log: JsonLinesLog | None
+    schedule: str,
+    optimizer: Optimizer,
+    steps: int,
+    window: int,
+    kernel: Kernel,
+    log: JsonLinesLog | None,
 ) -> LRScheduler:
     if schedule == "AutoDrop":
-        return AutoDrop(optimizer, window=window, on_reading=log)
+        return AutoDrop(optimizer, window=window, kernel=kernel, on_reading=log)
     if schedule == "constant":
         return ConstantLR(optimizer, factor=1.0)
     if schedule == "cosine":

@@ -1,0 +1,257 @@
+"""What all pictures of runs share: panels, lines, axes, legends, and the marks of drops."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+Record = Mapping[str, Any]
+"""One line of a log: a reading (``Decision.as_dict()``) or metrics (``step`` and values)."""
+
+RAW = "0.6"  # Measured values are grey, and what is computed from them has a colour.
+OWN = "#1f5fa8"
+LIMIT = "#222222"
+DROP = "#c8321e"
+DELAY = "#b8860b"
+
+# Lines differ in colour and in dashes, so that they can be told apart without seeing colours. Red
+# is left to drops.
+_COLORS = (OWN, "#c9820a", "#2f8f5b", "#7b4fa3", "#d1578f", "#1497ad", "#7a5230", "#5c6370")
+_DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (6, 1, 1, 1)))
+
+# Axes of larger numbers overflow, and so do logarithmic ones of smaller numbers than its inverse.
+# Angles, rates and losses are far from both.
+_LARGEST = 1e100
+_MEANS = 40  # A running mean covers this part of a run.
+_TITLE = 95  # characters of a row of the title
+_LEGEND = 110  # characters of a row of the legend above the panels
+
+
+def make_panels(heights: Sequence[float]) -> tuple[Figure, list[Axes]]:
+    """Make a figure of panels of these relative heights, one above the other.
+
+    The figure belongs to no window and to no ``pyplot`` state.
+
+    Raises:
+        ImportError: matplotlib is not installed; it comes with ``autodrop_ext[plot]``.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "drawing needs matplotlib: pip install 'autodrop_ext[plot]'", name="matplotlib"
+        ) from error
+    figure = Figure(figsize=(9, 2.35 * len(heights)), layout="constrained")
+    grid = figure.subplots(
+        len(heights), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights}
+    )
+    return figure, list(grid[:, 0])
+
+
+def finish(
+    figure: Figure,
+    panels: Sequence[Axes],
+    path: str | Path | None,
+    title: str | None,
+    xlabel: str = "optimizer step",
+    lines: Mapping[str, Line2D] | None = None,
+) -> Figure:
+    """Add legends, the name of the x-axis and a title, and save the picture if there is a path.
+
+    Args:
+        figure: The figure.
+        panels: Its panels, from top to bottom. Each has a legend of its labelled lines.
+        path: The picture; its ending gives the format.
+        title: The text above the picture.
+        xlabel: The name of the x-axis.
+        lines: Lines that all panels share, by name, for a legend above all panels.
+    """
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.margins(x=0.01)
+        handles, _ = axes.get_legend_handles_labels()
+        if handles:
+            # The legend is above the panel, because inside it would cover data in some runs.
+            axes.legend(
+                loc="lower right",
+                bbox_to_anchor=(1.0, 1.0),
+                ncols=len(handles),
+                frameon=False,
+                fontsize="small",
+                borderaxespad=0.1,
+                handlelength=1.8,
+                columnspacing=1.4,
+            )
+    if lines:
+        longest = max(map(len, lines)) + 8
+        legend = figure.legend(
+            list(lines.values()),
+            list(lines),
+            loc="outside upper left",
+            ncols=max(1, min(len(lines), _LEGEND // longest)),
+            frameon=False,
+            fontsize="small",
+            handlelength=3.2,
+        )
+        for text in legend.get_texts():
+            text.set_parse_math(False)  # A name with two dollar signs is no formula.
+    panels[-1].set_xlabel(xlabel)
+    figure.align_ylabels()
+    if title:
+        # matplotlib's own wrapping would read dollar signs as a formula all the same.
+        figure.suptitle(textwrap.fill(title, _TITLE), fontsize="large", parse_math=False)
+    if path is not None:
+        figure.savefig(path, dpi=150)
+    return figure
+
+
+def name_panel(axes: Axes, text: str, unit: str) -> None:
+    """Write the panel's name above it, to the left, and the unit next to its y-axis."""
+    axes.set_title(text, loc="left", fontsize="medium", fontweight="bold")
+    axes.set_ylabel(unit)
+
+
+def number(value: Any) -> float:
+    """Return a value of a record as a float: NaN if there is none or no axis can show it."""
+    try:
+        found = math.nan if value is None else float(value)
+    except OverflowError:  # an integer that no float can hold
+        return math.nan
+    return found if abs(found) < _LARGEST else math.nan
+
+
+def column(records: Sequence[Record], key: str) -> list[float]:
+    """Return the values of a key, and NaN where there is none: matplotlib leaves a gap there."""
+    return [number(r.get(key)) for r in records]
+
+
+def running_mean(
+    steps: Sequence[float], values: Sequence[float]
+) -> tuple[list[float], list[float]]:
+    """Return steps, and the mean of the values around each: about a 40th of the run.
+
+    The mean is centred, and runs over fewer values at both ends. Of long runs about a thousand
+    steps are returned, which is more than a picture shows.
+    """
+    half = len(values) // _MEANS // 2
+    at = range(0, len(values), max(1, len(values) // 1000))
+    return [steps[i] for i in at], [mean(values[max(0, i - half) : i + half + 1]) for i in at]
+
+
+def mean(values: Sequence[float]) -> float:
+    """Return the mean of the finite values, NaN if there are none."""
+    finite = [v for v in values if math.isfinite(v)]
+    return math.fsum(finite) / len(finite) if finite else math.nan
+
+
+def line_style(i: int) -> dict[str, Any]:
+    """Return matplotlib's arguments for the i-th line of a panel; the first 32 are different."""
+    turns, color = divmod(i, len(_COLORS))
+    dashes = _DASHES[(i + turns) % len(_DASHES)]
+    return {"color": _COLORS[color], "linestyle": dashes, "linewidth": 1.4}
+
+
+def log_if_wide(axes: Axes, values: Sequence[float]) -> None:
+    """Make the y-axis logarithmic if a linear one would hide the small values."""
+    finite = [v for v in values if math.isfinite(v)]
+    if finite and min(finite) > 1 / _LARGEST and max(finite) > 5 * min(finite):
+        log_scale(axes, min(finite), max(finite))
+
+
+def log_scale(axes: Axes, lowest: float, highest: float) -> None:
+    """Make the y-axis logarithmic, with plain numbers that do not run into each other."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    decades = math.log10(highest / lowest)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2 else (1,), numticks=10))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def draw_losses(
+    axes: Axes,
+    losses: Mapping[str, Sequence[Record]],
+    styles: Mapping[str, dict[str, Any]],
+    named: bool = True,
+) -> None:
+    """Draw the loss of each run in its style.
+
+    Of several runs the running mean is drawn, with the values themselves as a thin line behind it,
+    and their names are in the legend of the panel if they are ``named``.
+    """
+    several = len(losses) > 1
+    name_panel(axes, "Training loss" + (", running mean" if several else ""), "loss")
+    everything: list[float] = []
+    for name, metrics in losses.items():
+        # A log may mix records of a loss with records of other values.
+        with_loss = [m for m in metrics if "loss" in m]
+        steps, values = column(with_loss, "step"), column(with_loss, "loss")
+        everything += values
+        if several:
+            axes.plot(steps, values, color=styles[name]["color"], linewidth=0.6, alpha=0.25)
+            steps, values = running_mean(steps, values)
+        axes.plot(steps, values, **styles[name], label=name if several and named else None)
+    log_if_wide(axes, everything)
+
+
+def draw_rates(
+    axes: Axes, x: Sequence[float], readings: Sequence[Record], name: str | None = None
+) -> None:
+    """Draw the learning rate of every param group as steps, on a logarithmic axis if possible.
+
+    Groups whose rates are equal all along share a line.
+
+    Args:
+        axes: The panel.
+        x: One value for each reading.
+        readings: Their ``lr`` has one rate for each param group; groups may come later.
+        name: The text in the legend. Without it, up to four different lines are numbered there.
+    """
+    name_panel(axes, "Learning rate", "learning rate")
+    lines: dict[tuple[float | None, ...], list[int]] = {}
+    for g in range(max(len(r.get("lr") or ()) for r in readings)):
+        of_group = tuple(r["lr"][g] if len(r.get("lr") or ()) > g else None for r in readings)
+        lines.setdefault(of_group, []).append(g)
+    finite: list[float] = []
+    for i, (rates, groups) in enumerate(lines.items()):
+        values = [number(rate) for rate in rates]
+        finite += filter(math.isfinite, values)
+        label = name
+        if label is None and 1 < len(lines) <= 4:
+            label = f"param group{'s' if len(groups) > 1 else ''} {', '.join(map(str, groups))}"
+        axes.plot(x, values, **line_style(i), drawstyle="steps-post", label=label, zorder=3)
+    if finite and min(finite) > 1 / _LARGEST:
+        log_scale(axes, min(finite), max(finite))
+        # Another schedule's rate may end at zero, and would stretch the axis without end.
+        axes.set_ylim(min(finite) / 1.5, max(finite) * 1.5)
+
+
+def mark_drops(panels: Sequence[Axes], at: Sequence[float]) -> None:
+    """Draw a thin red line through all panels at every drop, and name them in the last legend."""
+    # Many lines next to each other would hide the data.
+    alpha = 0.6 if len(at) <= 10 else 0.35 if len(at) <= 40 else 0.22
+    for axes in panels:
+        axes.vlines(
+            at,
+            0,
+            1,
+            transform=axes.get_xaxis_transform(),
+            color=DROP,
+            linewidth=0.7,
+            alpha=alpha,
+            zorder=1,
+            gid="drops",
+        )
+    times = "once" if len(at) == 1 else f"{len(at)} times"
+    note = f"rate dropped {times} (red lines, all panels)" if at else "rate never dropped"
+    panels[-1].plot([], [], color=DROP, linewidth=1, alpha=0.8, label=note)

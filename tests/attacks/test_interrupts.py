@@ -1,0 +1,220 @@
+"""Ctrl-C at every place where Python can deliver it, one after the other, by tracing.
+
+CPython looks for signals after calls, at the start of a function and where a loop jumps back. A
+trace function raises KeyboardInterrupt at the n-th such place within one call of the meter or
+scheduler, in code of this package. Afterwards training goes on: no angle may be false, readings
+come again, the state saved right after it loads and is right, and there is at most one warning.
+"""
+
+from __future__ import annotations
+
+import dis
+import pathlib
+import random
+import sys
+import warnings
+from types import CodeType, FrameType
+from typing import Any
+
+import pytest
+import torch
+from oracle import LARGE
+from trials import KINDS, Trial, aftermath, half_dropped
+
+import autodrop_ext
+
+PACKAGE = str(pathlib.Path(autodrop_ext.__file__).parent)
+CHECKED = ("CALL", "JUMP_BACKWARD", "JUMP_ABSOLUTE", "RESUME", "SETUP_FINALLY")
+
+# Which call is interrupted, of windows of three steps: the first one at all, one in the middle of a
+# window, the ends of a window without and with a reading, and the first step of the window after.
+CALLS = {"first": 0, "inside": 7, "end": 5, "reading": 8, "after a reading": 9}
+
+
+class Interrupter:
+    """Raises KeyboardInterrupt at one of the places, or counts them.
+
+    Args:
+        at: number of the place, from 0; None counts only.
+
+    Attributes:
+        places: how many have been passed.
+        where: the place at which it was raised.
+    """
+
+    _after: dict[CodeType, set[int]] = {}  # noqa: RUF012 (a cache for all of them)
+
+    def __init__(self, at: int | None) -> None:
+        self.at = at
+        self.places = 0
+        self.where = ""
+
+    def __enter__(self) -> Interrupter:
+        self._before = sys.gettrace()
+        sys.settrace(self._enter)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(self._before)
+
+    def _enter(self, frame: FrameType, event: str, argument: Any) -> Any:
+        if not frame.f_code.co_filename.startswith(PACKAGE):
+            return None
+        frame.f_trace_opcodes = True
+        frame.f_trace_lines = False
+        return self._inside
+
+    def _inside(self, frame: FrameType, event: str, argument: Any) -> Any:
+        if event == "opcode" and frame.f_lasti in self._checked(frame.f_code):
+            if self.places == self.at:
+                name = pathlib.Path(frame.f_code.co_filename).name
+                self.where = f"{name}:{frame.f_lineno} in {frame.f_code.co_name}"
+                self.places += 1
+                raise KeyboardInterrupt
+            self.places += 1
+        return self._inside
+
+    def _checked(self, code: CodeType) -> set[int]:
+        """Offsets of instructions before which signals are delivered."""
+        if code not in self._after:
+            instructions = list(dis.get_instructions(code))
+            self._after[code] = {
+                following.offset
+                for one, following in zip(instructions, instructions[1:], strict=False)
+                if one.opname.startswith(CHECKED)
+            }
+        return self._after[code]
+
+
+def interrupted(kind: str, call: int, at: int | None) -> tuple[Trial, Interrupter, list[str]]:
+    """A run whose given call was interrupted, and what it had said until then."""
+    trial = Trial(kind)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trial.advance(call)
+        trial.train()
+        with Interrupter(at) as interrupter:
+            try:
+                trial.measured()
+            except KeyboardInterrupt:
+                trial.interrupted.append(trial.call)
+        trial.note()
+    return trial, interrupter, [str(w.message) for w in caught]
+
+
+def places(kind: str, call: int, few: int) -> list[int]:
+    """Numbers of the places to try: all in large, otherwise a seeded choice."""
+    total = interrupted(kind, call, None)[1].places
+    assert total > 10
+    if LARGE or total <= few:
+        return list(range(total))
+    return sorted(random.Random(f"{kind} {call}").sample(range(total), few))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Any:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def call_of(kind: str, moment: str) -> int:
+    """The call that a moment stands for."""
+    if kind == "EpochAutoDrop":  # windows of one call; the rest repeats
+        return {"first": 0, "inside": 1, "end": 2, "reading": 4, "after a reading": 5}[moment]
+    # A survey of one window comes before the windows of a sample, which has 9 at the most.
+    return CALLS[moment] + (36 if kind == "sampled" and moment != "first" else 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_an_interrupt_nothing_is_wrong(kind: str) -> None:
+    """The judge itself: it finds no fault where there is none, and one where an iterate is lost."""
+    trial = Trial(kind)
+    trial.advance(call_of(kind, "reading") + 1)
+    assert trial.reported
+    assert aftermath(trial, []) == []
+    del trial.witness.seen[-2]
+    assert list(trial.problems())
+
+
+@pytest.mark.parametrize("moment", CALLS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_interrupt_at_every_place(kind: str, moment: str) -> None:
+    call = call_of(kind, moment)
+    wrong: dict[str, list[str]] = {}
+    tried = places(kind, call, 16)
+    for at in tried:
+        trial, interrupter, said = interrupted(kind, call, at)
+        if not interrupter.where:
+            continue  # the first call of all has more places than later ones: it fills caches
+        swallowed = ["the interrupt was swallowed"]
+        found = aftermath(trial, said) if trial.interrupted else swallowed
+        for problem in found:
+            wrong.setdefault(problem.split(":")[0], []).append(f"{interrupter.where}: {problem}")
+    shown = "\n".join(f"{len(v)} x {k}, such as {v[0]}" for k, v in wrong.items())
+    assert not wrong, f"of {len(tried)} places:\n{shown}"
+
+
+@pytest.mark.parametrize("kind", ["AutoDrop", "per_group"])
+def test_an_interrupted_drop_is_whole(kind: str) -> None:
+    """All param groups or none, and counted as often as it was carried out."""
+    call = 11
+    undisturbed = interrupted(kind, call, None)[0]
+    assert undisturbed.history[-1].dropped
+    wrong = []
+    tried = places(kind, call, 150)
+    for at in tried:
+        trial, interrupter, _ = interrupted(kind, call, at)
+        problem = half_dropped(trial)
+        if problem is not None:
+            wrong.append(f"{interrupter.where}: {problem}")
+    assert not wrong, f"{len(wrong)} of {len(tried)} places:\n" + "\n".join(wrong[:6])
+
+
+def test_an_interrupted_average_leaves_training_alive() -> None:
+    """Inside the call that writes averaged parameters back and drops the rate."""
+
+    def run(at: int | None) -> tuple[Trial, Interrupter, str | None]:
+        trial = Trial("EpochAutoDrop")
+        trial.measure.close()
+        trial.measure = autodrop_ext.EpochAutoDrop(
+            trial.optimizer, threshold=179.0, max_threshold=180.0, delay=2
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            trial.advance(7)
+            trial.train()
+            with Interrupter(at) as interrupter:
+                try:
+                    trial.measured()
+                except KeyboardInterrupt:
+                    trial.interrupted.append(trial.call)
+            try:
+                trial.advance(0 if at is None else 10)
+            except RuntimeError as error:
+                return trial, interrupter, f"a later step raises: {error}"
+        return trial, interrupter, None if at is None else outcome(trial)
+
+    def outcome(trial: Trial) -> str | None:
+        angles = [d.angle for d in trial.history[-6:]]
+        expected = 0.5 * 0.2**trial.measure.num_drops
+        if angles.count(None) > 2:
+            return f"angles {angles}"
+        if not all(p.isfinite().all() for p in trial.parameters):
+            return "parameters are not finite"
+        if any(abs(rate / expected - 1) > 1e-9 for rate in trial.rates):
+            return f"rates {trial.rates} after {trial.measure.num_drops} drops"
+        return None
+
+    undisturbed, counter, _ = run(None)
+    assert undisturbed.history[-1].averaged and undisturbed.history[-1].dropped
+    tried = range(counter.places)
+    if not LARGE:
+        tried = sorted(random.Random(0).sample(tried, 40))  # type: ignore[assignment]
+    wrong = []
+    for at in tried:
+        _, interrupter, problem = run(at)
+        if problem is not None:
+            wrong.append(f"{interrupter.where}: {problem}")
+    assert not wrong, f"{len(wrong)} of {len(tried)} places:\n" + "\n".join(wrong[:6])
