@@ -95,6 +95,7 @@ def margin(
     previous_norm: float,
     covariances: Sequence[float],
     products: Sequence[float],
+    most_freedom: float = math.inf,
 ) -> float:
     """Half the width of the 95 % confidence interval of the angle, degrees.
 
@@ -104,6 +105,7 @@ def margin(
         previous_norm: see there.
         covariances: see there.
         products: from :func:`squares`, 21.
+        most_freedom: upper bound of the degrees of freedom.
     """
     error = standard_error(dot, norm, previous_norm, covariances)
     if not error > 0:
@@ -116,4 +118,6 @@ def margin(
     variance = float(direction @ np.asarray(covariances))
     # Rounding may leave a nearly empty sum at or below 0.
     freedom = variance**2 / spread if spread > 0 else math.inf
-    return error * float(np.interp(1 / max(freedom, 1.0), _INVERSE_FREEDOM, _T95))
+    return error * float(
+        np.interp(1 / max(min(freedom, most_freedom), 1.0), _INVERSE_FREEDOM, _T95)
+    )

@@ -18,7 +18,8 @@ from ..ops.window_sums import COVARIANCES, Extra, Watched, WindowSums, by_device
 from .draw import DrawnChunks, Sample, draw, num_chunks
 from .error import SQUARES, margin, scatter, squares, variances
 from .survey import Survey, num_windows
-from .wandering import NUMBERS, Wandering, trusted
+from .wandering import FREEDOM_A_MOVER, NUMBERS, Wandering, movers
+
 
 def sums_of(sample: float | None, seed: int) -> Callable[..., WindowSums]:
     """What makes the sums of a meter: of everything, or of a sample."""
@@ -233,14 +234,15 @@ class SamplingError:
         """``standard_error`` and ``margin`` of a reading, degrees; NaN where they are unknown."""
         covariances, rest = numbers[:COVARIANCES], numbers[COVARIANCES:]
         products, wandering = rest[:SQUARES], rest[SQUARES:]
-        unread = wandering[0]
+        count, unread = movers(wandering), wandering[0]
         three = (totals.dot, totals.norm, totals.previous_norm)
         error = standard_error(*three, covariances)
         # Chunks without any scatter, such as one that moves among many that stand still, say
         # nothing about those that are not read.
-        if not trusted(wandering) or (error == 0 and unread > 0):
+        if count is None or (error == 0 and unread > 0):
             return self.unknown()
-        return {"standard_error": error, "margin": margin(*three, covariances, products)}
+        freedom = FREEDOM_A_MOVER * count
+        return {"standard_error": error, "margin": margin(*three, covariances, products, freedom)}
 
     def unknown(self) -> dict[str, Any]:
         """The fields of a reading whose error is not known."""

@@ -25,6 +25,7 @@ movers, and all of them together with ``(sum V)^2 / sum V^2 r`` (Satterthwaite).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -34,17 +35,21 @@ from .draw import DrawnChunks, FloatArray
 LEAST_MOVERS = 2.0
 """Effective movers that a sample must be expected to hold of the motion that wanders."""
 
-MOST_VARIANCE = 0.25
-"""Largest relative variance of the norm from wandering. The standard error of the angle linearises
-a ratio of norms, which means nothing once these are known to no better than a half.
+FREEDOM_A_MOVER = 0.7
+"""Degrees of freedom of the 95 % interval that an effective mover is worth, at most. Where a sample
+happens to miss the largest movers, the rest are alike and seem to leave more."""
 
-Like the other limits, it was chosen after looking at simulations (``benchmarks/accuracy/sampling.py
-sparse``)."""
+MOST_VARIANCE = 0.15
+"""Largest relative variance of the norm from wandering. The standard error of the angle linearises
+a ratio of norms, which means little once these are known to no better than 40 %."""
 
 LEAST_VARIANCE = 3e-4
 """Relative variance below which wandering is ignored. It moves the norm by 2 %, an angle by some
-tenths of a degree, and is what all models have whose chunks differ a little from window to window:
-the transformer of ``docs/scaling.md`` has up to 1e-4 with AdamW."""
+tenths of a degree, and all models have as much whose chunks differ a little from window to window:
+the transformer of ``docs/scaling.md`` has up to 1e-4 with AdamW.
+
+These four were chosen after looking at the results of ``benchmarks/accuracy/sampling.py``, of
+``sparse`` and ``accuracy``; ``docs/scaling.md`` has the table."""
 
 NUMBERS = 4
 """Entries of :meth:`Wandering.numbers`."""
@@ -105,18 +110,22 @@ class Wandering:
         return numbers
 
 
-def trusted(numbers: Sequence[float]) -> bool:
-    """Whether the scatter of a sample says how far the angle may be off.
+def movers(numbers: Sequence[float]) -> float | None:
+    """Effective movers that the sample is expected to hold of the motion that wanders.
+
+    Infinity where none wanders to speak of; None where so few are expected that the scatter of the
+    sample does not say how far the angle may be off.
 
     Args:
         numbers: from :meth:`Wandering.numbers`, added up over devices and ranks.
     """
     unread, surveyed, variance, spread = numbers
     if unread == 0:
-        return True
+        return math.inf
     if not surveyed > 0:
-        return False
+        return None
     relative = variance / surveyed**2
     if relative <= LEAST_VARIANCE:
-        return True
-    return relative <= MOST_VARIANCE and variance**2 >= LEAST_MOVERS * spread
+        return math.inf
+    count = variance**2 / spread
+    return count if relative <= MOST_VARIANCE and count >= LEAST_MOVERS else None

@@ -3,13 +3,18 @@
     python benchmarks/accuracy/sampling.py record    [--folder build/sampling] [--only NAME ...]
     python benchmarks/accuracy/sampling.py accuracy  [--folder build/sampling] [--seeds 20]
     python benchmarks/accuracy/sampling.py drops     [--folder build/sampling] [--seeds 20]
+    python benchmarks/accuracy/sampling.py sparse    [--folder build/sampling] [--seeds 12]
     python benchmarks/accuracy/sampling.py cost      [--device cpu] [--shapes transformer60m]
 
 ``record`` trains and keeps, for every window, the sums of *every* chunk of 1,024 elements (a meter
 that reads all of them, one row each), and what the package's survey found. From these, ``accuracy``
-and ``drops`` work out what a sampled meter with any fraction and seed would have read: the choice,
+and ``drops`` work out what a sampled meter with any fraction and seed would have read: the draw,
 the estimates and their errors are the package's own functions. ``record`` also runs one sampled
-meter beside the training and checks that this replay gives its angles.
+meter along with the training and checks that this replay gives its angles.
+
+``sparse`` moves a few rows of an embedding of 50,000 rows of 64 in every window, others in each,
+with and without a dense part that moves as a whole, and asks how often the 95 % interval holds the
+exact angle, where a reading has one.
 
 Runs: the demo's digits network at 256 channels (1.2 million parameters) and as it is (6,000), the
 demo's byte transformer at a width of 320 with four layers (5.1 million), each with SGD with
@@ -19,8 +24,8 @@ momentum and AdamW, windows of 3 steps, learning rates dropped by an exact AutoD
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-import logging
 import math
 import os
 import pathlib
@@ -34,16 +39,16 @@ import numpy as np
 import torch
 
 from autodrop_ext import AngularVelocity, AutoDrop
+from autodrop_ext.angle import standard_error
 from autodrop_ext.cli.demo.digits import Digits
 from autodrop_ext.cli.demo.text import Bytes, ByteTransformer
 from autodrop_ext.ops import select
 from autodrop_ext.ops.device_sums import DeviceSums
 from autodrop_ext.ops.plan import Plan, Ranges
 from autodrop_ext.sampling.draw import DrawnChunks, Sample, chunk_starts, draw
-from autodrop_ext.angle import standard_error
 from autodrop_ext.sampling.error import margin, scatter, squares, variances
 from autodrop_ext.sampling.survey import Survey, num_windows
-from autodrop_ext.sampling.wandering import Wandering, trusted
+from autodrop_ext.sampling.wandering import FREEDOM_A_MOVER, Wandering, movers
 from autodrop_ext.schedulers.saturation import SaturationDetector
 
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[1] / "speed"))
@@ -90,7 +95,7 @@ class EveryChunk:
         ranges = Ranges(
             self.drawn.tensor, self.drawn.start, self.drawn.length, self.drawn.expansion
         )
-        self._sums = DeviceSums(Plan(named, CPU, ranges=ranges), select("auto", "cpu"))
+        self._sums = DeviceSums(Plan(named, CPU, ranges=ranges), select("auto", CPU))
         whole = Plan(named, CPU)
         self.windows = num_windows(whole.num_elements)
         self._survey = Survey([whole], self.windows)
@@ -151,24 +156,29 @@ def record(name: str, folder: pathlib.Path) -> None:
         every.observe(step)
     read = np.array([(r.angle, r.standard_error, r.margin) for r in sampled.history], float)
     every.save(folder / f"{name}.npz", read=read)
-    check_replay(name, folder, read)
+    error = check_replay(name, folder, read)
     print(
         f"{name}: {sum(p.numel() for _, p in named):,} parameters, {len(every.rows)} readings, "
-        f"{scheduler.num_drops} drops, final loss {loss.item():.2f}",
+        f"{scheduler.num_drops} drops, final loss {loss.item():.2f}; the replay is "
+        f"{error:.1e} degrees off a sampled meter that ran along",
         flush=True,
     )
 
 
-def check_replay(name: str, folder: pathlib.Path, read: np.ndarray) -> None:
-    """Compare the replay of a recorded run with a sampled meter that ran next to it."""
+def check_replay(
+    name: str, folder: pathlib.Path, read: np.ndarray, fraction: float = FRACTIONS[0]
+) -> float:
+    """Largest difference, in degrees, of the replay to a sampled meter that ran along."""
     run = load(name, folder)
-    mine = replay(run, FRACTIONS[0], 0)
+    mine = replay(run, fraction, 0)
     late = read[-(len(run.rows) - run.surveyed) :]
-    error = float(np.abs(mine.angles[run.surveyed :] - late[:, 0]).max())
+    angles = mine.angles[run.surveyed :]
+    assert (np.isnan(angles) == np.isnan(late[:, 0])).all(), f"{name}: other readings are undefined"
+    error = float(np.nanmax(np.abs(angles - late[:, 0]), initial=0.0))
     assert error < 1e-4, f"{name}: the replay is {error} degrees off a real meter"
     known = mine.known[run.surveyed :]
     assert (known == np.isfinite(late[:, 1])).all(), f"{name}: other readings have no error"
-    print(f"{name}: the replay is {error:.1e} degrees off a sampled meter that ran along")
+    return error
 
 
 # ---- replaying ----------------------------------------------------------------------------------
@@ -247,16 +257,19 @@ def replay(run: Run, fraction: float, seed: int, *, survey: bool = True) -> Repl
     drawn = draw(run.lengths, run.labels, sample, run.motion if survey else None)
     mine = run.rows[:, run.chunks_of(drawn)]
     sums = np.einsum("wcs,c->ws", mine, drawn.expansion)
-    wandering = Wandering(drawn, run.motion if survey else None)
+    wandering = Wandering(drawn, run.motion)
     errors, margins, known = [], [], []
     for row, (dot, norm, previous) in zip(mine, sums.tolist(), strict=True):
         covariances = variances(scatter(row, drawn), drawn.population, drawn.taken)
         products = squares(covariances, drawn.taken, np.ones(len(covariances)))
         total = covariances.sum(axis=0).tolist()
+        count: float | None = math.inf
+        if survey:
+            count = movers(wandering.numbers(row, np.ones(len(run.lengths))).tolist())
+        freedom = math.inf if count is None else FREEDOM_A_MOVER * count
         errors.append(standard_error(dot, norm, previous, total))
-        margins.append(margin(dot, norm, previous, total, products.tolist()))
-        numbers = wandering.numbers(row, np.ones(len(run.lengths)))
-        known.append(trusted(numbers.tolist()) and errors[-1] > 0)
+        margins.append(margin(dot, norm, previous, total, products.tolist(), freedom))
+        known.append(count is not None and errors[-1] > 0)
     return Replayed(
         angles_of(sums), np.array(errors), np.array(margins), np.array(known), len(drawn.tensor)
     )
@@ -272,6 +285,7 @@ def accuracy(run: Run, seeds: int) -> list[dict[str, Any]]:
             errors = np.array([r.angles[late] - run.exact[late] for r in every])
             reported = np.array([r.errors[late] for r in every])
             inside = np.abs(errors) <= np.array([r.margins[late] for r in every])
+            known = np.array([r.known[late] for r in every])
             of_seed = errors.mean(axis=1)
             table.append(
                 {
@@ -283,6 +297,7 @@ def accuracy(run: Run, seeds: int) -> list[dict[str, Any]]:
                     "of": run.rows.shape[1],
                     "error": float(np.sqrt((errors**2).mean())),
                     "reported": float(np.sqrt((reported**2).mean())),
+                    "known": float(known.mean()),
                     "coverage": float(inside.mean()),
                     "worst_seed": float(inside.mean(axis=1).min()),
                     "bias": float(of_seed.mean()),
@@ -329,6 +344,88 @@ def drops(run: Run, seeds: int) -> list[dict[str, Any]]:
     return table
 
 
+# ---- few rows that move -------------------------------------------------------------------------
+
+ROWS, WIDTH = 50_000, 64
+DENSE = (500, 1024)
+SPARSE: dict[str, tuple[float, str]] = {
+    # motion of the dense part relative to that of the embedding, which rows move
+    "none": (0.0, "others"),
+    "as far": (1.0, "others"),
+    "4 times": (4.0, "others"),
+    "19 times": (19.0, "others"),
+    "none, all rows decay": (0.0, "others and decay"),
+    "none, the same rows": (0.0, "the same"),
+}
+SHARES = (0.001, 0.003, 0.01, 0.1)
+
+
+def record_sparse(setting: str, share: float, seed: int, folder: pathlib.Path) -> str:
+    """Move an embedding and store its chunks' sums; the name of the recording."""
+    dense_motion, which = SPARSE[setting]
+    random = torch.Generator().manual_seed(seed)
+    embedding = torch.randn(ROWS, WIDTH, generator=random)
+    named = [("embedding", embedding)]
+    moving = round(share * ROWS / WINDOW)  # in a step
+    if dense_motion:
+        dense = torch.randn(DENSE, generator=random)
+        drift = torch.randn(DENSE, generator=random)
+        # Chunks move by different lengths, and drift as far in a window as noise takes them.
+        scale = torch.exp(0.7 * torch.randn(DENSE[0], 1, generator=random))
+        of_step = dense_motion * moving * WIDTH / (dense.numel() * float(scale.square().mean()))
+        scale *= math.sqrt(of_step / 2)
+        named.append(("dense", dense))
+    same = torch.randperm(ROWS, generator=random)[: WINDOW * moving]
+    every = EveryChunk(named)
+    sampled = AngularVelocity(named, WINDOW, sample=FRACTIONS[1], form="delta")
+    for step in range(WINDOW * (every.windows + 3 + 20)):
+        if which == "the same":
+            rows = same[torch.randperm(len(same), generator=random)[:moving]]
+        else:
+            rows = torch.randperm(ROWS, generator=random)[:moving]
+        if which == "others and decay":
+            embedding *= 1 - 1e-4
+        embedding[rows] += torch.randn(moving, WIDTH, generator=random)
+        if dense_motion:
+            noise = torch.randn(DENSE, generator=random)
+            dense += scale * (drift / math.sqrt(WINDOW) + noise)
+        every.observe(step)
+        sampled.observe()
+    name = f"sparse {setting} {share:g} {seed}"
+    every.save(folder / f"{name}.npz")
+    read = np.array([(r.angle, r.standard_error, r.margin) for r in sampled.history], float)
+    check_replay(name, folder, read, FRACTIONS[1])
+    return name
+
+
+def sparse(setting: str, share: float, seeds: int, folder: pathlib.Path) -> list[dict[str, Any]]:
+    """How often a reading has an interval, and how often that holds the exact angle."""
+    runs = [load(record_sparse(setting, share, seed, folder), folder) for seed in range(3)]
+    table = []
+    for fraction in FRACTIONS:
+        pairs = [(run, replay(run, fraction, seed)) for run in runs for seed in range(seeds)]
+        late = slice(runs[0].surveyed, None)
+        errors = np.concatenate([r.angles[late] - run.exact[late] for run, r in pairs])
+        inside = np.abs(errors) <= np.concatenate([r.margins[late] for _, r in pairs])
+        known = np.concatenate([r.known[late] for _, r in pairs])
+        reported = np.concatenate([r.errors[late] for _, r in pairs])
+        table.append(
+            {
+                "dense": setting,
+                "share": share,
+                "fraction": fraction,
+                "readings": len(known),
+                "chunks": pairs[0][1].chunks,
+                "known": float(known.mean()),
+                "coverage": float(inside[known].mean()) if known.any() else None,
+                "coverage_if_all_were_known": float(inside.mean()),
+                "error": float(np.sqrt((errors[known] ** 2).mean())) if known.any() else None,
+                "reported": float(np.sqrt((reported[known] ** 2).mean())) if known.any() else None,
+            }
+        )
+    return table
+
+
 # ---- cost ---------------------------------------------------------------------------------------
 
 
@@ -346,12 +443,16 @@ def cost(device: str, which: str, dtype: torch.dtype, repeats: int) -> dict[str,
     params = [torch.full(s, 0.5, dtype=dtype, device=device) for s in made]
     elements = sum(p.numel() for p in params)
     plain: dict[str, int | None] = {"exact": None, "1/16": 16, "1/64": 64}
-    arenas = {}
+    named = [(f"t{i}", p) for i, p in enumerate(params)]
+    sums = {}
     for name, part in plain.items():
-        sample = None if part is None else Sample(1 / part)
-        plan = Plan([(f"t{i}", p) for i, p in enumerate(params)], params[0].device, sample=sample)
-        arenas[name] = Arenas(plan, select("auto", params[0].device.type))
-        arenas[name].begin("sum")
+        ranges = None
+        if part is not None:
+            drawn = draw([p.numel() for p in params], [n for n, _ in named], Sample(1 / part))
+            ranges = Ranges(drawn.tensor, drawn.start, drawn.length, drawn.expansion)
+        plan = Plan(named, params[0].device, ranges=ranges)
+        sums[name] = DeviceSums(plan, select("auto", params[0].device))
+        sums[name].begin("sum")
 
     def seconds(work: Any) -> float:
         if device != "cpu":
@@ -365,9 +466,9 @@ def cost(device: str, which: str, dtype: torch.dtype, repeats: int) -> dict[str,
     times: dict[str, dict[str, list[float]]] = {n: {"step": [], "close": []} for n in plain}
     flush = torch.zeros(64 << 20, device=device)  # 256 MiB: nothing stays in a cache in between
     for _ in range(repeats + 2):
-        for name, mine in arenas.items():
+        for name, mine in sums.items():
             flush.add_(1.0)
-            times[name]["step"].append(seconds(lambda mine=mine: mine.accumulate(first=False)))
+            times[name]["step"].append(seconds(lambda mine=mine: mine.add(first=False)))
             flush.add_(1.0)
             times[name]["close"].append(seconds(lambda mine=mine: mine.close(64)))
     load = f"load {os.getloadavg()[0]:.1f}, {torch.get_num_threads()} threads"
@@ -376,7 +477,7 @@ def cost(device: str, which: str, dtype: torch.dtype, repeats: int) -> dict[str,
     result["where"] = where
     for name, both in times.items():
         result[name] = {key: statistics.median(values[2:]) for key, values in both.items()}
-        plan = arenas[name].plan
+        plan = sums[name].plan
         result[name]["bytes"] = 12 * plan.arena_elements / elements
         result[name]["chunks"] = plan.num_chunks
     return result
@@ -387,28 +488,43 @@ def cost(device: str, which: str, dtype: torch.dtype, repeats: int) -> dict[str,
 
 def print_accuracy(table: list[dict[str, Any]], *, head: bool) -> None:
     if head:
-        print("| run | part | survey | chunks | error | reported | in the 95 % interval | bias |")
-        print("|:--|--:|:--|--:|--:|--:|--:|--:|")
+        print("| run | part | survey | chunks | known | error | reported | in 95 % | bias |")
+        print("|:--|--:|:--|--:|--:|--:|--:|--:|--:|")
     for row in table:
         print(
             f"| {row['run']} | 1/{1 / row['fraction']:.0f} | {'yes' if row['survey'] else 'no'} "
-            f"| {row['chunks']:,} of {row['of']:,} | {row['error']:.2f}° | {row['reported']:.2f}° "
+            f"| {row['chunks']:,} of {row['of']:,} | {row['known']:.0%} "
+            f"| {row['error']:.2f}° | {row['reported']:.2f}° "
             f"| {row['coverage']:.1%} (worst seed {row['worst_seed']:.0%}) "
             f"| {row['bias']:+.3f} ± {row['bias_error']:.3f}° |",
             flush=True,
         )
 
 
+def print_sparse(table: list[dict[str, Any]], *, head: bool) -> None:
+    if head:
+        print("| dense part | rows that move | part | known | in the interval | of all | error | ")
+        print("|:--|--:|--:|--:|--:|--:|--:|")
+    for row in table:
+        known = row["coverage"] is not None
+        inside = f"{row['coverage']:.1%}" if known else ""
+        error = f"{row['error']:.2f}° ({row['reported']:.2f}°)" if known else ""
+        print(
+            f"| {row['dense']} | {row['share']:.1%} | 1/{1 / row['fraction']:.0f} "
+            f"| {row['known']:.0%} | {inside} | {row['coverage_if_all_were_known']:.0%} "
+            f"| {error} |",
+            flush=True,
+        )
+
+
 def print_drops(table: list[dict[str, Any]], *, head: bool) -> None:
     if head:
-        print("| run | threshold | sample | part read | drops, exact | drops, sampled | same |")
-        print("|:--|--:|:--|:--|--:|--:|--:|")
+        print("| run | threshold | part | drops, exact | drops, sampled | same |")
+        print("|:--|--:|--:|--:|--:|--:|")
     for row in table:
-        sample = row["sample"] if row["sample"] == "auto" else f"1/{1 / row['sample']:.0f}"
-        chosen = ", ".join("all" if f == 1 else f"1/{1 / f:.0f}" for f in row["chosen"])
         print(
-            f"| {row['run']} | {row['threshold']:g}° | {sample} | {chosen} | {row['drops']} "
-            f"| {row['sampled_drops']:.1f} | {row['same']:.0%} |",
+            f"| {row['run']} | {row['threshold']:g}° | 1/{1 / row['fraction']:.0f} "
+            f"| {row['drops']} | {row['sampled_drops']:.1f} | {row['same']:.0%} |",
             flush=True,
         )
 
@@ -430,7 +546,7 @@ def print_cost(result: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=["record", "accuracy", "drops", "cost"])
+    parser.add_argument("command", choices=["record", "accuracy", "drops", "sparse", "cost"])
     parser.add_argument("--folder", type=pathlib.Path, default=pathlib.Path("build/sampling"))
     parser.add_argument("--only", nargs="+", choices=list(RUNS), default=list(RUNS))
     parser.add_argument("--seeds", type=int, default=20)
@@ -449,8 +565,13 @@ def main() -> None:
         torch.set_num_threads(1)
         for name in arguments.only:
             record(name, arguments.folder)
+    elif arguments.command == "sparse":
+        torch.set_num_threads(1)
+        for setting, share in itertools.product(SPARSE, SHARES):
+            table = sparse(setting, share, arguments.seeds, arguments.folder)
+            print_sparse(table, head=not results)
+            results += table
     else:
-        logging.disable(logging.WARNING)  # what sample="auto" says of each seed
         make, show = (
             (accuracy, print_accuracy) if arguments.command == "accuracy" else (drops, print_drops)
         )

@@ -52,9 +52,7 @@ def test_every_stratum_is_drawn_without_repetition(
     random = np.random.default_rng(seed)
     motion = [random.pareto(0.7, count) for count in counts] if surveyed else None
     drawn = draw(lengths, labels, Sample(fraction, seed), motion)
-    assert _same(
-        drawn, draw(lengths, labels, Sample(fraction, seed), motion)
-    )
+    assert _same(drawn, draw(lengths, labels, Sample(fraction, seed), motion))
     assert (np.diff(drawn.tensor) >= 0).all() and (np.diff(drawn.stratum) >= 0).all()
     assert (np.bincount(drawn.stratum, minlength=len(drawn.taken)) == drawn.taken).all()
     assert (drawn.taken <= drawn.population).all()
