@@ -32,7 +32,8 @@ class SampledSums(WindowSums):
     """Sums of a random choice of chunks, drawn by how far each chunk moves.
 
     A survey comes first: over at most eight windows it measures the motion of every chunk, and no
-    sums are taken. Then the sample is drawn and the arenas are made.
+    sums are taken. Then the sample is drawn and the arenas are made. A start over leaves the survey
+    as it is, because the other ranks start over at the end of each window that one rank surveys.
 
     Args:
         tensors: what the chunks are drawn from.
@@ -135,12 +136,6 @@ class SampledSums(WindowSums):
             # The survey goes last, so that an interrupt before leaves the draw to be repeated.
             self._draw(self._survey.motion)
             self._survey = None
-
-    def reset(self) -> None:
-        """Start over with the next snapshot, or with the survey if it goes on."""
-        super().reset()
-        if self._survey is not None:
-            self._begin_survey()
 
     def _begin_survey(self) -> None:
         self._survey = Survey([plan for plan, _ in self._members], self._survey_windows)

@@ -39,12 +39,12 @@ FREEDOM_A_MOVER = 0.7
 """Degrees of freedom of the 95 % interval that an effective mover is worth, at most. Where a sample
 happens to miss the largest movers, the rest are alike and seem to leave more."""
 
-MOST_VARIANCE = 0.15
+MOST_VARIANCE = 0.125
 """Largest relative variance of the norm from wandering. The standard error of the angle linearises
-a ratio of norms, which means little once these are known to no better than 40 %."""
+a ratio of norms, which means little once these are known to no better than 35 %."""
 
-LEAST_VARIANCE = 3e-4
-"""Relative variance below which wandering is ignored. It moves the norm by 2 %, an angle by some
+LEAST_VARIANCE = 1e-3
+"""Relative variance below which wandering is ignored. It moves the norm by 3 %, an angle by some
 tenths of a degree, and all models have as much whose chunks differ a little from window to window:
 the transformer of ``docs/scaling.md`` has up to 1e-4 with AdamW.
 

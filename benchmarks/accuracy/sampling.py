@@ -503,7 +503,7 @@ def print_accuracy(table: list[dict[str, Any]], *, head: bool) -> None:
 
 def print_sparse(table: list[dict[str, Any]], *, head: bool) -> None:
     if head:
-        print("| dense part | rows that move | part | known | in the interval | of all | error | ")
+        print("| dense part | rows that move | part | known | in the interval | of all | error |")
         print("|:--|--:|--:|--:|--:|--:|--:|")
     for row in table:
         known = row["coverage"] is not None
@@ -511,7 +511,7 @@ def print_sparse(table: list[dict[str, Any]], *, head: bool) -> None:
         error = f"{row['error']:.2f}° ({row['reported']:.2f}°)" if known else ""
         print(
             f"| {row['dense']} | {row['share']:.1%} | 1/{1 / row['fraction']:.0f} "
-            f"| {row['known']:.0%} | {inside} | {row['coverage_if_all_were_known']:.0%} "
+            f"| {row['known']:.1%} | {inside} | {row['coverage_if_all_were_known']:.0%} "
             f"| {error} |",
             flush=True,
         )

@@ -173,8 +173,8 @@ def test_changed_parameters_are_surveyed_again() -> None:
     assert any((before["sizes"][n] != after["sizes"][n]).any() for n in before["sizes"])
 
 
-def test_a_start_over_in_the_survey_surveys_from_the_beginning() -> None:
-    """Otherwise the copies of some chunks would be a window older than those of others."""
+def test_a_start_over_in_the_survey_lets_it_go_on() -> None:
+    """Another rank that surveys lets this one start over at each window's end."""
     p = torch.zeros(3 << 20)
     meter = AngularVelocity([p], 2, sample=1 / 64)
     for step in range(3):
@@ -188,8 +188,8 @@ def test_a_start_over_in_the_survey_surveys_from_the_beginning() -> None:
         p += 1
         meter.observe()
         steps += 1
-    # The interrupted window ends with step 4; three windows of survey; the first of the next.
-    assert steps == 4 + 6 + 1
+    assert steps == 3 * 2 + 1
+    assert all((m > 0).all() for m in meter.state_dict()["sample"]["sizes"].values())
 
 
 # ---- how good readings are ----------------------------------------------------------------------
