@@ -55,6 +55,7 @@ class DrawnChunks:
 
     Attributes:
         tensor: which tensor a chunk belongs to, ``[num_chunks]``, ascending.
+        index: its position among all chunks of the tensor, ``[num_chunks]``.
         start: its first element within the tensor, ``[num_chunks]``.
         length: elements, ``[num_chunks]``.
         stratum: ``[num_chunks]``, ascending.
@@ -64,6 +65,7 @@ class DrawnChunks:
     """
 
     tensor: IntArray
+    index: IntArray
     start: IntArray
     length: IntArray
     stratum: IntArray
@@ -122,7 +124,8 @@ def draw(
     if motion is not None and not any(float(moved.sum()) > 0 for moved in motion):
         motion = None
     taken = _allocate(counts, sample.fraction, motion)
-    tensor, start, length, stratum, owner, population, drawn = [], [], [], [], [], [], []
+    tensor, index, start, length, stratum = [], [], [], [], []
+    owner, population, drawn = [], [], []
     strata = 0
     for t in np.flatnonzero(counts).tolist():
         of_chunk, per_stratum = _strata(
@@ -130,6 +133,7 @@ def draw(
         )
         chosen, at = _draw(of_chunk, per_stratum, f"{sample.seed}|{labels[t]}")
         tensor.append(np.full(len(chosen), t))
+        index.append(chosen)
         start.append(starts[t][chosen])
         length.append(starts[t][chosen + 1] - starts[t][chosen])
         stratum.append(at + strata)
@@ -137,7 +141,8 @@ def draw(
         population.append(np.bincount(of_chunk, minlength=len(per_stratum)))
         drawn.append(per_stratum)
         strata += len(per_stratum)
-    return DrawnChunks(*map(_joined, (tensor, start, length, stratum, owner, population, drawn)))
+    columns = (tensor, index, start, length, stratum, owner, population, drawn)
+    return DrawnChunks(*map(_joined, columns))
 
 
 def _allocate(counts: IntArray, fraction: float, motion: Sequence[FloatArray] | None) -> IntArray:

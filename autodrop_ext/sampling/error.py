@@ -38,6 +38,10 @@ SQUARES = 21
 _ROW, _COLUMN = (np.array(index) for index in zip(*PAIRS, strict=True))
 _UPPER = np.triu_indices(COVARIANCES)
 
+# The meter reports parameters that are not finite. A warning, which may be an error, on one rank
+# alone would leave the other ranks waiting.
+_quiet = np.errstate(all="ignore")
+
 # The 97.5 % quantile of Student's t over 1/degrees of freedom; straight lines between these points
 # are off by less than 2 %.
 _INVERSE_FREEDOM = [0.0, 1 / 60, 1 / 30, 1 / 15, 1 / 10, 1 / 7, 1 / 5, 1 / 4, 1 / 3, 0.4, 0.5]
@@ -46,6 +50,7 @@ _T95 = [1.9600, 2.0003, 2.0423, 2.1314, 2.2281, 2.3646, 2.5706, 2.7764, 3.1824, 
 _T95 += [4.9488, 6.0167, 8.0280, 10.0641, 12.7062]
 
 
+@_quiet
 def scatter(rows: FloatArray, drawn: DrawnChunks) -> FloatArray:
     """``S`` of each stratum, unbiased, ``[num_strata, 6]``; 0 for strata of one chunk.
 
@@ -63,6 +68,7 @@ def scatter(rows: FloatArray, drawn: DrawnChunks) -> FloatArray:
     return covariances
 
 
+@_quiet
 def variances(scattered: FloatArray, population: npt.ArrayLike, taken: npt.ArrayLike) -> FloatArray:
     """Covariances of each stratum's estimates, ``[num_strata, 6]``.
 
@@ -76,6 +82,7 @@ def variances(scattered: FloatArray, population: npt.ArrayLike, taken: npt.Array
     return expanded
 
 
+@_quiet
 def squares(of_stratum: FloatArray, taken: npt.ArrayLike, weights: FloatArray) -> FloatArray:
     """What degrees of freedom are computed from, ``[21]``.
 
@@ -95,6 +102,7 @@ def margin(
     previous_norm: float,
     covariances: Sequence[float],
     products: Sequence[float],
+    most_freedom: float = math.inf,
 ) -> float:
     """Half the width of the 95 % confidence interval of the angle, degrees.
 
@@ -104,6 +112,7 @@ def margin(
         previous_norm: see there.
         covariances: see there.
         products: from :func:`squares`, 21.
+        most_freedom: upper bound of the degrees of freedom.
     """
     error = standard_error(dot, norm, previous_norm, covariances)
     if not error > 0:
@@ -116,4 +125,6 @@ def margin(
     variance = float(direction @ np.asarray(covariances))
     # Rounding may leave a nearly empty sum at or below 0.
     freedom = variance**2 / spread if spread > 0 else math.inf
-    return error * float(np.interp(1 / max(freedom, 1.0), _INVERSE_FREEDOM, _T95))
+    return error * float(
+        np.interp(1 / max(min(freedom, most_freedom), 1.0), _INVERSE_FREEDOM, _T95)
+    )

@@ -18,10 +18,7 @@ from ..ops.window_sums import COVARIANCES, Extra, Watched, WindowSums, by_device
 from .draw import DrawnChunks, Sample, draw, num_chunks
 from .error import SQUARES, margin, scatter, squares, variances
 from .survey import Survey, num_windows
-
-LEAST_MOVING = 30
-"""Effective number of moving chunks below which the error of an angle is unknown. ``(sum a)^2 / sum
-a^2`` over the chunks' shares ``a`` of ``|s|^2``, as Kish counts unequal weights."""
+from .wandering import FREEDOM_A_MOVER, NUMBERS, Wandering, movers
 
 
 def sums_of(sample: float | None, seed: int) -> Callable[..., WindowSums]:
@@ -35,7 +32,8 @@ class SampledSums(WindowSums):
     """Sums of a random choice of chunks, drawn by how far each chunk moves.
 
     A survey comes first: over at most eight windows it measures the motion of every chunk, and no
-    sums are taken. Then the sample is drawn and the arenas are made.
+    sums are taken. Then the sample is drawn and the arenas are made. A start over leaves the survey
+    as it is, because the other ranks start over at the end of each window that one rank surveys.
 
     Args:
         tensors: what the chunks are drawn from.
@@ -59,6 +57,7 @@ class SampledSums(WindowSums):
         super().__init__([], backend)
         self.sample = sample
         self._drawn: list[DrawnChunks] = []
+        self._wandering: list[Wandering] = []
         self._motion: Mapping[str, FloatArray] = {}
         # Plans of everything: they find repeated tensors, and cost no arenas.
         self._members: list[tuple[Plan, list[Watched]]] = []
@@ -110,10 +109,20 @@ class SampledSums(WindowSums):
             total += float(device.plan.tensor_weights[drawn.tensor] @ stands_for)
         return total
 
-    def drawn_rows(self) -> Iterator[tuple[FloatArray, DrawnChunks, FloatArray]]:
-        """For each device: sums of each chunk, the strata, and the weights of the tensors."""
-        for device, drawn in zip(self.devices, self._drawn, strict=True):
-            yield device.rows(), drawn, device.plan.tensor_weights
+    def errors(self) -> Iterator[tuple[FloatArray, FloatArray, FloatArray]]:
+        """For each device, what the error of the angle is made of.
+
+        Covariances and products of the estimates, and how far motion wanders; see
+        :class:`SamplingError`.
+        """
+        for device, drawn, wandering in zip(
+            self.devices, self._drawn, self._wandering, strict=True
+        ):
+            rows, weights = device.rows(), device.plan.tensor_weights
+            covariances = variances(scatter(rows, drawn), drawn.population, drawn.taken)
+            of_stratum = weights[drawn.stratum_tensor]
+            products = squares(covariances, drawn.taken, of_stratum)
+            yield of_stratum @ covariances, products, wandering.numbers(rows, weights)
 
     # ---- a window ---------------------------------------------------------------------------
 
@@ -127,12 +136,6 @@ class SampledSums(WindowSums):
             # The survey goes last, so that an interrupt before leaves the draw to be repeated.
             self._draw(self._survey.motion)
             self._survey = None
-
-    def reset(self) -> None:
-        """Start over with the next snapshot, or with the survey if it goes on."""
-        super().reset()
-        if self._survey is not None:
-            self._begin_survey()
 
     def _begin_survey(self) -> None:
         self._survey = Survey([plan for plan, _ in self._members], self._survey_windows)
@@ -155,7 +158,7 @@ class SampledSums(WindowSums):
 
     def _draw(self, motion: Mapping[str, FloatArray]) -> None:
         """Choose the chunks and make their arenas."""
-        drawn, made = [], []
+        drawn, made, wandering = [], [], []
         for plan, members in self._members:
             lengths = [segment.flat.numel() for segment in plan.segments]
             of_tensor = [motion.get(watched.name) for watched in members]
@@ -165,13 +168,15 @@ class SampledSums(WindowSums):
                 for moved, n in zip(of_tensor, lengths, strict=True)
                 if moved is not None and len(moved) == num_chunks(n)
             ]
-            fits = len(fitting) == len(lengths)
+            surveyed = fitting if len(fitting) == len(lengths) else None
             labels = [watched.label for watched in members]
-            chunks = draw(lengths, labels, self.sample, fitting if fits else None)
+            chunks = draw(lengths, labels, self.sample, surveyed)
             ranges = Ranges(chunks.tensor, chunks.start, chunks.length, chunks.expansion)
             drawn.append(chunks)
+            wandering.append(Wandering(chunks, surveyed))
             made.append(self._make_device(plan.device, members, ranges))
-        self._motion, self._drawn, self.devices = motion, drawn, made
+        self._motion, self._drawn, self._wandering = motion, drawn, wandering
+        self.devices = made
 
     # ---- checkpoints ------------------------------------------------------------------------
 
@@ -206,48 +211,34 @@ class SamplingError:
     """Standard error and 95 % margin of a sampled angle, from numbers that ranks add up.
 
     The numbers are the six covariances of the totals, 21 sums of products for the degrees of
-    freedom, and two sums of squares of the chunks' shares of both norms.
+    freedom, and four that say how far motion wanders.
     """
 
-    size = COVARIANCES + SQUARES + 2
+    size = COVARIANCES + SQUARES + NUMBERS
 
     def local(self, sums: WindowSums) -> list[float]:
         """This rank's numbers after a close."""
         assert isinstance(sums, SampledSums), "made by SampledSums.extras"
         numbers = np.zeros(self.size)
-        for rows, drawn, weights in sums.drawn_rows():
-            covariances = variances(scatter(rows, drawn), drawn.population, drawn.taken)
-            of_stratum = weights[drawn.stratum_tensor]
-            shares = rows[:, 1:3] * (drawn.expansion * weights[drawn.tensor])[:, None]
-            numbers += np.concatenate(
-                [
-                    of_stratum @ covariances,
-                    squares(covariances, drawn.taken, of_stratum),
-                    (shares**2).sum(axis=0),
-                ]
-            )
+        for parts in sums.errors():
+            numbers += np.concatenate(parts)
         plain: list[float] = numbers.tolist()
         return plain
 
     def fields(self, totals: Sums, numbers: Sequence[float]) -> dict[str, Any]:
         """``standard_error`` and ``margin`` of a reading, degrees; NaN where they are unknown."""
-        covariances = numbers[:COVARIANCES]
-        products = numbers[COVARIANCES : COVARIANCES + SQUARES]
-        if _moving(totals, numbers[-2:]) < LEAST_MOVING:
-            return self.unknown()
+        covariances, rest = numbers[:COVARIANCES], numbers[COVARIANCES:]
+        products, wandering = rest[:SQUARES], rest[SQUARES:]
+        count, unread = movers(wandering), wandering[0]
         three = (totals.dot, totals.norm, totals.previous_norm)
-        return {
-            "standard_error": standard_error(*three, covariances),
-            "margin": margin(*three, covariances, products),
-        }
+        error = standard_error(*three, covariances)
+        # Chunks without any scatter, such as one that moves among many that stand still, say
+        # nothing about those that are not read.
+        if count is None or (error == 0 and unread > 0):
+            return self.unknown()
+        freedom = FREEDOM_A_MOVER * count
+        return {"standard_error": error, "margin": margin(*three, covariances, products, freedom)}
 
     def unknown(self) -> dict[str, Any]:
         """The fields of a reading whose error is not known."""
         return {"standard_error": math.nan, "margin": math.nan}
-
-
-def _moving(totals: Sums, shares: Sequence[float]) -> float:
-    """Effective number of chunks that move, in the window that has fewer of them."""
-    norms = (totals.norm, totals.previous_norm)
-    pairs = zip(norms, shares, strict=True)
-    return min(norm**2 / share if share > 0 else 0.0 for norm, share in pairs)

@@ -3,13 +3,18 @@
     python benchmarks/accuracy/sampling.py record    [--folder build/sampling] [--only NAME ...]
     python benchmarks/accuracy/sampling.py accuracy  [--folder build/sampling] [--seeds 20]
     python benchmarks/accuracy/sampling.py drops     [--folder build/sampling] [--seeds 20]
+    python benchmarks/accuracy/sampling.py sparse    [--folder build/sampling] [--seeds 12]
     python benchmarks/accuracy/sampling.py cost      [--device cpu] [--shapes transformer60m]
 
 ``record`` trains and keeps, for every window, the sums of *every* chunk of 1,024 elements (a meter
 that reads all of them, one row each), and what the package's survey found. From these, ``accuracy``
-and ``drops`` work out what a sampled meter with any fraction and seed would have read: the choice,
+and ``drops`` work out what a sampled meter with any fraction and seed would have read: the draw,
 the estimates and their errors are the package's own functions. ``record`` also runs one sampled
-meter beside the training and checks that this replay gives its angles.
+meter along with the training and checks that this replay gives its angles.
+
+``sparse`` moves a few rows of an embedding of 50,000 rows of 64 in every window, others in each,
+with and without a dense part that moves as a whole, and asks how often the 95 % interval holds the
+exact angle, where a reading has one.
 
 Runs: the demo's digits network at 256 channels (1.2 million parameters) and as it is (6,000), the
 demo's byte transformer at a width of 320 with four layers (5.1 million), each with SGD with
@@ -19,8 +24,8 @@ momentum and AdamW, windows of 3 steps, learning rates dropped by an exact AutoD
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-import logging
 import math
 import os
 import pathlib
@@ -34,20 +39,22 @@ import numpy as np
 import torch
 
 from autodrop_ext import AngularVelocity, AutoDrop
+from autodrop_ext.angle import standard_error
 from autodrop_ext.cli.demo.digits import Digits
 from autodrop_ext.cli.demo.text import Bytes, ByteTransformer
 from autodrop_ext.ops import select
-from autodrop_ext.ops.device_sums import Arenas
-from autodrop_ext.ops.plan import Plan
-from autodrop_ext.sampling.auto import AutoFraction, foreseen
-from autodrop_ext.sampling.draw import Choice, Sample, choose, chunk_starts
-from autodrop_ext.sampling.error import margin, scatter, squares, standard_error, variances
+from autodrop_ext.ops.device_sums import DeviceSums
+from autodrop_ext.ops.plan import Plan, Ranges
+from autodrop_ext.sampling.draw import DrawnChunks, Sample, chunk_starts, draw
+from autodrop_ext.sampling.error import margin, scatter, squares, variances
 from autodrop_ext.sampling.survey import Survey, num_windows
+from autodrop_ext.sampling.wandering import FREEDOM_A_MOVER, Wandering, movers
 from autodrop_ext.schedulers.saturation import SaturationDetector
 
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[1] / "speed"))
 import shapes
 
+CPU = torch.device("cpu")
 WINDOW = 3
 FRACTIONS = (1 / 64, 1 / 16, 1 / 4)
 RUNS: dict[str, tuple[str, str, float, int]] = {
@@ -75,6 +82,55 @@ def task_of(name: str) -> tuple[Any, torch.nn.Module]:
     return digits, digits.model()
 
 
+class EveryChunk:
+    """The sums of every chunk of some tensors, window by window, and a survey of them.
+
+    Args:
+        named: names and tensors, on the CPU.
+    """
+
+    def __init__(self, named: list[tuple[str, torch.Tensor]]) -> None:
+        lengths, names = [t.numel() for _, t in named], [name for name, _ in named]
+        self.drawn = draw(lengths, names, Sample(1.0))
+        ranges = Ranges(
+            self.drawn.tensor, self.drawn.start, self.drawn.length, self.drawn.expansion
+        )
+        self._sums = DeviceSums(Plan(named, CPU, ranges=ranges), select("auto", CPU))
+        whole = Plan(named, CPU)
+        self.windows = num_windows(whole.num_elements)
+        self._survey = Survey([whole], self.windows)
+        self._named = named
+        self.rows: list[np.ndarray] = []
+
+    def observe(self, step: int) -> None:
+        """After each optimizer step, counted from 0."""
+        if step % WINDOW == 0 and not self._survey.done:
+            self._survey.step()
+        if step == 0:
+            self._sums.begin("delta")
+        else:
+            self._sums.add(first=step % WINDOW == 0)
+        if step % WINDOW == WINDOW - 1:
+            self._sums.close(WINDOW)
+            if step >= 3 * WINDOW - 1:
+                self.rows.append(self._sums.rows()[:, :3].copy())
+
+    def save(self, path: pathlib.Path, **more: Any) -> None:
+        """Store the sums and the motion."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(
+            path,
+            rows=np.array(self.rows),
+            names=np.array([n for n, _ in self._named]),
+            labels=np.array([f"{n}|{tuple(p.shape)} {p.dtype}|()" for n, p in self._named]),
+            lengths=np.array([p.numel() for _, p in self._named]),
+            tensor=self.drawn.tensor,
+            survey=self.windows,
+            **{f"motion {n}": moved for n, moved in self._survey.motion.items()},
+            **more,
+        )
+
+
 def record(name: str, folder: pathlib.Path) -> None:
     """Train one run and store its chunks' sums."""
     task_name, kind, lr, windows = RUNS[name]
@@ -88,53 +144,41 @@ def record(name: str, folder: pathlib.Path) -> None:
         optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
     scheduler = AutoDrop(optimizer, WINDOW)
     sampled = AngularVelocity(named, WINDOW, sample=FRACTIONS[0], form="delta")
-    plan = Plan(named, torch.device("cpu"), sample=Sample(1.0))
-    every = Arenas(plan, select("auto", "cpu"))
-    survey = Survey([plan], num_windows(plan.num_elements))
+    every = EveryChunk(named)
     random = torch.Generator().manual_seed(0)
-    rows, read = [], []
     for step in range(windows * WINDOW):
         loss = task.loss(model, random)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if step % WINDOW == 0 and not survey.done:
-            survey.step()
         scheduler.step()
-        reading = sampled.observe()
-        if step == 0:
-            every.begin("delta")
-        else:
-            every.accumulate(first=step % WINDOW == 0)
-        if step % WINDOW == WINDOW - 1:
-            every.close(WINDOW)
-            if reading is not None:
-                rows.append(every.rows[:, :3].copy())
-                read.append((reading.angle, reading.standard_error, reading.margin))
-    sizes = {f"size {n}": size for n, size in survey.sizes.items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    assert plan.choice is not None and sampled._reader is not None
-    np.savez_compressed(
-        folder / f"{name}.npz",
-        rows=np.array(rows),
-        read=np.array(read),
-        dropped=np.array([decision.dropped for decision in scheduler.history]),
-        names=np.array([n for n, _ in named]),
-        labels=np.array([f"{n}|{tuple(p.shape)} {p.dtype}|()" for n, p in named]),
-        lengths=np.array([p.numel() for _, p in named]),
-        tensor=plan.choice.tensor,
-        survey=num_windows(plan.num_elements),
-        **sizes,
-    )
-    run = load(name, folder)
-    error = float(np.abs(replay(run, FRACTIONS[0], 0).angles - np.array(read)[:, 0]).max())
-    assert error < 1e-4, f"{name}: the replay is {error} degrees off a real meter"
+        sampled.observe()
+        every.observe(step)
+    read = np.array([(r.angle, r.standard_error, r.margin) for r in sampled.history], float)
+    every.save(folder / f"{name}.npz", read=read)
+    error = check_replay(name, folder, read)
     print(
-        f"{name}: {plan.num_elements:,} parameters, {len(rows)} readings, "
+        f"{name}: {sum(p.numel() for _, p in named):,} parameters, {len(every.rows)} readings, "
         f"{scheduler.num_drops} drops, final loss {loss.item():.2f}; the replay is "
-        f"{error:.1e} degrees off a sampled meter that ran beside",
+        f"{error:.1e} degrees off a sampled meter that ran along",
         flush=True,
     )
+
+
+def check_replay(
+    name: str, folder: pathlib.Path, read: np.ndarray, fraction: float = FRACTIONS[0]
+) -> float:
+    """Largest difference, in degrees, of the replay to a sampled meter that ran along."""
+    run = load(name, folder)
+    mine = replay(run, fraction, 0)
+    late = read[-(len(run.rows) - run.surveyed) :]
+    angles = mine.angles[run.surveyed :]
+    assert (np.isnan(angles) == np.isnan(late[:, 0])).all(), f"{name}: other readings are undefined"
+    error = float(np.nanmax(np.abs(angles - late[:, 0]), initial=0.0))
+    assert error < 1e-4, f"{name}: the replay is {error} degrees off a real meter"
+    known = mine.known[run.surveyed :]
+    assert (known == np.isfinite(late[:, 1])).all(), f"{name}: other readings have no error"
+    return error
 
 
 # ---- replaying ----------------------------------------------------------------------------------
@@ -147,8 +191,9 @@ class Run:
     Attributes:
         rows: sums of every chunk, ``[readings, chunks, 3]``.
         exact: angles, degrees.
-        first: of each tensor, its first chunk.
-        sized: index of the first reading of a sample that is drawn by the survey.
+        motion: what the survey found, for each tensor.
+        first: first chunk of each tensor.
+        surveyed: index of the first reading that a sampled meter has.
     """
 
     name: str
@@ -156,14 +201,14 @@ class Run:
     exact: np.ndarray
     lengths: list[int]
     labels: list[str]
-    sizes: list[np.ndarray]
+    motion: list[np.ndarray]
     first: np.ndarray
-    sized: int
+    surveyed: int
 
-    def chunks_of(self, choice: Choice) -> np.ndarray:
-        """Where the chosen chunks stand among all."""
+    def chunks_of(self, drawn: DrawnChunks) -> np.ndarray:
+        """Where the drawn chunks stand among all."""
         starts = [chunk_starts(n) for n in self.lengths]
-        places = zip(choice.tensor.tolist(), choice.start.tolist(), strict=True)
+        places = zip(drawn.tensor.tolist(), drawn.start.tolist(), strict=True)
         return np.array([self.first[t] + np.searchsorted(starts[t], s) for t, s in places])
 
 
@@ -172,79 +217,75 @@ def load(name: str, folder: pathlib.Path) -> Run:
         rows = data["rows"]
         names = data["names"].tolist()
         counts = np.bincount(data["tensor"], minlength=len(names))
-        total = rows.sum(axis=1)
         return Run(
             name,
             rows,
-            angles_of(total),
+            angles_of(rows.sum(axis=1)),
             data["lengths"].tolist(),
             data["labels"].tolist(),
-            [data[f"size {n}"] for n in names],
+            [data[f"motion {n}"] for n in names],
             np.cumsum(counts) - counts,
-            # Shares are compared a window after they were copied, then three windows give an angle;
-            # and the first reading, number 0, is that of the third window.
+            # Three windows give an angle; reading number 0 of the exact meter is that of the third.
             int(data["survey"]),
         )
 
 
 def angles_of(sums: np.ndarray) -> np.ndarray:
-    cosine = sums[:, 0] / np.sqrt(sums[:, 1] * sums[:, 2])
+    with np.errstate(all="ignore"):  # nothing that was read has moved
+        cosine = sums[:, 0] / np.sqrt(sums[:, 1] * sums[:, 2])
     return np.degrees(np.arccos(np.clip(cosine, -1, 1)))
 
 
 @dataclass
 class Replayed:
-    """What a sampled meter read: one value a reading."""
+    """What a sampled meter read: one value a reading.
+
+    Attributes:
+        known: whether the reading has its error and margin; the meter gives NaN where it has not.
+    """
 
     angles: np.ndarray
     errors: np.ndarray
     margins: np.ndarray
+    known: np.ndarray
     chunks: int
 
 
 def replay(run: Run, fraction: float, seed: int, *, survey: bool = True) -> Replayed:
     """Readings of ``AngularVelocity(sample=fraction, seed=seed)``, or of one without a survey."""
-    uniform = readings(run, choose(run.lengths, run.labels, Sample(fraction, seed)))
-    if not survey:
-        return uniform
-    sized = readings(run, choose(run.lengths, run.labels, Sample(fraction, seed), run.sizes))
-    at = run.sized
+    sample = Sample(fraction, seed)
+    drawn = draw(run.lengths, run.labels, sample, run.motion if survey else None)
+    mine = run.rows[:, run.chunks_of(drawn)]
+    sums = np.einsum("wcs,c->ws", mine, drawn.expansion)
+    wandering = Wandering(drawn, run.motion)
+    errors, margins, known = [], [], []
+    for row, (dot, norm, previous) in zip(mine, sums.tolist(), strict=True):
+        covariances = variances(scatter(row, drawn), drawn.population, drawn.taken)
+        products = squares(covariances, drawn.taken, np.ones(len(covariances)))
+        total = covariances.sum(axis=0).tolist()
+        count: float | None = math.inf
+        if survey:
+            count = movers(wandering.numbers(row, np.ones(len(run.lengths))).tolist())
+        freedom = math.inf if count is None else FREEDOM_A_MOVER * count
+        errors.append(standard_error(dot, norm, previous, total))
+        margins.append(margin(dot, norm, previous, total, products.tolist(), freedom))
+        known.append(count is not None and errors[-1] > 0)
     return Replayed(
-        *(
-            np.concatenate([a[:at], b[at:]])
-            for a, b in (
-                (uniform.angles, sized.angles),
-                (uniform.errors, sized.errors),
-                (uniform.margins, sized.margins),
-            )
-        ),
-        chunks=sized.chunks,
+        angles_of(sums), np.array(errors), np.array(margins), np.array(known), len(drawn.tensor)
     )
 
 
-def readings(run: Run, choice: Choice) -> Replayed:
-    mine = run.rows[:, run.chunks_of(choice)]
-    sums = np.einsum("wcs,c->ws", mine, choice.expansion)
-    errors, margins = [], []
-    for row, (dot, norm, previous) in zip(mine, sums.tolist(), strict=True):
-        of_stratum = variances(scatter(row, choice), choice.population, choice.taken)
-        products = squares(of_stratum, choice.taken, np.ones(len(of_stratum)))
-        total = of_stratum.sum(axis=0)
-        errors.append(standard_error(dot, norm, previous, total))
-        margins.append(margin(dot, norm, previous, total, products))
-    return Replayed(angles_of(sums), np.array(errors), np.array(margins), len(choice.tensor))
-
-
 def accuracy(run: Run, seeds: int) -> list[dict[str, Any]]:
-    """Error, coverage and bias over the readings that are drawn by the survey, and without it."""
+    """Error, coverage and bias over the readings, and what they were without the survey."""
     table = []
     for fraction in FRACTIONS:
         for survey in (True, False):
             every = [replay(run, fraction, seed, survey=survey) for seed in range(seeds)]
-            late = slice(run.sized, None)
+            late = slice(run.surveyed, None)
             errors = np.array([r.angles[late] - run.exact[late] for r in every])
             reported = np.array([r.errors[late] for r in every])
             inside = np.abs(errors) <= np.array([r.margins[late] for r in every])
+            known = np.array([r.known[late] for r in every])
             of_seed = errors.mean(axis=1)
             table.append(
                 {
@@ -256,6 +297,7 @@ def accuracy(run: Run, seeds: int) -> list[dict[str, Any]]:
                     "of": run.rows.shape[1],
                     "error": float(np.sqrt((errors**2).mean())),
                     "reported": float(np.sqrt((reported**2).mean())),
+                    "known": float(known.mean()),
                     "coverage": float(inside.mean()),
                     "worst_seed": float(inside.mean(axis=1).min()),
                     "bias": float(of_seed.mean()),
@@ -265,89 +307,122 @@ def accuracy(run: Run, seeds: int) -> list[dict[str, Any]]:
     return table
 
 
-def drops_of(angles: np.ndarray, threshold: float, switches: dict[int, float]) -> list[int]:
+def drops_of(angles: np.ndarray, threshold: float) -> list[int]:
     """Readings at which AutoDrop lowers the rate, with its defaults.
 
     Args:
         angles: degrees.
         threshold: degrees.
-        switches: readings that are the first of another sample, and the margins there, degrees.
     """
     detector = SaturationDetector(threshold, 10, 10, "value")
-    found = []
-    for i, angle in enumerate(angles.tolist()):
-        if i in switches:
-            detector.leave(angle, switches[i])
-        if detector.update(angle).saturated:
-            found.append(i)
-    return found
-
-
-def margins_at(read: Replayed, at: int) -> dict[int, float]:
-    return {at: float(read.margins[at] + read.margins[at - 1])}
-
-
-def auto_angles(
-    run: Run, tolerance: float, seed: int
-) -> tuple[np.ndarray, dict[int, float], float]:
-    """Angles of ``sample="auto"``, its switches, and the fraction that it settles on."""
-    auto = AutoFraction(tolerance)
-    fraction = auto.start(sum(run.lengths))
-    if auto.chosen is not None:
-        return run.exact, {}, 1.0
-    pilot = replay(run, fraction, seed)
-    choice = choose(run.lengths, run.labels, Sample(fraction, seed), run.sizes)
-    at = run.chunks_of(choice)
-    switches = margins_at(pilot, run.sized)
-    for i in range(run.sized, len(run.rows)):
-        row = run.rows[i, at]
-        sums = (row * choice.expansion[:, None]).sum(axis=0).tolist()
-        ahead = foreseen(scatter(row, choice), choice, fraction, np.ones(len(choice.taken)))
-        if auto.take(sums, ahead.tolist()) is not None:
-            break
-    assert auto.chosen is not None
-    settled = i + 3
-    if auto.chosen == fraction:
-        return pilot.angles, switches, fraction
-    if auto.chosen == 1:
-        later, margin = run.exact, 0.0
-    else:
-        finer = replay(run, auto.chosen, seed)
-        later, margin = finer.angles, float(finer.margins[settled])
-    switches[settled] = margin + float(pilot.margins[settled - 1])
-    return np.concatenate([pilot.angles[:settled], later[settled:]]), switches, auto.chosen
+    return [i for i, angle in enumerate(angles.tolist()) if detector.update(angle).saturated]
 
 
 def drops(run: Run, seeds: int) -> list[dict[str, Any]]:
     """Whether the same angles, sampled, lead to the same drops: detectors on recorded angles."""
     table = []
+    exact = run.exact[run.surveyed :]
     for threshold in (0.1, 1.0, 5.0):
-        wanted = drops_of(run.exact, threshold, {})
-        for sample in ("auto", *FRACTIONS):
-            same, made, chosen = [], [], []
+        wanted = drops_of(exact, threshold)
+        for fraction in FRACTIONS:
+            same, made = [], []
             for seed in range(seeds):
-                if sample == "auto":
-                    angles, switches, fraction = auto_angles(run, threshold / 10, seed)
-                else:
-                    fraction = float(sample)
-                    fixed = replay(run, fraction, seed)
-                    angles, switches = fixed.angles, margins_at(fixed, run.sized)
-                found = drops_of(angles, threshold, switches)
+                found = drops_of(replay(run, fraction, seed).angles[run.surveyed :], threshold)
                 near = [any(abs(d - w) <= 1 for d in found) for w in wanted]
                 same.append(sum(near) / max(len(wanted), 1))
                 made.append(len(found))
-                chosen.append(fraction)
             table.append(
                 {
                     "run": run.name,
                     "threshold": threshold,
-                    "sample": sample,
-                    "chosen": sorted(set(chosen)),
+                    "fraction": fraction,
                     "drops": len(wanted),
                     "sampled_drops": statistics.mean(made),
                     "same": statistics.mean(same),
                 }
             )
+    return table
+
+
+# ---- few rows that move -------------------------------------------------------------------------
+
+ROWS, WIDTH = 50_000, 64
+DENSE = (500, 1024)
+SPARSE: dict[str, tuple[float, str]] = {
+    # motion of the dense part relative to that of the embedding, which rows move
+    "none": (0.0, "others"),
+    "as far": (1.0, "others"),
+    "4 times": (4.0, "others"),
+    "19 times": (19.0, "others"),
+    "none, all rows decay": (0.0, "others and decay"),
+    "none, the same rows": (0.0, "the same"),
+}
+SHARES = (0.001, 0.003, 0.01, 0.1)
+
+
+def record_sparse(setting: str, share: float, seed: int, folder: pathlib.Path) -> str:
+    """Move an embedding and store its chunks' sums; the name of the recording."""
+    dense_motion, which = SPARSE[setting]
+    random = torch.Generator().manual_seed(seed)
+    embedding = torch.randn(ROWS, WIDTH, generator=random)
+    named = [("embedding", embedding)]
+    moving = round(share * ROWS / WINDOW)  # in a step
+    if dense_motion:
+        dense = torch.randn(DENSE, generator=random)
+        drift = torch.randn(DENSE, generator=random)
+        # Chunks move by different lengths, and drift as far in a window as noise takes them.
+        scale = torch.exp(0.7 * torch.randn(DENSE[0], 1, generator=random))
+        of_step = dense_motion * moving * WIDTH / (dense.numel() * float(scale.square().mean()))
+        scale *= math.sqrt(of_step / 2)
+        named.append(("dense", dense))
+    same = torch.randperm(ROWS, generator=random)[: WINDOW * moving]
+    every = EveryChunk(named)
+    sampled = AngularVelocity(named, WINDOW, sample=FRACTIONS[1], form="delta")
+    for step in range(WINDOW * (every.windows + 3 + 20)):
+        if which == "the same":
+            rows = same[torch.randperm(len(same), generator=random)[:moving]]
+        else:
+            rows = torch.randperm(ROWS, generator=random)[:moving]
+        if which == "others and decay":
+            embedding *= 1 - 1e-4
+        embedding[rows] += torch.randn(moving, WIDTH, generator=random)
+        if dense_motion:
+            noise = torch.randn(DENSE, generator=random)
+            dense += scale * (drift / math.sqrt(WINDOW) + noise)
+        every.observe(step)
+        sampled.observe()
+    name = f"sparse {setting} {share:g} {seed}"
+    every.save(folder / f"{name}.npz")
+    read = np.array([(r.angle, r.standard_error, r.margin) for r in sampled.history], float)
+    check_replay(name, folder, read, FRACTIONS[1])
+    return name
+
+
+def sparse(setting: str, share: float, seeds: int, folder: pathlib.Path) -> list[dict[str, Any]]:
+    """How often a reading has an interval, and how often that holds the exact angle."""
+    runs = [load(record_sparse(setting, share, seed, folder), folder) for seed in range(3)]
+    table = []
+    for fraction in FRACTIONS:
+        pairs = [(run, replay(run, fraction, seed)) for run in runs for seed in range(seeds)]
+        late = slice(runs[0].surveyed, None)
+        errors = np.concatenate([r.angles[late] - run.exact[late] for run, r in pairs])
+        inside = np.abs(errors) <= np.concatenate([r.margins[late] for _, r in pairs])
+        known = np.concatenate([r.known[late] for _, r in pairs])
+        reported = np.concatenate([r.errors[late] for _, r in pairs])
+        table.append(
+            {
+                "dense": setting,
+                "share": share,
+                "fraction": fraction,
+                "readings": len(known),
+                "chunks": pairs[0][1].chunks,
+                "known": float(known.mean()),
+                "coverage": float(inside[known].mean()) if known.any() else None,
+                "coverage_if_all_were_known": float(inside.mean()),
+                "error": float(np.sqrt((errors[known] ** 2).mean())) if known.any() else None,
+                "reported": float(np.sqrt((reported[known] ** 2).mean())) if known.any() else None,
+            }
+        )
     return table
 
 
@@ -368,12 +443,16 @@ def cost(device: str, which: str, dtype: torch.dtype, repeats: int) -> dict[str,
     params = [torch.full(s, 0.5, dtype=dtype, device=device) for s in made]
     elements = sum(p.numel() for p in params)
     plain: dict[str, int | None] = {"exact": None, "1/16": 16, "1/64": 64}
-    arenas = {}
+    named = [(f"t{i}", p) for i, p in enumerate(params)]
+    sums = {}
     for name, part in plain.items():
-        sample = None if part is None else Sample(1 / part)
-        plan = Plan([(f"t{i}", p) for i, p in enumerate(params)], params[0].device, sample=sample)
-        arenas[name] = Arenas(plan, select("auto", params[0].device.type))
-        arenas[name].begin("sum")
+        ranges = None
+        if part is not None:
+            drawn = draw([p.numel() for p in params], [n for n, _ in named], Sample(1 / part))
+            ranges = Ranges(drawn.tensor, drawn.start, drawn.length, drawn.expansion)
+        plan = Plan(named, params[0].device, ranges=ranges)
+        sums[name] = DeviceSums(plan, select("auto", params[0].device))
+        sums[name].begin("sum")
 
     def seconds(work: Any) -> float:
         if device != "cpu":
@@ -387,9 +466,9 @@ def cost(device: str, which: str, dtype: torch.dtype, repeats: int) -> dict[str,
     times: dict[str, dict[str, list[float]]] = {n: {"step": [], "close": []} for n in plain}
     flush = torch.zeros(64 << 20, device=device)  # 256 MiB: nothing stays in a cache in between
     for _ in range(repeats + 2):
-        for name, mine in arenas.items():
+        for name, mine in sums.items():
             flush.add_(1.0)
-            times[name]["step"].append(seconds(lambda mine=mine: mine.accumulate(first=False)))
+            times[name]["step"].append(seconds(lambda mine=mine: mine.add(first=False)))
             flush.add_(1.0)
             times[name]["close"].append(seconds(lambda mine=mine: mine.close(64)))
     load = f"load {os.getloadavg()[0]:.1f}, {torch.get_num_threads()} threads"
@@ -398,7 +477,7 @@ def cost(device: str, which: str, dtype: torch.dtype, repeats: int) -> dict[str,
     result["where"] = where
     for name, both in times.items():
         result[name] = {key: statistics.median(values[2:]) for key, values in both.items()}
-        plan = arenas[name].plan
+        plan = sums[name].plan
         result[name]["bytes"] = 12 * plan.arena_elements / elements
         result[name]["chunks"] = plan.num_chunks
     return result
@@ -409,28 +488,43 @@ def cost(device: str, which: str, dtype: torch.dtype, repeats: int) -> dict[str,
 
 def print_accuracy(table: list[dict[str, Any]], *, head: bool) -> None:
     if head:
-        print("| run | part | survey | chunks | error | reported | in the 95 % interval | bias |")
-        print("|:--|--:|:--|--:|--:|--:|--:|--:|")
+        print("| run | part | survey | chunks | known | error | reported | in 95 % | bias |")
+        print("|:--|--:|:--|--:|--:|--:|--:|--:|--:|")
     for row in table:
         print(
             f"| {row['run']} | 1/{1 / row['fraction']:.0f} | {'yes' if row['survey'] else 'no'} "
-            f"| {row['chunks']:,} of {row['of']:,} | {row['error']:.2f}° | {row['reported']:.2f}° "
+            f"| {row['chunks']:,} of {row['of']:,} | {row['known']:.0%} "
+            f"| {row['error']:.2f}° | {row['reported']:.2f}° "
             f"| {row['coverage']:.1%} (worst seed {row['worst_seed']:.0%}) "
             f"| {row['bias']:+.3f} ± {row['bias_error']:.3f}° |",
             flush=True,
         )
 
 
+def print_sparse(table: list[dict[str, Any]], *, head: bool) -> None:
+    if head:
+        print("| dense part | rows that move | part | known | in the interval | of all | error |")
+        print("|:--|--:|--:|--:|--:|--:|--:|")
+    for row in table:
+        known = row["coverage"] is not None
+        inside = f"{row['coverage']:.1%}" if known else ""
+        error = f"{row['error']:.2f}° ({row['reported']:.2f}°)" if known else ""
+        print(
+            f"| {row['dense']} | {row['share']:.1%} | 1/{1 / row['fraction']:.0f} "
+            f"| {row['known']:.1%} | {inside} | {row['coverage_if_all_were_known']:.0%} "
+            f"| {error} |",
+            flush=True,
+        )
+
+
 def print_drops(table: list[dict[str, Any]], *, head: bool) -> None:
     if head:
-        print("| run | threshold | sample | part read | drops, exact | drops, sampled | same |")
-        print("|:--|--:|:--|:--|--:|--:|--:|")
+        print("| run | threshold | part | drops, exact | drops, sampled | same |")
+        print("|:--|--:|--:|--:|--:|--:|")
     for row in table:
-        sample = row["sample"] if row["sample"] == "auto" else f"1/{1 / row['sample']:.0f}"
-        chosen = ", ".join("all" if f == 1 else f"1/{1 / f:.0f}" for f in row["chosen"])
         print(
-            f"| {row['run']} | {row['threshold']:g}° | {sample} | {chosen} | {row['drops']} "
-            f"| {row['sampled_drops']:.1f} | {row['same']:.0%} |",
+            f"| {row['run']} | {row['threshold']:g}° | 1/{1 / row['fraction']:.0f} "
+            f"| {row['drops']} | {row['sampled_drops']:.1f} | {row['same']:.0%} |",
             flush=True,
         )
 
@@ -452,7 +546,7 @@ def print_cost(result: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=["record", "accuracy", "drops", "cost"])
+    parser.add_argument("command", choices=["record", "accuracy", "drops", "sparse", "cost"])
     parser.add_argument("--folder", type=pathlib.Path, default=pathlib.Path("build/sampling"))
     parser.add_argument("--only", nargs="+", choices=list(RUNS), default=list(RUNS))
     parser.add_argument("--seeds", type=int, default=20)
@@ -471,8 +565,13 @@ def main() -> None:
         torch.set_num_threads(1)
         for name in arguments.only:
             record(name, arguments.folder)
+    elif arguments.command == "sparse":
+        torch.set_num_threads(1)
+        for setting, share in itertools.product(SPARSE, SHARES):
+            table = sparse(setting, share, arguments.seeds, arguments.folder)
+            print_sparse(table, head=not results)
+            results += table
     else:
-        logging.disable(logging.WARNING)  # what sample="auto" says of each seed
         make, show = (
             (accuracy, print_accuracy) if arguments.command == "accuracy" else (drops, print_drops)
         )

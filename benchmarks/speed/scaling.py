@@ -27,8 +27,10 @@ import shapes
 import torch
 
 from autodrop_ext import AngularVelocity
-from autodrop_ext.distributed import Row
+from autodrop_ext.distributed.agreement import Row
+from autodrop_ext.ops.window_sums import Watched
 from autodrop_ext.sampling.draw import CHUNK_ELEMENTS, LEAST_CHUNKS
+from autodrop_ext.sampling.sums import SamplingError, sums_of
 
 WINDOW = 64
 ELEMENT = 2  # bytes of a bfloat16 parameter
@@ -103,7 +105,7 @@ def training_seconds(model: Model) -> float:
 # ---- constants ----------------------------------------------------------------------------------
 
 
-def measure(threads: int) -> dict[str, Any]:
+def measure(threads: int, repeats: int = 15) -> dict[str, Any]:
     """Constants of the model on this machine."""
     torch.set_num_threads(threads)
     params = shapes.tensors("resnet50", torch.float32)
@@ -120,28 +122,27 @@ def measure(threads: int) -> dict[str, Any]:
         "step_seconds": {},
     }
     for name, sample in (("exact", None), ("1/16", 1 / 16), ("1/64", 1 / 64)):
-        meter = AngularVelocity(params, 1, sample=sample, form="sum")
-        steps = 1
-        meter.observe()
-        while sample is not None and meter._reader is not None and meter._reader.sizes is None:
+        watched = [Watched(f"t{i}", p, 1.0, f"t{i}", p.numel()) for i, p in enumerate(params)]
+        sums = sums_of(sample, 0)(watched, "auto")
+        while not sums.devices:  # the survey
+            sums.begin_window()
             torch._foreach_mul_(params, 1.0001)
-            meter.observe()
-            steps += 1
-        reader = meter._reader
-        assert reader is not None
-        result["bytes_a_parameter"][name] = meter.device_bytes / elements
-        result["row_bytes"]["exact" if sample is None else "sampled"] = 8 * (
-            len(Row._fields) + reader.details.size
-        )
-        arenas = reader.arenas[0]
-        result["step_seconds"][name] = _median(lambda a=arenas: a.accumulate(first=False), 15)
+        for first in (True, False):
+            sums.add("sum", first=first)
+        sums.close(2)
+        result["bytes_a_parameter"][name] = sums.device_bytes / elements
+        numbers = sum(extra.size for extra in sums.extras())
+        kind = "exact" if sample is None else "sampled"
+        result["row_bytes"][kind] = 8 * (len(Row._fields) + numbers)
+        result["step_seconds"][name] = _median(lambda s=sums: s.add("sum", first=False), repeats)
         if name == "1/16":
             result["window_seconds_a_chunk"] = (
-                _median(reader.details.gather, 15) / arenas.plan.num_chunks
+                _median(lambda s=sums: SamplingError().local(s), repeats)
+                / sums.devices[0].plan.num_chunks
             )
     tiny = AngularVelocity([torch.randn(64)], 1_000_000)
     tiny.observe()
-    result["host_seconds_a_step"] = _median(tiny.observe, 1000)
+    result["host_seconds_a_step"] = _median(tiny.observe, 66 * repeats)
     exact = result["step_seconds"]["exact"]
     result["bandwidth"] = 12 * elements / exact
     return result

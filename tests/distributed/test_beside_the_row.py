@@ -1,7 +1,8 @@
-"""The numbers beside a rank's row: always as many on every rank, and none lost by a resume."""
+"""The numbers next to a rank's row: as many on every rank, and none lost by a resume."""
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -21,30 +22,30 @@ def walk(params: list[nn.Parameter], step: int, size: float = 1e-3) -> None:
             p.add_(torch.randn(p.shape, generator=generator), alpha=size)
 
 
-def moved_after_the_choice(rank: int) -> tuple[list[float | None], float | None]:
-    """The moved rank knows of the choice, the others do not know of the move."""
+def moved_at(rank: int, at: int) -> tuple[list[float | None], list[float | None]]:
+    """Rank 1 surveys again from a step on, and sends no numbers meanwhile; rank 0 has some."""
     p = nn.Parameter(torch.randn(400_000, generator=torch.Generator().manual_seed(0)))
-    meter = AngularVelocity([p], window=2, sample="auto", tolerance=0.5)
-    chosen_at = None
-    for step in range(60):
+    meter = AngularVelocity([p], window=2, sample=1 / 16)
+    for step in range(40):
         walk([p], step)
+        if step == at and rank == 1:
+            p.data = p.data.clone()
         meter.observe()
-        assert meter._auto is not None
-        if meter._auto.chosen is not None and chosen_at is None:
-            chosen_at = step
-            if rank == 1:
-                p.data = p.data.clone()
-    assert chosen_at is not None and chosen_at < 30
-    return [reading.angle for reading in meter.history], meter.fraction
+    return (
+        [reading.angle for reading in meter.history],
+        [None if math.isnan(r.margin) else r.margin for r in meter.history],
+    )
 
 
 @pytest.mark.filterwarnings("ignore:AngularVelocity. the watched parameters were moved")
-def test_a_rank_that_starts_over_at_the_choice_takes_the_others_along() -> None:
-    first, second = run(2, moved_after_the_choice)
+@pytest.mark.parametrize("at", [1, 2, 3, 6, 7, 20])
+def test_a_rank_that_starts_over_takes_the_others_along(at: int) -> None:
+    """In the survey, at the draw, while the sample gathers, and later."""
+    first, second = run(2, moved_at, at)
     assert first == second
-    angles, fraction = first
-    assert fraction is not None and fraction > 1 / 64  # chosen again
-    assert angles[-1] is not None
+    angles, margins = first
+    assert angles[-1] is not None and margins[-1] is not None and margins[-1] > 0
+    assert [a is None for a in angles] == [m is None for m in margins]
 
 
 def groups_of_stages(rank: int) -> str:
@@ -61,7 +62,7 @@ def groups_of_stages(rank: int) -> str:
     return "fine"
 
 
-def test_stages_with_other_numbers_of_groups_are_told() -> None:
+def test_stages_with_other_numbers_of_groups_disagree() -> None:
     first, second = run(2, groups_of_stages)
     assert first == second
     assert "with per_group=True as many param groups on all ranks" in first

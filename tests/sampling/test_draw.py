@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,16 +13,15 @@ from cases import BACKENDS, every_backend, make
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autodrop_ext.ops.device_sums import Arenas
-from autodrop_ext.ops.plan import Plan
-from autodrop_ext.sampling.auto import FRACTIONS, PILOT_FRACTION, PILOT_READINGS, AutoFraction
+from autodrop_ext.ops.device_sums import DeviceSums
+from autodrop_ext.ops.plan import Plan, Ranges
 from autodrop_ext.sampling.draw import (
     CHUNK_ELEMENTS,
     LEAST_CHUNKS,
-    Choice,
+    DrawnChunks,
     Sample,
-    choose,
     chunk_starts,
+    draw,
 )
 from autodrop_ext.sampling.error import margin, scatter, squares, standard_error, variances
 from autodrop_ext.sampling.survey import MOST_WINDOWS, Survey, num_windows
@@ -44,48 +44,46 @@ def test_chunks_of_a_tensor_are_nearly_equal(elements: int) -> None:
 
 
 @given(LENGTHS, st.sampled_from([1 / 64, 1 / 8, 1 / 2, 1.0]), st.integers(0, 5), st.booleans())
-def test_a_choice_draws_every_stratum_without_repetition(
-    lengths: list[int], fraction: float, seed: int, sized: bool
+def test_every_stratum_is_drawn_without_repetition(
+    lengths: list[int], fraction: float, seed: int, surveyed: bool
 ) -> None:
     labels = [f"t{i}" for i in range(len(lengths))]
     counts = [len(chunk_starts(n)) - 1 for n in lengths]
     random = np.random.default_rng(seed)
-    sizes = [random.pareto(0.7, count) for count in counts] if sized else None
-    choice = choose(lengths, labels, Sample(fraction, seed), sizes)
-    assert choice == choice and _same(
-        choice, choose(lengths, labels, Sample(fraction, seed), sizes)
-    )
-    assert (np.diff(choice.tensor) >= 0).all() and (np.diff(choice.stratum) >= 0).all()
-    assert (np.bincount(choice.stratum, minlength=len(choice.taken)) == choice.taken).all()
-    assert (choice.taken <= choice.population).all()
+    motion = [random.pareto(0.7, count) for count in counts] if surveyed else None
+    drawn = draw(lengths, labels, Sample(fraction, seed), motion)
+    assert _same(drawn, draw(lengths, labels, Sample(fraction, seed), motion))
+    assert (np.diff(drawn.tensor) >= 0).all() and (np.diff(drawn.stratum) >= 0).all()
+    assert (np.bincount(drawn.stratum, minlength=len(drawn.taken)) == drawn.taken).all()
+    assert (drawn.taken <= drawn.population).all()
     # Strata cover every chunk of every tensor once, and show their scatter unless read completely.
-    covered = np.bincount(choice.stratum_tensor, choice.population, len(lengths))
+    covered = np.bincount(drawn.stratum_tensor, drawn.population, len(lengths))
     assert covered.tolist() == counts
-    assert ((choice.taken >= 2) | (choice.taken == choice.population)).all()
-    drawn = list(zip(choice.tensor.tolist(), choice.start.tolist(), strict=True))
-    assert len(set(drawn)) == len(drawn)
-    for t, start in drawn:
+    assert ((drawn.taken >= 2) | (drawn.taken == drawn.population)).all()
+    places = list(zip(drawn.tensor.tolist(), drawn.start.tolist(), strict=True))
+    assert len(set(places)) == len(places)
+    for t, start in places:
         assert start in chunk_starts(lengths[t])
-    read = np.bincount(choice.tensor, minlength=len(lengths))
+    read = np.bincount(drawn.tensor, minlength=len(lengths))
     assert (read >= np.minimum(counts, LEAST_CHUNKS)).all()
     # The floor of two, and roundings, are all that comes on top of the fraction.
-    assert len(drawn) <= fraction * sum(counts) + (LEAST_CHUNKS + 1) * len(lengths)
+    assert len(places) <= fraction * sum(counts) + (LEAST_CHUNKS + 1) * len(lengths)
 
 
-def _same(a: Choice, b: Choice) -> bool:
+def _same(a: DrawnChunks, b: DrawnChunks) -> bool:
     return all(
         np.array_equal(x, y) for x, y in zip(vars(a).values(), vars(b).values(), strict=True)
     )
 
 
 def test_seed_label_and_size_of_the_sample_decide_the_choice() -> None:
-    base = choose([200_000], ["w|(200, 1000)|()"], Sample(1 / 8, 0))
-    assert not _same(base, choose([200_000], ["w|(200, 1000)|()"], Sample(1 / 8, 1)))
-    assert not _same(base, choose([200_000], ["w|(200, 1000)|(1,)"], Sample(1 / 8, 0)))
-    larger = choose([200_000], ["w|(200, 1000)|()"], Sample(1 / 4, 0))
+    base = draw([200_000], ["w|(200, 1000)|()"], Sample(1 / 8, 0))
+    assert not _same(base, draw([200_000], ["w|(200, 1000)|()"], Sample(1 / 8, 1)))
+    assert not _same(base, draw([200_000], ["w|(200, 1000)|(1,)"], Sample(1 / 8, 0)))
+    larger = draw([200_000], ["w|(200, 1000)|()"], Sample(1 / 4, 0))
     assert set(base.start.tolist()) < set(larger.start.tolist())
     # The random words are the same in all versions of numpy: a change would break checkpoints.
-    assert sorted(choose([30_000], ["w"], Sample(1 / 8, 0)).start.tolist()) == PINNED
+    assert sorted(draw([30_000], ["w"], Sample(1 / 8, 0)).start.tolist()) == PINNED
 
 
 PINNED = [0, 10976, 12000, 13984]
@@ -105,25 +103,25 @@ def population(seed: int = 0) -> tuple[list[int], list[np.ndarray]]:
     return lengths, tables
 
 
-def rows_of(choice: Choice, lengths: list[int], tables: list[np.ndarray]) -> np.ndarray:
+def rows_of(drawn: DrawnChunks, lengths: list[int], tables: list[np.ndarray]) -> np.ndarray:
     places = [
-        np.searchsorted(chunk_starts(n), choice.start[choice.tensor == t])
+        np.searchsorted(chunk_starts(n), drawn.start[drawn.tensor == t])
         for t, n in enumerate(lengths)
     ]
     return np.concatenate([table[at] for table, at in zip(tables, places, strict=True)])
 
 
-@pytest.mark.parametrize("sized", [False, True])
-def test_estimates_and_their_covariances_are_unbiased(sized: bool) -> None:
+@pytest.mark.parametrize("surveyed", [False, True])
+def test_estimates_and_their_covariances_are_unbiased(surveyed: bool) -> None:
     lengths, tables = population()
     exact = sum(table.sum(axis=0) for table in tables)
-    sizes = [table[:, 1] ** 0.8 for table in tables] if sized else None
+    motion = [table[:, 1] ** 0.8 for table in tables] if surveyed else None
     estimates, moments = [], []
     for seed in range(2000):
-        choice = choose(lengths, ["a", "b", "c"], Sample(1 / 4, seed), sizes)
-        rows = rows_of(choice, lengths, tables)
-        estimates.append((rows * choice.expansion[:, None]).sum(axis=0))
-        of_stratum = variances(scatter(rows, choice), choice.population, choice.taken)
+        drawn = draw(lengths, ["a", "b", "c"], Sample(1 / 4, seed), motion)
+        rows = rows_of(drawn, lengths, tables)
+        estimates.append((rows * drawn.expansion[:, None]).sum(axis=0))
+        of_stratum = variances(scatter(rows, drawn), drawn.population, drawn.taken)
         moments.append(of_stratum.sum(axis=0))
     spread = np.cov(np.array(estimates).T)
     error = np.sqrt(np.diag(spread) / 2000)
@@ -139,26 +137,26 @@ def test_estimates_and_their_covariances_are_unbiased(sized: bool) -> None:
 def test_the_standard_error_is_that_of_the_angle() -> None:
     """Against the linearised residuals of each chunk, computed another way."""
     lengths, tables = population(1)
-    choice = choose(lengths, ["a", "b", "c"], Sample(1 / 3, 7), [t[:, 1] for t in tables])
-    rows = rows_of(choice, lengths, tables)
-    dot, norm, previous = (rows * choice.expansion[:, None]).sum(axis=0)
+    drawn = draw(lengths, ["a", "b", "c"], Sample(1 / 3, 7), [t[:, 1] for t in tables])
+    rows = rows_of(drawn, lengths, tables)
+    dot, norm, previous = (rows * drawn.expansion[:, None]).sum(axis=0)
     cosine = dot / math.sqrt(norm * previous)
     residual = rows[:, 0] / math.sqrt(norm * previous)
     residual -= cosine / 2 * (rows[:, 1] / norm + rows[:, 2] / previous)
     variance = freedom = 0.0
-    for h, (count, taken) in enumerate(zip(choice.population, choice.taken, strict=True)):
+    for h, (count, taken) in enumerate(zip(drawn.population, drawn.taken, strict=True)):
         if taken == count:
             continue
-        part = count * (count - taken) / taken * residual[choice.stratum == h].var(ddof=1)
+        part = count * (count - taken) / taken * residual[drawn.stratum == h].var(ddof=1)
         variance += part
         freedom += part**2 / (taken - 1)
-    of_stratum = variances(scatter(rows, choice), choice.population, choice.taken)
+    of_stratum = variances(scatter(rows, drawn), drawn.population, drawn.taken)
     total = of_stratum.sum(axis=0)
     got = standard_error(dot, norm, previous, total)
     wanted = math.degrees(math.sqrt(variance)) / math.sqrt(1 - cosine**2)
     # The first order of the arc cosine; at an error of 5 degrees the second weighs 1 %.
     assert got == pytest.approx(wanted, rel=0.01)
-    products = squares(of_stratum, choice.taken, np.ones(len(of_stratum)))
+    products = squares(of_stratum, drawn.taken, np.ones(len(of_stratum)))
     degrees = variance**2 / freedom
     student = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 10: 2.23, 30: 2.04, 1000: 1.96}
     inverse, quantiles = np.array(sorted((1 / d, t) for d, t in student.items())).T
@@ -169,11 +167,11 @@ def test_the_standard_error_is_that_of_the_angle() -> None:
 
 def test_no_error_where_everything_is_read_or_nothing_defined() -> None:
     lengths, tables = population()
-    choice = choose(lengths, ["a", "b", "c"], Sample(1.0, 0))
-    rows = rows_of(choice, lengths, tables)
-    of_stratum = variances(scatter(rows, choice), choice.population, choice.taken)
+    drawn = draw(lengths, ["a", "b", "c"], Sample(1.0, 0))
+    rows = rows_of(drawn, lengths, tables)
+    of_stratum = variances(scatter(rows, drawn), drawn.population, drawn.taken)
     assert not of_stratum.any()
-    sums = (rows * choice.expansion[:, None]).sum(axis=0)
+    sums = (rows * drawn.expansion[:, None]).sum(axis=0)
     assert standard_error(*sums, of_stratum.sum(axis=0)) == 0.0
     assert math.isnan(standard_error(0.0, 0.0, 1.0, [0.0] * 6))
     assert math.isnan(margin(0.0, 0.0, 1.0, [0.0] * 6, [0.0] * 21))
@@ -182,31 +180,34 @@ def test_no_error_where_everything_is_read_or_nothing_defined() -> None:
 @pytest.mark.parametrize("form", ["sum", "delta"])
 @pytest.mark.parametrize("case", ["mixed dtypes", "layouts"])
 @every_backend
-def test_sampled_arenas_have_the_bits_of_the_reference(case: str, backend: str, form: str) -> None:
-    """And, chunk by chunk, those of an exact meter."""
+def test_sampled_sums_have_the_bits_of_the_reference(case: str, backend: str, form: Any) -> None:
+    """And, chunk by chunk, those of sums of everything."""
     results = []
-    for name, sample in ((backend, Sample(1 / 8)), ("reference", Sample(1 / 8)), (backend, None)):
+    for name, sample in ((backend, 1 / 8), ("reference", 1 / 8), (backend, None)):
         tensors = make(case)
-        plan = Plan([(f"t{i}", t) for i, t in enumerate(tensors)], CPU, sample=sample)
-        arenas = Arenas(plan, BACKENDS[name])
+        named = [(f"t{i}", t) for i, t in enumerate(tensors)]
+        plan = Plan(named, CPU)
+        drawn = draw([s.flat.numel() for s in plan.segments], [n for n, _ in named], Sample(1 / 8))
+        if sample is not None:
+            ranges = Ranges(drawn.tensor, drawn.start, drawn.length, drawn.expansion)
+            plan = Plan(named, CPU, ranges=ranges)
+        mine = DeviceSums(plan, BACKENDS[name])
         for step in range(6):
             for i, tensor in enumerate(tensors):
                 tensor.mul_(1 + 0.01 * ((i + step) % 3))
-            arenas.begin(form) if step == 0 else arenas.accumulate(first=step % 2 == 0)
+            mine.begin(form) if step == 0 else mine.add(first=step % 2 == 0)
             if step % 2:
-                sums = arenas.close(2)
-        results.append((arenas, sums))
+                sums = mine.close(2)
+        results.append((mine, sums))
     (ours, sums), (reference, expected), (exact, _) = results
-    for role in Arenas.ROLES:
+    for role in ("running", "previous", "before"):
         got = getattr(ours, role)
         assert torch.equal(got.view(torch.int32), getattr(reference, role).view(torch.int32))
-        choice = ours.plan.choice
-        assert choice is not None
         offsets = ours.plan.chunks[:, 1].tolist()
         for t, start, n, offset in zip(
-            choice.tensor.tolist(),
-            choice.start.tolist(),
-            choice.length.tolist(),
+            drawn.tensor.tolist(),
+            drawn.start.tolist(),
+            drawn.length.tolist(),
             offsets,
             strict=True,
         ):
@@ -225,7 +226,7 @@ def test_a_survey_finds_how_far_each_chunk_moves() -> None:
         torch.randn(100, 100, generator=generator)[:, ::2],
         torch.empty(0),
     ]
-    plan = Plan([(f"t{i}", t) for i, t in enumerate(tensors)], CPU, sample=Sample(1 / 8))
+    plan = Plan([(f"t{i}", t) for i, t in enumerate(tensors)], CPU)
     survey = Survey([plan], windows=3)
     states = []
     while not survey.done:
@@ -237,7 +238,7 @@ def test_a_survey_finds_how_far_each_chunk_moves() -> None:
     assert len(states) == 4 and survey.device_bytes == 0
     for i, segment in enumerate(plan.segments):
         starts = chunk_starts(segment.flat.numel())
-        found = survey.sizes[segment.name]
+        found = survey.motion[segment.name]
         for c, (a, b) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
             moves = [float(((y[i] - x[i])[a:b] ** 2).sum()) for x, y in itertools.pairwise(states)]
             # One of the three windows; float32 squares and sums of 32, 2^-24 each.
@@ -249,28 +250,3 @@ def test_surveys_of_large_models_take_more_windows() -> None:
     assert num_windows(5 * 2**20) == 5
     assert num_windows(1e12) == MOST_WINDOWS
     assert num_windows(None) == MOST_WINDOWS
-
-
-def test_the_fraction_is_the_smallest_that_is_precise_enough_in_the_worst_reading() -> None:
-    auto = AutoFraction(0.01)
-    assert auto.start(1e9) == PILOT_FRACTION
-    assert auto.start(None) == PILOT_FRACTION
-
-    # At 90 degrees with unit norms the error is the square root of the first moment, in radians.
-    def moments(worst: float) -> list[list[float]]:
-        errors = [math.radians(worst) * math.sqrt((1 - f) / f / 63) for f in FRACTIONS]
-        return [[e**2, 0, 0, 0, 0, 0] for e in errors]
-
-    for worst in (0.01, 0.05, 0.02)[:PILOT_READINGS]:
-        assert auto.chosen is None
-        auto.take([0.0, 1.0, 1.0], moments(worst))
-    # 0.05 at 1/64; 1/1.66 would do: sqrt((1 - f) / f / 63) = 0.2 at f = 0.284.
-    assert auto.chosen == 1 / 2
-
-
-def test_a_model_too_small_for_any_sample_is_read_completely(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    auto = AutoFraction(0.01)
-    assert auto.start(5e6) == auto.chosen == 1.0
-    assert "all parameters are read" in caplog.text

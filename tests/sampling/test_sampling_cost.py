@@ -7,8 +7,9 @@ import scaling
 import torch
 
 from autodrop_ext import AngularVelocity
-from autodrop_ext.distributed import Row
+from autodrop_ext.distributed.agreement import Row
 from autodrop_ext.sampling.draw import CHUNK_ELEMENTS
+from autodrop_ext.sampling.sums import SamplingError
 
 
 @pytest.mark.parametrize("fraction", [None, 1 / 4, 1 / 64])
@@ -24,11 +25,11 @@ def test_memory(fraction: float | None) -> None:
     short = 12 * (2 * CHUNK_ELEMENTS - 512) * 12 if fraction == 1 / 64 else 0
     predicted = scaling.arena_bytes(model, fraction) - short
     assert meter.device_bytes == pytest.approx(predicted, rel=0.1)
-    reader = meter._reader
-    assert reader is not None
-    rows = {"exact": 8 * len(Row._fields), "sampled": 8 * (len(Row._fields) + 28)}
-    sent = 8 * (len(Row._fields) + reader.details.size)
-    assert scaling.row_bytes({"row_bytes": rows}, fraction) == sent
+    # A row has 21 numbers, and a sample 31 more; docs/scaling.md says so.
+    numbers = 0 if fraction is None else SamplingError.size
+    assert (len(Row._fields), SamplingError.size) == (21, 31)
+    constants = scaling.measure(threads=1, repeats=1)
+    assert scaling.row_bytes(constants, fraction) == 8 * (len(Row._fields) + numbers)
 
 
 def test_a_larger_model_or_part_never_costs_less() -> None:
