@@ -140,7 +140,7 @@ class Faults:
     def watch_displacement(self, totals: Sums, sums: WindowSums) -> None:
         """Look at a window's displacement for parameters that do not move."""
         self.still_windows = self.still_windows + 1 if totals.norm == 0 else 0
-        if self.still_windows == _STILL_WINDOWS and sums.sampled:
+        if self.still_windows == _STILL_WINDOWS and sums.fraction < 1:
             self.warnings.once(
                 "still",
                 f"no parameter of the sample moved during the last {_STILL_WINDOWS} windows, so "

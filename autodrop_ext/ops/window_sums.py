@@ -123,11 +123,6 @@ class WindowSums:
         return 1.0
 
     @property
-    def sampled(self) -> bool:
-        """Whether only a part is read."""
-        return False
-
-    @property
     def device_bytes(self) -> int:
         """Bytes of the arenas on all devices together."""
         return sum(device.device_bytes for device in self.devices)
@@ -259,7 +254,7 @@ EVERYTHING: dict[str, Any] = {
     "sizes": {},
 }
 """State of sums that read everything. ``torch.distributed.checkpoint`` loads only into what has the
-structure of what was saved, so sampled sums have the same entries."""
+structure of what was saved, so sums of a part have the same entries."""
 
 
 def by_device(tensors: Sequence[Watched]) -> dict[torch.device, list[int]]:
