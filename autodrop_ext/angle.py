@@ -30,6 +30,25 @@ FLOOR = 1e-6
 CONVERT_TO_DELTA = 0.01  # degrees of rounding error in sum form
 CONVERT_TO_SUM = 0.005  # half of it, so that the form does not swing from window to window
 
+LEAST_MOVERS = 2.0
+"""Effective movers that a sample must be expected to hold of the motion that wanders."""
+
+FREEDOM_A_MOVER = 0.7
+"""Degrees of freedom of the 95 % interval that an effective mover is worth, at most. Where a sample
+happens to miss the largest movers, the rest are alike and seem to leave more."""
+
+MOST_VARIANCE = 0.125
+"""Largest relative variance of the norm from wandering. The standard error of the angle linearises
+a ratio of norms, which means little once these are known to no better than 35 %."""
+
+LEAST_VARIANCE = 1e-3
+"""Relative variance below which wandering is ignored. It moves the norm by 3 %, an angle by some
+tenths of a degree, and all models have as much whose chunks differ a little from window to window:
+the transformer of ``docs/scaling.md`` has up to 1e-4 with AdamW.
+
+These four were chosen after looking at the results of ``benchmarks/accuracy/sampling.py``, of
+``sparse`` and ``accuracy``; ``docs/scaling.md`` has the table."""
+
 PAIRS = ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2))
 """Order of the six covariances of dot, norm and previous norm."""
 
@@ -211,3 +230,27 @@ class Precision:
     def merged(self) -> None:
         """The last two means have become one."""
         self.variances = (0.0, max(self.variances))
+
+
+def movers(numbers: Sequence[float]) -> float | None:
+    """Effective movers that the sample is expected to hold of the motion that wanders.
+
+    Infinity where none wanders to speak of; None where so few are expected that the scatter of the
+    sample does not say how far the angle may be off.
+
+    Args:
+        numbers: the last four columns of :meth:`WindowSums.tensor_table`, added up: how many chunks
+            are not read, the motion that the survey found, the variance that the norm has because
+            motion wanders between chunks, and the sum of squares that its degrees of freedom come
+            from. All are 0 where everything is read.
+    """
+    unread, surveyed, variance, spread = numbers
+    if unread == 0:
+        return math.inf
+    if not surveyed > 0:
+        return None
+    relative = variance / surveyed**2
+    if relative <= LEAST_VARIANCE:
+        return math.inf
+    count = variance**2 / spread
+    return count if relative <= MOST_VARIANCE and count >= LEAST_MOVERS else None

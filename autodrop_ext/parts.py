@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from .angle import angle_of, standard_error
+from .angle import angle_of, movers, standard_error
 from .ops.interface import Sums
-from .ops.window_sums import COVARIANCES, WindowSums
+from .ops.window_sums import COVARIANCES, WANDERING, WindowSums
 from .reading import PartReading
 
-_NUMBERS = 3 + COVARIANCES  # columns of WindowSums.tensor_table
+_NUMBERS = 3 + COVARIANCES + WANDERING  # columns of WindowSums.tensor_table
 
 
 class Parts:
@@ -68,8 +69,12 @@ class Parts:
 
 
 def _reading(part: Sequence[float]) -> PartReading:
-    dot, norm, previous_norm, *covariances = part
+    dot, norm, previous_norm, *rest = part
+    covariances, wandering = rest[:COVARIANCES], rest[COVARIANCES:]
     measured = angle_of(dot, norm, previous_norm)
     angle, cosine = (None, None) if measured is None else measured
     error = standard_error(dot, norm, previous_norm, covariances) if any(covariances) else 0.0
+    unread = wandering[0]
+    if movers(wandering) is None or (error == 0 and unread > 0):
+        error = math.nan
     return PartReading(angle, cosine, norm**0.5, previous_norm**0.5, error)

@@ -96,7 +96,7 @@ def test_readings_without_parts_have_none() -> None:
     assert "per_tensor" not in reading.as_dict()
 
 
-def test_sampled_tensors_have_errors_of_their_own() -> None:
+def test_sampled_tensors_have_their_errors() -> None:
     named = {"wide": torch.randn(300_000), "narrow": torch.randn(2_000)}
     exact = AngularVelocity(list(named.items()), 2, per_tensor=True)
     sampled = AngularVelocity(list(named.items()), 2, per_tensor=True, sample=1 / 16)
@@ -114,6 +114,58 @@ def test_sampled_tensors_have_errors_of_their_own() -> None:
     assert error > 0
     # Five standard errors: 19 chunks give Student's t with few degrees of freedom.
     assert abs((parts["wide"].angle or 0) - (wanted["wide"].angle or 0)) < 5 * error
+
+
+def sparse_and_dense() -> tuple[torch.optim.Optimizer, Any]:
+    """A group with an embedding of which two rows move in a step, and one that moves as a whole."""
+    generator = torch.Generator().manual_seed(0)
+    embedding = nn.Parameter(torch.randn(6_400, 64, generator=generator))
+    dense = nn.Parameter(torch.randn(400, 1024, generator=generator))
+    optimizer = torch.optim.SGD(
+        [{"params": [("embedding", embedding)]}, {"params": [("dense", dense)]}], lr=1.0
+    )
+    drift = torch.randn(dense.shape, generator=generator)
+
+    def step() -> None:
+        embedding.grad = torch.zeros_like(embedding)
+        embedding.grad[torch.randperm(6_400, generator=generator)[:2]] = 0.01
+        dense.grad = 0.1 * (drift + torch.randn(drift.shape, generator=generator))
+        optimizer.step()
+
+    return optimizer, step
+
+
+def test_a_part_whose_error_is_not_known_says_so() -> None:
+    """The embedding makes so little of the motion that the angle of the model is known."""
+    optimizer, step = sparse_and_dense()
+    meter = AngularVelocity(optimizer, 2, sample=1 / 8, per_tensor=True)
+    seen = 0
+    for _ in range(30):
+        step()
+        reading = meter.observe()
+        if reading is None or reading.angle is None:
+            continue
+        assert reading.per_tensor is not None and reading.per_group is not None
+        assert reading.standard_error > 0
+        for part in (reading.per_tensor["embedding"], reading.per_group[0]):
+            assert math.isnan(part.standard_error)
+        for part in (reading.per_tensor["dense"], reading.per_group[1]):
+            assert part.standard_error > 0
+        seen += 1
+    assert seen == 12
+
+
+def test_a_group_whose_error_is_not_known_decides_nothing() -> None:
+    optimizer, step = sparse_and_dense()
+    scheduler = AutoDrop(optimizer, 2, sample=1 / 8, per_group=True, factor=0.5, threshold=5.0)
+    for _ in range(120):
+        step()
+        scheduler.step()
+    angles = [d.group_angles for d in scheduler.history if d.angle is not None]
+    assert len(angles) > 50
+    assert all(embedding is None and dense is not None for embedding, dense in angles)
+    assert scheduler.group_drops[0] == 0 < scheduler.group_drops[1]
+    assert optimizer.param_groups[0]["lr"] == 1.0
 
 
 @pytest.mark.parametrize("sample", [None, 1 / 4])
@@ -145,8 +197,8 @@ def test_groups_that_decide_for_themselves_equal_separate_schedulers(sample: flo
             assert angles == pytest.approx([d.angle for d in watched.history], abs=0.02)
         drops.append(watched.num_drops)
     assert min(drops) >= 3 and drops[0] != drops[1]
-    told = [g for decision in together.history for g in decision.dropped_groups]
-    assert [told.count(g) for g in range(2)] == drops
+    dropped = [g for decision in together.history for g in decision.dropped_groups]
+    assert [dropped.count(g) for g in range(2)] == drops
     assert together.num_drops == sum(decision.dropped for decision in together.history)
     metrics = together.get_metrics()
     assert metrics["num_drops/1"] == drops[1] and "angular_velocity/0" in metrics

@@ -18,6 +18,9 @@ from .plan import FloatArray, Plan, Ranges
 COVARIANCES = 6
 """Entries of a symmetric matrix over dot, norm and previous norm: DD, DA, DB, AA, AB, BB."""
 
+WANDERING = 4
+"""Numbers that say whether a sample's covariances can be trusted; see ``angle.movers``."""
+
 
 class Watched(NamedTuple):
     """A tensor whose sums are taken.
@@ -171,20 +174,20 @@ class WindowSums:
         return [device.per_tensor() for device in self.devices]
 
     def tensor_table(self) -> list[FloatArray]:
-        """For each device, weighted sums of each tensor at the last close, ``[n, 9]``.
+        """For each device, weighted sums of each tensor at the last close, ``[n, 13]``.
 
-        The columns are dot, norm and previous norm, and their covariances: 0 where every element is
-        read.
+        The columns are dot, norm and previous norm, their covariances, and four numbers that say
+        whether these can be trusted: 0 where every element is read.
         """
         tables = []
         for device in self.devices:
             sums = device.per_tensor()[:, :3]
-            table = np.concatenate([sums, self._covariances(device)], axis=1)
+            table = np.concatenate([sums, self._error_columns(device)], axis=1)
             tables.append(table * device.plan.tensor_weights[:, None])
         return tables
 
-    def _covariances(self, device: DeviceSums) -> FloatArray:
-        return np.zeros((len(device.plan.segments), COVARIANCES))
+    def _error_columns(self, device: DeviceSums) -> FloatArray:
+        return np.zeros((len(device.plan.segments), COVARIANCES + WANDERING))
 
     # ---- between windows --------------------------------------------------------------------
 

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..angle import standard_error
+from ..angle import FREEDOM_A_MOVER, movers, standard_error
 from ..ops.device_sums import DeviceSums, NamedArenas
 from ..ops.interface import Form, Sums
 from ..ops.plan import FloatArray, Plan, Ranges
-from ..ops.window_sums import COVARIANCES, Extra, Watched, WindowSums, by_device
+from ..ops.window_sums import COVARIANCES, WANDERING, Extra, Watched, WindowSums, by_device
 from .draw import DrawnChunks, Sample, draw, num_chunks
 from .error import SQUARES, margin, scatter, squares, variances
 from .survey import Survey, num_windows
-from .wandering import FREEDOM_A_MOVER, NUMBERS, Wandering, movers
+from .wandering import Wandering
 
 
 def sums_of(sample: float | None, seed: int) -> Callable[..., WindowSums]:
@@ -117,7 +117,7 @@ class SampledSums(WindowSums):
             covariances = variances(scatter(rows, drawn), drawn.population, drawn.taken)
             of_stratum = weights[drawn.stratum_tensor]
             products = squares(covariances, drawn.taken, of_stratum)
-            yield of_stratum @ covariances, products, wandering.numbers(rows, weights)
+            yield of_stratum @ covariances, products, weights @ wandering.table(rows)
 
     # ---- a window ---------------------------------------------------------------------------
 
@@ -144,12 +144,15 @@ class SampledSums(WindowSums):
         """The sums of a window, expanded to all chunks; None during the survey."""
         return None if self._survey is not None else super().close(k)
 
-    def _covariances(self, device: DeviceSums) -> FloatArray:
-        drawn = self._drawn[self.devices.index(device)]
-        covariances = variances(scatter(device.rows(), drawn), drawn.population, drawn.taken)
+    def _error_columns(self, device: DeviceSums) -> FloatArray:
+        index = self.devices.index(device)
+        drawn, rows = self._drawn[index], device.rows()
+        covariances = variances(scatter(rows, drawn), drawn.population, drawn.taken)
         count = len(device.plan.segments)
         columns = [np.bincount(drawn.stratum_tensor, c, count) for c in covariances.T]
-        return np.stack(columns, axis=1) if columns else np.zeros((count, COVARIANCES))
+        return np.concatenate(
+            [np.stack(columns, axis=1), self._wandering[index].table(rows)], axis=1
+        )
 
     def _draw(self, motion: Mapping[str, FloatArray]) -> None:
         """Choose the chunks and make their arenas."""
@@ -168,7 +171,8 @@ class SampledSums(WindowSums):
             chunks = draw(lengths, labels, self.sample, surveyed)
             ranges = Ranges(chunks.tensor, chunks.start, chunks.length, chunks.expansion)
             drawn.append(chunks)
-            wandering.append(Wandering(chunks, surveyed))
+            still = [np.zeros(num_chunks(n)) for n in lengths]
+            wandering.append(Wandering(chunks, still if surveyed is None else surveyed))
             made.append(self._make_device(plan.device, members, ranges))
         self._motion, self._drawn, self._wandering = motion, drawn, wandering
         self.devices = made
@@ -209,7 +213,7 @@ class SamplingError:
     freedom, and four that say how far motion wanders.
     """
 
-    size = COVARIANCES + SQUARES + NUMBERS
+    size = COVARIANCES + SQUARES + WANDERING
 
     def local(self, sums: WindowSums) -> list[float]:
         """This rank's numbers after a close."""

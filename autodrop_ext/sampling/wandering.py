@@ -25,34 +25,11 @@ movers, and all of them together with ``(sum V)^2 / sum V^2 r`` (Satterthwaite).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 
 from .draw import DrawnChunks, FloatArray
-
-LEAST_MOVERS = 2.0
-"""Effective movers that a sample must be expected to hold of the motion that wanders."""
-
-FREEDOM_A_MOVER = 0.7
-"""Degrees of freedom of the 95 % interval that an effective mover is worth, at most. Where a sample
-happens to miss the largest movers, the rest are alike and seem to leave more."""
-
-MOST_VARIANCE = 0.125
-"""Largest relative variance of the norm from wandering. The standard error of the angle linearises
-a ratio of norms, which means little once these are known to no better than 35 %."""
-
-LEAST_VARIANCE = 1e-3
-"""Relative variance below which wandering is ignored. It moves the norm by 3 %, an angle by some
-tenths of a degree, and all models have as much whose chunks differ a little from window to window:
-the transformer of ``docs/scaling.md`` has up to 1e-4 with AdamW.
-
-These four were chosen after looking at the results of ``benchmarks/accuracy/sampling.py``, of
-``sparse`` and ``accuracy``; ``docs/scaling.md`` has the table."""
-
-NUMBERS = 4
-"""Entries of :meth:`Wandering.numbers`."""
 
 
 class Wandering:
@@ -60,19 +37,19 @@ class Wandering:
 
     Args:
         drawn: the chunks that are read.
-        motion: what the survey found, for each tensor; None if there is no survey.
+        motion: what the survey found, for each tensor: zeros where it found none.
     """
 
-    def __init__(self, drawn: DrawnChunks, motion: Sequence[FloatArray] | None) -> None:
+    def __init__(self, drawn: DrawnChunks, motion: Sequence[FloatArray]) -> None:
         self._drawn = drawn
-        tensors = int(drawn.tensor.max()) + 1 if len(drawn.tensor) else 0
+        tensors = len(motion)
         N, n = drawn.population.astype(np.float64), drawn.taken.astype(np.float64)
         expanded = np.bincount(drawn.stratum_tensor, N * (N - n) / n, tensors)
         self._unread = np.bincount(drawn.stratum_tensor, N - n, tensors)
         self._surveyed = np.zeros(tensors)
         self._variance = np.zeros(tensors)
         before = np.zeros(len(drawn.tensor))
-        for t, moved in enumerate(motion or []):
+        for t, moved in enumerate(motion):
             total, count = float(moved.sum()), len(moved)
             if total > 0:
                 part = total**2 / (count * float((moved**2).sum()))
@@ -90,42 +67,18 @@ class Wandering:
         return np.divide(expanded, of_chunk, out=np.zeros_like(expanded), where=of_chunk != 0)
 
     @np.errstate(all="ignore")  # the meter reports parameters that are not finite
-    def numbers(self, rows: FloatArray, weights: FloatArray) -> FloatArray:
-        """Chunks that are not read, ``sum U``, ``sum V`` and ``sum V^2 r``, to be added up.
+    def table(self, rows: FloatArray) -> FloatArray:
+        """For each tensor: chunks that are not read, ``U``, ``V`` and ``V^2 r``; ``[tensors, 4]``.
+
+        They are added up over tensors, devices and ranks, and ``angle.movers`` judges them.
 
         Args:
             rows: sums of each chunk, ``[num_chunks, 3 or more]``.
-            weights: of the tensors' sums, ``[num_tensors]``.
         """
-        if not len(rows):
-            return np.zeros(NUMBERS)
         tensors = len(self._surveyed)
         degree = np.zeros(tensors)
         for column in (1, 2):
             common = np.minimum(self._before, self._shares(rows[:, column]))
             degree = np.maximum(degree, 1 - np.bincount(self._drawn.tensor, common, tensors))
         V = (self._surveyed * degree) ** 2 * self._variance
-        table = np.stack([self._unread, self._surveyed, V, V**2 * self._variance])
-        numbers: FloatArray = table @ weights[:tensors]
-        return numbers
-
-
-def movers(numbers: Sequence[float]) -> float | None:
-    """Effective movers that the sample is expected to hold of the motion that wanders.
-
-    Infinity where none wanders to speak of; None where so few are expected that the scatter of the
-    sample does not say how far the angle may be off.
-
-    Args:
-        numbers: from :meth:`Wandering.numbers`, added up over devices and ranks.
-    """
-    unread, surveyed, variance, spread = numbers
-    if unread == 0:
-        return math.inf
-    if not surveyed > 0:
-        return None
-    relative = variance / surveyed**2
-    if relative <= LEAST_VARIANCE:
-        return math.inf
-    count = variance**2 / spread
-    return count if relative <= MOST_VARIANCE and count >= LEAST_MOVERS else None
+        return np.stack([self._unread, self._surveyed, V, V**2 * self._variance], axis=1)

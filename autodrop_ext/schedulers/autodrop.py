@@ -156,11 +156,10 @@ class AutoDrop(DropScheduler):
     def _decide(self, reading: Reading) -> Changes:
         # The meter does not know of the warm-up.
         reading = dataclasses.replace(reading, step=self._optimizer_steps)
-        angles = (
-            [part.angle for part in reading.per_group or ()] if self.per_group else [reading.angle]
-        )
-        if math.isnan(reading.standard_error):
-            angles = [None] * len(angles)  # a sample in which too few chunks moved
+        parts = (reading.per_group or ()) if self.per_group else (reading,)
+        # The error of a sample in which too few chunks move is not known.
+        known = not math.isnan(reading.standard_error)
+        angles = [p.angle if known and not math.isnan(p.standard_error) else None for p in parts]
         detectors = [detector.copy() for detector in self._detectors]
         detectors += [detectors[0].fresh() for _ in range(len(angles) - len(detectors))]
         verdicts = [

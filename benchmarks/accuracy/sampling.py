@@ -39,7 +39,7 @@ import numpy as np
 import torch
 
 from autodrop_ext import AngularVelocity, AutoDrop
-from autodrop_ext.angle import standard_error
+from autodrop_ext.angle import FREEDOM_A_MOVER, movers, standard_error
 from autodrop_ext.cli.demo.digits import Digits
 from autodrop_ext.cli.demo.text import Bytes, ByteTransformer
 from autodrop_ext.ops import select
@@ -48,7 +48,7 @@ from autodrop_ext.ops.plan import Plan, Ranges
 from autodrop_ext.sampling.draw import DrawnChunks, Sample, chunk_starts, draw
 from autodrop_ext.sampling.error import margin, scatter, squares, variances
 from autodrop_ext.sampling.survey import Survey, num_windows
-from autodrop_ext.sampling.wandering import FREEDOM_A_MOVER, Wandering, movers
+from autodrop_ext.sampling.wandering import Wandering
 from autodrop_ext.schedulers.saturation import SaturationDetector
 
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[1] / "speed"))
@@ -265,7 +265,7 @@ def replay(run: Run, fraction: float, seed: int, *, survey: bool = True) -> Repl
         total = covariances.sum(axis=0).tolist()
         count: float | None = math.inf
         if survey:
-            count = movers(wandering.numbers(row, np.ones(len(run.lengths))).tolist())
+            count = movers(wandering.table(row).sum(axis=0).tolist())
         freedom = math.inf if count is None else FREEDOM_A_MOVER * count
         errors.append(standard_error(dot, norm, previous, total))
         margins.append(margin(dot, norm, previous, total, products.tolist(), freedom))

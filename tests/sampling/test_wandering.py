@@ -10,19 +10,19 @@ import pytest
 import torch
 
 from autodrop_ext import AngularVelocity, AutoDrop, Reading
-from autodrop_ext.angle import PAIRS
-from autodrop_ext.ops.interface import Sums
-from autodrop_ext.sampling.draw import DrawnChunks, Sample, draw
-from autodrop_ext.sampling.error import margin
-from autodrop_ext.sampling.sums import SamplingError
-from autodrop_ext.sampling.wandering import (
+from autodrop_ext.angle import (
     FREEDOM_A_MOVER,
     LEAST_MOVERS,
     LEAST_VARIANCE,
     MOST_VARIANCE,
-    Wandering,
+    PAIRS,
     movers,
 )
+from autodrop_ext.ops.interface import Sums
+from autodrop_ext.sampling.draw import DrawnChunks, Sample, draw
+from autodrop_ext.sampling.error import margin
+from autodrop_ext.sampling.sums import SamplingError
+from autodrop_ext.sampling.wandering import Wandering
 
 CHUNKS = 400
 
@@ -59,7 +59,7 @@ def test_the_variance_is_that_of_chunks_that_move_at_random(moving: int) -> None
     drawn, motion = drawn_and_motion(moving)
     wandering = Wandering(drawn, [motion])
     # None of the surveyed chunks moves now: motion wanders completely.
-    unread, surveyed, variance, spread = wandering.numbers(rows(drawn, 1.0 - motion), np.ones(1))
+    unread, surveyed, variance, spread = wandering.table(rows(drawn, 1.0 - motion))[0]
     assert unread == CHUNKS - len(drawn.tensor)
     assert surveyed == moving
     wanted = expected_variance(drawn, moving / CHUNKS)
@@ -80,7 +80,7 @@ def test_the_variance_is_that_of_chunks_that_move_at_random(moving: int) -> None
 def test_motion_that_stays_does_not_wander() -> None:
     drawn, motion = drawn_and_motion(20, fraction=1 / 8)
     wandering = Wandering(drawn, [motion])
-    unread, _, variance, spread = wandering.numbers(rows(drawn, 7.0 * motion), np.ones(1))
+    unread, _, variance, spread = wandering.table(rows(drawn, 7.0 * motion))[0]
     assert unread > 0 and variance == spread == 0
     assert movers([unread, 20.0, variance, spread]) == math.inf
 
@@ -96,20 +96,11 @@ def test_the_degree_is_that_of_the_window_that_differs_more() -> None:
     for column in (1, 2):
         mixed = stays.copy()
         mixed[:, column] = goes[:, column]
-        now = wandering.numbers(mixed, np.ones(1))
-        assert now[2] == pytest.approx(wandering.numbers(goes, np.ones(1))[2], rel=1e-12)
+        now = wandering.table(mixed)[0]
+        assert now[2] == pytest.approx(wandering.table(goes)[0][2], rel=1e-12)
     # The variance grows with the square of the degree.
-    ratio = wandering.numbers(half, np.ones(1))[2] / wandering.numbers(goes, np.ones(1))[2]
+    ratio = wandering.table(half)[0][2] / wandering.table(goes)[0][2]
     assert ratio == pytest.approx(1 / 4, rel=1e-6)
-
-
-def test_weights_count_replicas_once() -> None:
-    drawn, motion = drawn_and_motion(20)
-    wandering = Wandering(drawn, [motion])
-    now = rows(drawn, 1.0 - motion)
-    one = wandering.numbers(now, np.ones(1))
-    two = 2 * wandering.numbers(now, np.full(1, 0.5))
-    assert two == pytest.approx(one, rel=1e-12)
 
 
 def test_limits() -> None:
