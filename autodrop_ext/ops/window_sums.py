@@ -19,7 +19,7 @@ COVARIANCES = 6
 """Entries of a symmetric matrix over dot, norm and previous norm: DD, DA, DB, AA, AB, BB."""
 
 WANDERING = 4
-"""Numbers that say whether a sample's covariances can be trusted; see ``angle.movers``."""
+"""Numbers that say whether estimated covariances can be trusted; see ``angle.movers``."""
 
 
 class Watched(NamedTuple):
