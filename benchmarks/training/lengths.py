@@ -3,8 +3,8 @@
     python benchmarks/training/lengths.py run    [--folder build/lengths] [--task digits ...]
     python benchmarks/training/lengths.py report [--folder build/lengths] --to FOLDER
 
-A schedule that knows the end of a run (cosine, linear, exponential, warmup-stable-decay) needs a run
-for every length. ``AnytimeAutoDrop``, ``AutoDrop`` and schedule-free train once and are read at
+A schedule that knows the end of a run (cosine, linear, exponential, warmup-stable-decay) needs one
+run for each length. ``AnytimeAutoDrop``, ``AutoDrop`` and schedule-free train once and are read at
 every length, ``AnytimeAutoDrop`` with its averaged and with its last parameters. Runs of one task,
 rate and seed start from the same parameters and see the same batches, so that differences to cosine
 are paired over seeds.
