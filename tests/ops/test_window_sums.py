@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from autodrop_ext.ops.window_sums import COVARIANCES, Watched, WindowSums
+from autodrop_ext.ops.window_sums import COVARIANCES, WANDERING, Watched, WindowSums
 
 
 def watched(*tensors: Tensor, weight: float = 1.0) -> list[Watched]:
@@ -42,7 +42,7 @@ def test_weights_scale_the_totals_and_the_table_but_not_the_rows() -> None:
             total = sums.close(1)
         assert total is not None
         (table,), (rows,) = sums.tensor_table(), sums.per_tensor()
-        assert table.shape == (1, 3 + COVARIANCES)
+        assert table.shape == (1, 3 + COVARIANCES + WANDERING)
         assert table[0, :3].tolist() == list(total[:3])
         assert not table[0, 3:].any()  # every element is read
         results.append((list(total), rows.tolist()))
