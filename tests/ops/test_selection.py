@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from autodrop_ext import ops
+from autodrop_ext import AngularVelocity, ops
+from autodrop_ext.ops import cuda, native
+from autodrop_ext.ops.cpu import CpuBackend
 from autodrop_ext.ops.cuda import CudaBackend
+from autodrop_ext.ops.plan import Plan
 from autodrop_ext.ops.triton import TritonBackend
 
 GPU = torch.device("cuda", 1)
@@ -79,3 +83,63 @@ def test_without_a_gpu_no_backend_is_probed(monkeypatch: pytest.MonkeyPatch) -> 
         assert reason is not None
         assert "test launch" not in reason
     assert ops.select("auto", "cuda").name == "reference"
+
+
+def test_a_missing_backend_is_refused_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "core", None)
+    monkeypatch.setattr(native, "import_error", "libfoo.so not found")
+    meter = AngularVelocity([torch.zeros(3)], backend="cpu")
+    with pytest.raises(
+        RuntimeError, match=r"'cpu' cannot be used .*libfoo.so not found.*autodrop doctor"
+    ):
+        meter.observe()
+
+
+def test_auto_falls_back_to_the_reference_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(native, "core", None)
+    monkeypatch.setattr(native, "import_error", "libfoo.so not found")
+    with caplog.at_level("INFO", logger="autodrop_ext"):
+        meter = AngularVelocity([torch.zeros(3)], 1)
+        meter.observe()
+        meter.observe()
+    assert [r.message for r in caplog.records if "backend for cpu: reference" in r.message]
+    assert "libfoo.so not found" in caplog.text
+
+
+def test_an_unknown_instruction_set_is_refused() -> None:
+    plan = Plan([("x", torch.zeros(3))], torch.device("cpu"))
+    with pytest.raises(ValueError, match="does not run 'mmx'"):
+        CpuBackend("mmx").bind(plan)
+
+
+def test_a_gpu_without_machine_code_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    core = SimpleNamespace(cuda_built=True, cuda_architectures="80-real 90-real")
+    monkeypatch.setattr(native, "core", core)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    reason = cuda.explain("probe: cudaErrorNoKernelImageForDevice (no kernel image ...)", 0)
+    assert "built for the architectures 80-real 90-real" in reason
+    assert "GPU 0 (Tesla T4) is sm_75" in reason
+    assert "reinstall with CUDAARCHS=75" in reason
+    other = cuda.explain("probe: cudaErrorLaunchFailure (unspecified launch failure)", 1)
+    assert other.startswith("a test launch on GPU 1 failed: probe: cudaErrorLaunchFailure")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_backends_that_need_a_gpu_say_why_they_are_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = ops.BACKENDS["cuda"].missing(torch.device("cuda"))
+    assert reason is not None
+    if native.core is not None and native.core.cuda_built:
+        assert "torch sees no CUDA GPU" in reason
+    else:
+        assert "AUTODROP_CUDA=1" in reason
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    on_cpu = ops.report("cpu")
+    assert on_cpu["cuda"] == "it runs on cuda tensors, not on cpu"
+    assert on_cpu["triton"] == "it runs on GPUs, not on cpu"
+    assert on_cpu["cpu"] is None
+    with pytest.raises(RuntimeError, match="backend 'cuda' cannot be used for cpu parameters"):
+        AngularVelocity([torch.zeros(3)], backend="cuda").observe()
