@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CPP := $(shell find csrc -name '*.h' -o -name '*.cpp')
 
-.PHONY: demo test test-slow check docs packages import-time compatibility bench accuracy train-table ablations cifar gpu gpu-build gpu-test gpu-sanitize gpu-bench clean
+.PHONY: demo test test-slow check docs packages import-time compatibility bench accuracy train-table ablations paper cifar cifar-part gpu gpu-build gpu-test gpu-sanitize gpu-bench pictures clean
 .DELETE_ON_ERROR:
 
 # torch first and by itself: with it there, the package's own requirement brings no other build of it.
@@ -44,13 +44,16 @@ docs: $(VENV)/.dev   ## the site, into build/site; a warning is an error
 packages: $(VENV)/.dev   ## source distribution, a wheel for every Python on this machine, each tried
 	$(BIN)/python tools/check_packages.py
 
+pictures: $(VENV)/.bench   ## the pictures of the documents, in light and dark
+	$(BIN)/python tools/pictures.py
+
 import-time: $(VENV)/.test   ## what importing this package takes after torch
 	$(BIN)/python tools/import_time.py
 
 compatibility:   ## docs/compatibility.md: many versions of torch and others; an hour, 10 GB of downloads
 	$(PYTHON) tools/compatibility.py
 
-bench: $(VENV)/.test   ## throughput beside torch's own operations; see benchmarks/README.md
+bench: $(VENV)/.test   ## throughput next to torch's own operations; see benchmarks/README.md
 	$(BIN)/python -m pytest benchmarks/speed/bench_throughput.py -o addopts= --benchmark-json benchmark.json
 	$(BIN)/python benchmarks/speed/report.py benchmark.json
 
@@ -64,10 +67,28 @@ ablations: $(VENV)/.bench   ## AutoDrop's settings one at a time; a quarter of a
 	$(BIN)/python benchmarks/training/command.py ablations
 	$(BIN)/python benchmarks/training/command.py ablations --model byte-transformer --vary window
 
+# WHAT is one table or figure of the papers or several, such as WHAT=uai-table-2; without it they are
+# listed with the data that they need. DATA is what --data takes, such as DATA="cifar10=FOLDER". The
+# interpreter is $(PYTHON), because most of them need a GPU and a torch of its own.
+paper:   ## a table or figure of the papers; see docs/papers.md
+	$(PYTHON) benchmarks/training/command.py paper $(WHAT) $(foreach d,$(DATA),--data $(d)) $(OPTIONS)
+
 # DATA is a folder of CIFAR-10, see benchmarks/training.md. Needs a GPU: a CPU takes days.
-cifar:   ## ResNet-18 on CIFAR-10 as in the papers, AutoDrop beside step decay
-	$(PYTHON) benchmarks/training/command.py run --model resnet18 --schedule autodrop --schedule step --data "$(DATA)"
+cifar:   ## ResNet-18 on CIFAR-10 as in the papers, AutoDrop next to step decay
+	$(PYTHON) benchmarks/training/command.py run --model cifar10-resnet18 --schedule autodrop --schedule step --data "$(DATA)"
 	$(PYTHON) benchmarks/training/command.py report build/training --to build/training
+
+# The same on a part of the images: SUBSET of them, EPOCHS times. About an hour on two cores with
+# these, one schedule on each; a run that is interrupted goes on when the command is given again.
+SUBSET ?= 1000
+EPOCHS ?= 40
+cifar-part:   ## ResNet-18 on a part of CIFAR-10 on a CPU
+	for schedule in "autodrop --set window=auto" step; do \
+	  OMP_NUM_THREADS=1 $(PYTHON) benchmarks/training/command.py run --model cifar10-resnet18 \
+	    --schedule $$schedule --data "$(DATA)" --subset $(SUBSET) --epochs $(EPOCHS) --batch 32 \
+	    --log-every 8 --output build/cifar-part & \
+	done; wait
+	$(PYTHON) benchmarks/training/command.py report build/cifar-part --to build/cifar-part
 
 # Offline, with the torch, pybind11, scikit-build-core, cmake and ninja that $(PYTHON) already has.
 # Each target takes less than ten minutes and can run alone, so that a machine that is lent for a
@@ -88,7 +109,7 @@ gpu-build:   ## on a machine with a GPU: build for it
 gpu-test: gpu-build   ## on a machine with a GPU: tests, results to OUT/gpu-tests.txt
 	mkdir -p $(OUT)
 	set -o pipefail; $(ON_GPU) $(PYTHON) -u -m pytest -v tests/ops/test_gpu.py | tee $(OUT)/gpu-tests.txt
-	$(PYTHON) -m autodrop_ext doctor || true  # needs click and rich, which the machine may lack
+	$(PYTHON) -m autodrop_ext doctor 
 
 gpu-sanitize: gpu-build   ## on a machine with a GPU: compute-sanitizer, results to OUT/gpu-*check.txt
 	mkdir -p $(OUT)

@@ -1,26 +1,27 @@
 """Automatic learning-rate drop for PyTorch, for models of any size.
 
-``AutoDrop`` takes the place of a learning-rate scheduler. ``AngularVelocity`` is the meter that it
-decides from.
+``AutoDrop`` and ``AnytimeAutoDrop`` take the place of a learning-rate scheduler.
+``AngularVelocity`` is the meter that they decide from.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import checks  # noqa: F401
 from .log import JsonLinesLog, TeeLog, read_log
 from .meter import AngularVelocity
 from .reading import Decision, Reading
 from .schedulers import (
-    AnalyticAutoDrop,
-    AnalyticDrop,
     AnytimeAutoDrop,
     AnytimeDecision,
     AutoDrop,
     EpochAutoDrop,
     EpochDecision,
 )
+
+if TYPE_CHECKING:
+    from .schedulers import AnalyticAutoDrop, AnalyticDrop
 
 __all__ = [
     "AnalyticAutoDrop",
@@ -40,6 +41,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in ("AnalyticAutoDrop", "AnalyticDrop"):
+        from . import schedulers
+
+        return getattr(schedulers, name)
     if name == "__version__":
         from importlib.metadata import version
 

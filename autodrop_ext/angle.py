@@ -175,6 +175,64 @@ def standard_error(
     return math.degrees(math.acos(low) - math.acos(high)) / 2
 
 
+class Precision:
+    """The form that sums are held in, and how far rounding may have moved the newest means.
+
+    Args:
+        fixed: form to hold in any case; None to choose.
+
+    Attributes:
+        form: form of the sums now.
+        variances: of the means before and at the last close.
+    """
+
+    def __init__(self, fixed: Form | None) -> None:
+        self.fixed = fixed
+        self.form: Form = fixed or "delta"
+        self.variances = (0.0, 0.0)
+
+    def start_over(self) -> None:
+        """There are no means any more."""
+        self.variances = (0.0, 0.0)
+
+    def begin(self) -> Form:
+        """The form to begin with."""
+        self.form = self.fixed or "delta"
+        return self.form
+
+    def close(self, k: int, sums: Sums, elements: float) -> float:
+        """Bound in degrees on the error of the angle of a window that was closed.
+
+        Args:
+            k: snapshots of the window.
+            sums: its totals.
+            elements: how many elements they run over.
+        """
+        oldest, shared = self.variances
+        newest = mean_variance(k, sums, self.form, elements)
+        self.variances = (shared, newest)
+        return angle_error(sums, (oldest, shared, newest), elements)
+
+    def choose(self, k: int, sums: Sums, rounding_error: float, elements: float) -> Form | None:
+        """The form that the next windows need, if it is another one."""
+        if self.fixed is not None:
+            return None
+        form = better_form(self.form, k, sums, rounding_error, elements)
+        if form == self.form:
+            return None
+        self.form = form
+        if form == "sum":
+            # Rounding the two sums once is the error of a window of one step.
+            rounded = mean_variance(1, sums, "sum", elements)
+            before, last = self.variances
+            self.variances = (max(before, rounded), max(last, rounded))
+        return form
+
+    def merged(self) -> None:
+        """The last two means have become one."""
+        self.variances = (0.0, max(self.variances))
+
+
 def movers(numbers: Sequence[float]) -> float | None:
     """Effective movers that the sample is expected to hold of the motion that wanders.
 

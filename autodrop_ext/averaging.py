@@ -236,8 +236,8 @@ class _Part:
         self._operations = operations
         dtype = torch.float64 if operations is None else torch.float32
         advice = (
-            f"the average takes {dtype.itemsize} for each of {plan.num_elements:,} parameters. "
-            "EpochAutoDrop does without it where average=False"
+            f"the average takes {dtype.itemsize} bytes for each of {plan.num_elements:,} "
+            "parameters. EpochAutoDrop does without it where average=False"
         )
         with needing(plan.arena_elements, dtype, plan.device, advice):
             self.arena = torch.zeros(plan.arena_elements, dtype=dtype, device=plan.device)

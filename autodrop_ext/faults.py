@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from .distributed.group import Alone, Group
 from .ops.device_sums import DeviceSums
@@ -55,6 +56,11 @@ def _users_level() -> int:
         frame = frame.f_back
         level += 1
     return level
+
+
+def _too_large(tensor: Tensor) -> bool:
+    """Whether all values are finite but float32 cannot hold the sum of a long window of them."""
+    return tensor.numel() > 0 and 1e33 < float(tensor.abs().max()) < float("inf")
 
 
 class Faults:
@@ -119,7 +125,7 @@ class Faults:
         for device in sums.devices:
             finite = torch.from_numpy(device.per_tensor()).isfinite().all(dim=1).tolist()
             for segment, good in zip(device.plan.segments, finite, strict=True):
-                if not good and bool(segment.alias.isfinite().all()):
+                if not good and _too_large(segment.alias):
                     self.warnings.once(
                         "nonfinite",
                         f"{segment.name}{where} held values during window {window} whose float32 "
@@ -134,7 +140,7 @@ class Faults:
     def watch_displacement(self, totals: Sums, sums: WindowSums) -> None:
         """Look at a window's displacement for parameters that do not move."""
         self.still_windows = self.still_windows + 1 if totals.norm == 0 else 0
-        if self.still_windows == _STILL_WINDOWS and sums.sampled:
+        if self.still_windows == _STILL_WINDOWS and sums.fraction < 1:
             self.warnings.once(
                 "still",
                 f"no parameter of the sample moved during the last {_STILL_WINDOWS} windows, so "

@@ -108,9 +108,13 @@ class JsonLinesLog:
         Args:
             settings: Plain values by name; ``scheduler`` is the name of its class.
         """
-        from . import __version__
+        from importlib.metadata import version  # needed here only
 
-        header = {"event": "settings", "version": __version__, "settings": _plain(settings)}
+        header = {
+            "event": "settings",
+            "version": version("autodrop_ext"),
+            "settings": _plain(settings),
+        }
         if header != self._header:
             self._header = header
             self._write(header)

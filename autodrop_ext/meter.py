@@ -26,11 +26,12 @@ from .parts import Parts
 from .reading import HISTORY, Reading, remember
 from .sampling.sums import sums_of
 from .saved import Entries
+from .windows import Windows
 
 WINDOWS_FOR_ANGLE = 3  # two displacements need three means
 
 
-class AngularVelocity:
+class AngularVelocity(Windows):
     """Angle between the displacements of neighbouring windows (UAI 2024, Definition 3.3).
 
     A window holds the parameters after ``window`` optimizer steps, ``m_i`` is their mean,
@@ -91,22 +92,22 @@ class AngularVelocity:
         process_group: Any = None,
         form: Literal["auto", "sum", "delta"] = "auto",
     ) -> None:
-        self.window = checks.window(window)
+        super().__init__(
+            checks.window(window),
+            None if snapshots is None else checks.count("snapshots", snapshots, 1),
+        )
         self.sample = checks.sample(sample)
         self.seed = checks.count("seed", seed, least=-(2**63))
-        self.snapshots = snapshots if snapshots is None else checks.count("snapshots", snapshots, 1)
         self.per_tensor = checks.flag("per_tensor", per_tensor)
         self.per_group = checks.flag("per_group", per_group)
         checks.one_of("form", form, ("auto", "sum", "delta"))
         check_group(process_group)
         check_name(backend)
-        self.steps = 0
-        self.windows = 0
         self.history: list[Reading] = []
         self._source = ParameterSource(params)
         self._source.check()  # wrong arguments fail here, not at the first step
         self._process_group = process_group
-        self._fixed_form: Form | None = None if form == "auto" else form
+        self._precision = angle.Precision(None if form == "auto" else form)
         self._make_sums: Callable[..., WindowSums] = functools.partial(
             sums_of(self.sample, self.seed), backend=backend
         )
@@ -119,14 +120,6 @@ class AngularVelocity:
         self._extras: list[Extra] = []
         self._observing = False  # stays True where an observation was interrupted
         self._averaging = False  # whether the parameters hold an average
-        # The state of a run of windows, which _start_over sets again.
-        self.windows_since_restart = 0
-        self._window_start = 0  # optimizer steps before the open window
-        self._taken = 0  # snapshots of the open window
-        self._spoiled = False  # whether the open window cannot be used: its end is waited for
-        self._form: Form = self._fixed_form or "delta"
-        self._variances = (0.0, 0.0)  # of the means before and at the last close
-        self._closing = 0  # windows there will be once the window at hand is closed
 
     # ---- a window ---------------------------------------------------------------------------
 
@@ -153,29 +146,14 @@ class AngularVelocity:
             self.interrupted()
         self._observing = True
         self.steps += 1
-        position = self.position
-        if position == 1 or self._sums is None:
+        if self.position == 1 or self._sums is None:
             self._begin_window()
         self._exchange.compare_once(facts)
-        if self._is_snapshot(position):
+        if self.is_snapshot():
             self._take_snapshot()
-        reading = self._close_window(calls, facts) if position >= self.window else None
+        reading = self._close_window(calls, facts) if self.position >= self.window else None
         self._observing = False
         return reading
-
-    @property
-    def position(self) -> int:
-        """Steps of the open window that have been observed."""
-        return self.steps - self._window_start
-
-    def _is_snapshot(self, position: int) -> bool:
-        """Whether the parameters are read at a position from 1 to ``window``."""
-        if self.snapshots is None or self.snapshots >= self.window:
-            return True
-        return position * self.snapshots // self.window > self._taken
-
-    def _snapshots_per_window(self) -> int:
-        return self.window if self.snapshots is None else min(self.snapshots, self.window)
 
     def _begin_window(self) -> None:
         """Follow the parameters: build the sums, or build them again if the parameters changed."""
@@ -183,29 +161,34 @@ class AngularVelocity:
             self._faults.parameters_changed(WINDOWS_FOR_ANGLE)
             self._discard(self.position)
         if self._sums is None:
-            with no_garbage_collection():
-                self._build()
-        elif not self._spoiled:
+            try:
+                with no_garbage_collection():
+                    self._build()
+            except Exception:
+                # Nothing was measured that would have to be discarded at the next step.
+                self._start_over()
+                self._observing = False
+                raise
+        elif not self.spoiled:
             self._sums.begin_window()
 
     def _take_snapshot(self) -> None:
         assert self._sums is not None
-        if not self._spoiled and self._source.moved():
+        if not self.spoiled and self._source.moved():
             self._faults.parameters_changed(WINDOWS_FOR_ANGLE)
-            self._spoiled = True
-        if not self._spoiled:
-            if not self._sums.begun:
-                self._form = self._fixed_form or "delta"
-            self._sums.add(self._form, first=self._taken == 0)
-        self._taken += 1
+            self.spoiled = True
+        if not self.spoiled:
+            form = self._precision.form if self._sums.begun else self._precision.begin()
+            self._sums.add(form, first=self.taken == 0)
+        self.taken += 1
 
     def _close_window(self, calls: int, facts: Facts) -> Reading | None:
         """Nothing on the way to the collective may return or raise on one rank alone."""
         assert self._sums is not None
-        self._closing = self.windows + 1
+        self.begin_close()
         changed = not self._source.unchanged()
-        restart = changed or self._spoiled
-        totals = None if restart else self._sums.close(self._snapshots_per_window())
+        restart = changed or self.spoiled
+        totals = None if restart else self._sums.close(self.snapshots_per_window)
         since = 0 if totals is None else self.windows_since_restart + 1
         counts = Counts(self.steps, self.windows, self.window, calls, since, restart)
         total, numbers = self._exchange.close(
@@ -216,7 +199,7 @@ class AngularVelocity:
             [] if totals is None else self._extras,
             facts,
         )
-        self._window_start, self._taken = self.steps, 0
+        self.next_window()
         if changed:
             self._faults.parameters_changed(WINDOWS_FOR_ANGLE)
             self._discard()
@@ -237,15 +220,13 @@ class AngularVelocity:
         self.windows_since_restart = since
         if since >= 2:
             self._faults.watch_displacement(total.sums, self._sums)
-        k = self._snapshots_per_window()
-        oldest, shared = self._variances
-        newest = angle.mean_variance(k, total.sums, self._form, total.effective_elements)
-        self._variances = (shared, newest)
+        k, elements = self.snapshots_per_window, total.effective_elements
+        error = self._precision.close(k, total.sums, elements)
         if since < WINDOWS_FOR_ANGLE:
             return self._keep(self._undefined())
-        elements = total.effective_elements
-        error = angle.angle_error(total.sums, (oldest, shared, newest), elements)
-        self._choose_form(total.sums, error, elements)
+        form = self._precision.choose(k, total.sums, error, elements)
+        if form is not None:
+            self._sums.convert(form, k)
         return self._keep(self._reading(total.sums, error, numbers))
 
     def _reading(self, sums: Sums, rounding_error: float, numbers: list[float] | None) -> Reading:
@@ -272,23 +253,6 @@ class AngularVelocity:
         remember(self.history, reading, HISTORY)
         return reading
 
-    def _choose_form(self, sums: Sums, rounding_error: float, elements: float) -> None:
-        """Turn to the form that the next windows need, without losing one."""
-        assert self._sums is not None
-        if self._fixed_form is not None:
-            return
-        k = self._snapshots_per_window()
-        form = angle.better_form(self._form, k, sums, rounding_error, elements)
-        if form == self._form:
-            return
-        self._form = form
-        self._sums.convert(form, k)
-        if form == "sum":
-            # Rounding the two sums once is the error of a window of one step.
-            rounded = angle.mean_variance(1, sums, "sum", elements)
-            before, last = self._variances
-            self._variances = (max(before, rounded), max(last, rounded))
-
     # ---- between windows --------------------------------------------------------------------
 
     def double_window(self) -> None:
@@ -307,11 +271,10 @@ class AngularVelocity:
                 f"start, got one after {self.position} of {self.window} steps and "
                 f"{self.windows_since_restart} windows"
             )
-        k = self._snapshots_per_window()
-        self.window *= 2
-        self._sums.merge(k, self._snapshots_per_window())
-        self.windows_since_restart = 1
-        self._variances = (0.0, max(self._variances))
+        k = self.snapshots_per_window
+        self.double()
+        self._sums.merge(k, self.snapshots_per_window)
+        self._precision.merged()
 
     def rebase(self) -> None:
         """Measure the next displacement from the parameters as they are now.
@@ -323,10 +286,10 @@ class AngularVelocity:
         Raises:
             RuntimeError: the meter was not made with ``form="delta"``, or a window is open.
         """
-        if self._fixed_form != "delta":
+        if self._precision.fixed != "delta":
             raise RuntimeError(
                 "rebase: expected a meter with form='delta' (sums of earlier windows cannot be "
-                f"moved), got form={self._fixed_form or 'auto'!r}"
+                f"moved), got form={self._precision.fixed or 'auto'!r}"
             )
         if self.position:
             raise RuntimeError(
@@ -336,7 +299,7 @@ class AngularVelocity:
         self._begin_window()
         assert self._sums is not None
         first = not self._sums.begun
-        self._sums.rebase(self._snapshots_per_window())
+        self._sums.rebase(self.snapshots_per_window)
         if first:
             self.windows_since_restart = 1
             self.windows += 1
@@ -359,30 +322,18 @@ class AngularVelocity:
                 f"{self.sample:g}, whose sums have no mean of the other parameters; use "
                 "sample=None, or torch.optim.swa_utils.AveragedModel"
             )
-        weights = self._mean_weights(windows)
-        if weights is None or self._sums is None:
+        weights = self.mean_weights(last_only=windows == "last")
+        uncertain = self._observing or self.spoiled or not self._source.unchanged()
+        if weights is None or uncertain or self._sums is None:
             yield
             return
-        k = self._snapshots_per_window()
         with own_bits_after(self._sums.devices):
             self._averaging = True
             try:
-                self._sums.write_mean(k, self._taken, weights)
+                self._sums.write_mean(self.snapshots_per_window, self.taken, weights)
                 yield
             finally:
                 self._averaging = False
-
-    def _mean_weights(self, windows: str) -> tuple[float, float, float] | None:
-        """Weights of the window before the last one, of the last one and of the open one."""
-        if self._observing or self._spoiled or not self._source.unchanged():
-            return None
-        whole = self.windows_since_restart
-        covered = self._taken * self.window // self._snapshots_per_window()
-        steps = (self.window * (whole >= 2), self.window * (whole >= 1), covered)
-        if windows == "last":
-            steps = (0, steps[1], 0)
-        total = sum(steps)
-        return (steps[0] / total, steps[1] / total, steps[2] / total) if total else None
 
     def close(self) -> None:
         """Free the sums. A later :meth:`observe` starts over."""
@@ -397,12 +348,8 @@ class AngularVelocity:
         Args:
             position: steps of the open window that have been observed.
         """
-        self._window_start = self.steps - position
-        self._taken = 0
-        self._spoiled = False
-        self.windows_since_restart = 0
-        self._variances = (0.0, 0.0)
-        self._closing = self.windows
+        self.start_over(position)
+        self._precision.start_over()
         self._faults.still_windows = 0
         if self._sums is not None:
             self._sums.reset()
@@ -412,21 +359,17 @@ class AngularVelocity:
         self._sums = None
         self._start_over(position)
 
-    def interrupted(self) -> None:
+    def interrupted(self) -> bool:
         """Discard the open window: the loop that calls :meth:`observe` may have lost a step.
 
         Call it after an interrupt between an optimizer step and :meth:`observe`, or inside of it.
         """
         self._observing = False
         self._faults.interrupted(WINDOWS_FOR_ANGLE)
-        if self.position >= self.window:
-            # At the window's end, which the other ranks have passed.
-            self.windows = max(self.windows, self._closing)
+        at_once = super().interrupted()
+        if at_once:
             self._start_over()
-        elif self.position == 0:
-            self._start_over()
-        else:
-            self._spoiled = True
+        return at_once
 
     # ---- building ---------------------------------------------------------------------------
 
@@ -460,7 +403,7 @@ class AngularVelocity:
         self._source.watch(shards)
         if saved is not None:
             self._continue(saved, sums)
-        elif self.position == 1:
+        if self.position == 1 and not self.spoiled:
             sums.begin_window()
         # Last, so that an interrupt before it leaves everything to be built again.
         self._sums = sums
@@ -494,7 +437,7 @@ class AngularVelocity:
         else:
             # The other ranks may be able to go on: end the window with them, and say so then.
             self._start_over(self.position)
-            self._spoiled = True
+            self.spoiled = True
 
     def compare(self, facts: Facts = dict) -> None:
         """Compare settings between the ranks, once; :meth:`observe` does it where nobody has.
@@ -516,7 +459,7 @@ class AngularVelocity:
     def _settings(self) -> dict[str, Any]:
         """What readings depend on, next to the parameters."""
         names = ("window", "snapshots", "sample", "seed", "per_tensor", "per_group")
-        return {name: getattr(self, name) for name in names} | {"form": self._fixed_form}
+        return {name: getattr(self, name) for name in names} | {"form": self._precision.fixed}
 
     # ---- looking ----------------------------------------------------------------------------
 
@@ -528,7 +471,7 @@ class AngularVelocity:
     @property
     def form(self) -> Form | None:
         """Form that holds the sums now, "sum" or "delta"; None before the first step."""
-        return None if self._sums is None else self._form
+        return None if self._sums is None else self._precision.form
 
     @property
     def fraction(self) -> float | None:
@@ -560,7 +503,7 @@ class AngularVelocity:
         """
         if self._observing:
             self.interrupted()
-        spoiled, waiting = self._spoiled, self._restore
+        spoiled, waiting = self.spoiled, self._restore
         arenas: NamedArenas = {}
         drawn: Mapping[str, Any] = EVERYTHING if self._sums is None else self._sums.state()
         if waiting is not None:
@@ -571,16 +514,11 @@ class AngularVelocity:
             arenas = {} if spoiled else on_cpu(self._sums.views())
         return {
             "version": 1,
-            "window": self.window,
-            "snapshots": self.snapshots,
-            "steps": self.steps,
-            "windows": self.windows,
-            "position": self.position,
-            "usable": self.windows_since_restart,
-            "fresh": not self.started,
+            **self.state(),
             "spoiled": spoiled,
+            "fresh": not self.started,
             "still": self._faults.still_windows,
-            "variances": list(self._variances),
+            "variances": list(self._precision.variances),
             "form": self.form if waiting is None else waiting.form,
             "sample": dict(drawn),
             "arenas": arenas,
@@ -610,15 +548,16 @@ class AngularVelocity:
         self._restore = saved.sums
         if saved.sums is None and not saved.spoiled:
             return
-        self._window_start = saved.steps - saved.position
-        self._taken = saved.position * self._snapshots_per_window() // saved.window
-        if saved.spoiled:
-            self._spoiled, self._restore = True, None
-            return
-        self._form = saved.form
-        self.windows_since_restart = saved.windows_since_restart
-        self._faults.still_windows = saved.still_windows
-        self._variances = saved.variances
+        self.restore(
+            saved.steps,
+            saved.windows,
+            saved.position,
+            saved.windows_since_restart,
+            spoiled=saved.spoiled,
+        )
+        if saved.sums is not None:
+            self._precision.form, self._precision.variances = saved.form, saved.variances
+            self._faults.still_windows = saved.still_windows
 
     @property
     def arena_state(self) -> ArenaState:
@@ -639,7 +578,7 @@ class AngularVelocity:
 
     def _sums_to_save(self) -> SavedSums:
         if self._sums is not None:
-            return SavedSums(self._form, self.steps, self._sums.views())
+            return SavedSums(self._precision.form, self.steps, self._sums.views())
         waiting = self._resharded or self._restore
         return SavedSums(
             self.form or "delta", self.steps, {} if waiting is None else waiting.arenas
@@ -649,7 +588,7 @@ class AngularVelocity:
         self._resharded = saved
         if self._sums is not None:
             # The counts in this meter are older; the next step finds out whether they fit.
-            self._restore = SavedSums(self._form, self.steps, {})
+            self._restore = SavedSums(self._precision.form, self.steps, {})
             self._sums = None
 
     def __getstate__(self) -> dict[str, Any]:

@@ -48,8 +48,9 @@ class Entries:
 
     def read(self, key: str, check: Callable[[str, Any], Any]) -> Any:
         """An entry, converted by one of the functions of ``checks`` or one like them."""
+        value = self.value(key)
         with problems_named(self.name(key)):
-            return check(self.name(key), self.value(key))
+            return check(self.name(key), value)
 
     def count(self, key: str, least: int = 0) -> int:
         """An int of at least ``least``."""

@@ -17,8 +17,8 @@ import torch
 from cases import BACKENDS, every_backend, every_case, make
 from torch import Tensor
 
-from autodrop_ext.averaging import ParameterAverage, _Part
-from autodrop_ext.ops.plan import Plan
+import autodrop_ext.ops
+from autodrop_ext.averaging import ParameterAverage
 
 WEIGHTS = (1, 2, 3, 4)
 
@@ -37,26 +37,23 @@ def as_double(t: Tensor) -> Tensor:
     return real.detach().double().clone()
 
 
-def parts_of(tensors: list[Tensor], backend: str) -> list[_Part]:
-    """The two kinds of a model's parts, on one backend."""
-    doubles = [t for t in tensors if t.dtype in (torch.float64, torch.complex128)]
-    others = [t for t in tensors if t.dtype not in (torch.float64, torch.complex128)]
-    result = []
-    for group, is_double in ((others, False), (doubles, True)):
-        plan = Plan([(f"t{i}", t) for i, t in enumerate(group)], torch.device("cpu"))
-        result.append(_Part(plan, None if is_double else BACKENDS[backend].bind(plan)))
-    return result
+def average_on(
+    backend: str, tensors: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> ParameterAverage:
+    """An average that one of the test's backends takes."""
+    monkeypatch.setitem(autodrop_ext.ops.BACKENDS, "cpu", BACKENDS[backend])
+    return ParameterAverage(tensors, backend="cpu")
 
 
 @every_case
 @every_backend
 def test_average_has_the_bits_of_the_reference_and_the_value_of_float64(
-    case: str, backend: str
+    case: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = []
     for name in (backend, "reference"):
         tensors = make(case)
-        parts = parts_of(tensors, name)
+        average = average_on(name, tensors, monkeypatch)
         wanted = [torch.zeros_like(as_double(t)) for t in tensors]
         largest = [torch.zeros_like(w) for w in wanted]
         total = 0.0
@@ -66,10 +63,8 @@ def test_average_has_the_bits_of_the_reference_and_the_value_of_float64(
             for w, most, t in zip(wanted, largest, tensors, strict=True):
                 w += weight * as_double(t)
                 most.copy_(torch.maximum(most, as_double(t).abs()))
-            for part in parts:
-                part.add(weight / total)
-        for part in parts:
-            part.write_back()
+            average.add(weight)
+        assert average.write_back()
         written.append([as_double(t) for t in tensors])
         for t, w, most in zip(tensors, wanted, largest, strict=True):
             eps = torch.finfo(t.dtype).eps
@@ -85,17 +80,15 @@ def test_average_has_the_bits_of_the_reference_and_the_value_of_float64(
 
 @every_case
 @every_backend
-def test_constant_parameters_stay_constant_to_the_bit(case: str, backend: str) -> None:
+def test_constant_parameters_stay_constant_to_the_bit(
+    case: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tensors, original = make(case), make(case)
-    parts = parts_of(tensors, backend)
-    total = 0.0
+    average = average_on(backend, tensors, monkeypatch)
     # The paper's delay; in the interpreter a shorter one does, as every snapshot is the same work.
     for weight in range(1, 4 if backend == "triton" else 21):
-        total += weight
-        for part in parts:
-            part.add(weight / total)
-    for part in parts:
-        part.write_back()
+        average.add(weight)
+    assert average.write_back()
     # torch.equal takes the two zeros for one: the sign of a zero is the one bit that may change.
     assert all(torch.equal(t, o) for t, o in zip(tensors, original, strict=True))
 
@@ -216,7 +209,10 @@ def test_missing_memory_says_how_much_was_needed() -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
-    assert "no memory for the average: 400,000,000 bytes were needed on cpu" in done.stderr
+    assert (
+        "no memory on cpu: 400,000,000 bytes were needed; the average takes 4 bytes for each"
+        in done.stderr
+    )
     assert "average=False" in done.stderr
 
 
@@ -295,16 +291,24 @@ def test_a_state_that_does_not_fit_starts_over() -> None:
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        (3, "got int"),
-        ({}, "got version None"),
-        ({"version": 1, "snapshots": 1}, "got no entry 'total'"),
-        ({"version": 1, "snapshots": 1, "total": "1"}, "got total='1'"),
+        (3, "state_dict: expected a dict, got int"),
+        ({}, "state_dict: no entry 'version'"),
+        ({"version": 2}, r"state_dict\['version'\]: expected 1, which this release reads, got 2"),
+        ({"version": 1, "snapshots": 1, "means": {}}, "state_dict: no entry 'total'"),
+        (
+            {"version": 1, "snapshots": 1, "total": "1", "means": {}},
+            r"state_dict\['total'\]: expected a finite number above 0, got '1'",
+        ),
+        (
+            {"version": 1, "snapshots": 1, "total": 1.0, "means": {"x": [1.0]}},
+            r"state_dict\['means'\]\['x'\]: expected a dense floating-point tensor, got",
+        ),
     ],
 )
 def test_a_wrong_state_changes_nothing(broken: Any, message: str) -> None:
     average = ParameterAverage([torch.ones(3)])
     average.add(1)
-    with pytest.raises(ValueError, match=f"expected a state of ParameterAverage, {message}"):
+    with pytest.raises(ValueError, match=message):
         average.load_state_dict(broken)
     assert average.snapshots == 1
 

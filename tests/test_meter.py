@@ -201,7 +201,7 @@ def test_close_frees_and_starts_over() -> None:
     assert reading is not None and reading.angle is None and math.isnan(reading.norm)
 
 
-def test_two_element_types_on_one_device_share_a_plan() -> None:
+def test_element_types_may_be_mixed() -> None:
     tensors = [torch.randn(5).to(d) for d in (torch.float32, torch.bfloat16, torch.float64)]
     meter = AngularVelocity(tensors, 1)
     for _ in range(3):
@@ -209,4 +209,3 @@ def test_two_element_types_on_one_device_share_a_plan() -> None:
             t += torch.randn(5).to(t.dtype)
         reading = meter.observe()
     assert reading is not None and reading.angle is not None
-    assert meter._arenas is not None and len(meter._arenas) == 1

@@ -228,11 +228,18 @@ def test_other_parameters_warm_up_again() -> None:
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        ([1, 2], "got list"),
-        ({}, "got version None of None"),
-        ({"version": 2, "scheduler": "AutoDrop"}, "got version 2 of 'AutoDrop'"),
-        ({"version": 1, "scheduler": "StepLR"}, "of 'StepLR'"),
-        ({"version": 1, "scheduler": "AutoDrop"}, "no entry base_lrs, detector"),
+        ([1, 2], "^state_dict: expected a dict, got list"),
+        ({}, "^state_dict: no entry 'version'"),
+        (
+            {"version": 2, "scheduler": "AutoDrop"},
+            r"^state_dict\['version'\]: expected 1, which this release reads, got 2",
+        ),
+        (
+            {"version": 1, "scheduler": "StepLR"},
+            r"^state_dict\['scheduler'\]: expected 'AutoDrop', got 'StepLR'",
+        ),
+        ({"version": 1, "scheduler": "AutoDrop"}, "^state_dict: no entry 'settings'"),
+        ({"version": 1, "scheduler": "AutoDrop", "settings": {}}, r"^state_dict\['settings'\]: no"),
     ],
 )
 def test_a_wrong_state_changes_nothing(broken: Any, message: str) -> None:
@@ -250,11 +257,16 @@ def test_a_wrong_state_changes_nothing(broken: Any, message: str) -> None:
 def test_a_broken_meter_state_changes_nothing() -> None:
     run = Run()
     run.train(SAVED_AT)
-    for key, value in (("position", "3"), ("arenas", None), ("variances", 0.0)):
+    for key, value, expected in (
+        ("position", "3", "expected an int, got '3'"),
+        ("position", 4, "expected less than window=4"),
+        ("arenas", None, "expected a dict, got NoneType"),
+        ("variances", 0.0, "expected a list, got 0.0"),
+    ):
         state = run.scheduler.state_dict()
         state["meter"][key] = value
         twin = Run(factor=0.9)
-        with pytest.raises(ValueError, match=f"AngularVelocity, got {key}="):
+        with pytest.raises(ValueError, match=rf"^state_dict\['meter'\]\['{key}'\]: {expected}"):
             twin.scheduler.load_state_dict(state)
         assert twin.scheduler.factor == 0.9
         assert twin.scheduler.meter.window == 4

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..ops.interface import Sums
 from ..ops.window_sums import Extra, WindowSums
 from .agreement import (
     Agreement,
-    DisagreementError,
     Row,
     add_in_order,
     agree,
@@ -72,8 +72,21 @@ class Exchange:
         if isinstance(self.group, Alone):
             return
         here = json.dumps([self.group.stage, self._all(facts)])
-        gathered = [json.loads(text) for text in self.group.gather_text(here)]
+        with self._waiting("its settings could not be compared"):
+            gathered = [json.loads(text) for text in self.group.gather_text(here)]
         check_facts([values for _, values in gathered], [stage for stage, _ in gathered])
+
+    @contextlib.contextmanager
+    def _waiting(self, problem: str) -> Iterator[None]:
+        """Say what it means where a collective fails."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"AngularVelocity on rank {self.group.rank}: {problem} with the other "
+                f"{self.group.size - 1} ranks: one of them is dead, late, or counts fewer steps; "
+                "no learning rate was changed"
+            ) from error
 
     def _all(self, facts: Facts) -> dict[str, Any]:
         return {**self._settings(), **facts()}
@@ -116,24 +129,17 @@ class Exchange:
         row = self._row(counts, layout, sums, totals, facts, len(numbers))
         sent, self._numbers = self._numbers, None
         beside = numbers if len(numbers) == sent else [math.nan] * (sent or 0)
-        try:
+        ended = f"window {counts.windows} ended after {counts.steps} optimizer steps"
+        with self._waiting(f"{ended}, but its sums could not be exchanged"):
             gathered = self.group.gather([*row, *beside])
-            rows = [Row(*values[: len(row)]) for values in gathered]
-            every = [values[len(row) :] for values in gathered]
-            agreement = agree(rows)
-            if facts_differ(rows):
-                self._compare(facts)
-            if sent is None and not agreement.restart and numbers:
+        rows = [Row(*values[: len(row)]) for values in gathered]
+        every = [values[len(row) :] for values in gathered]
+        agreement = agree(rows)
+        if facts_differ(rows):
+            self._compare(facts)
+        if sent is None and not agreement.restart and numbers:
+            with self._waiting(f"{ended}, but its numbers could not be exchanged"):
                 every = self.group.gather(numbers)
-        except DisagreementError:
-            raise
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"AngularVelocity: window {counts.windows} ended on rank {self.group.rank} after "
-                f"{counts.steps} optimizer steps, but its sums could not be exchanged with the "
-                f"other {self.group.size - 1} ranks: one of them is dead, late, or counts fewer "
-                "steps; no learning rate was changed"
-            ) from error
         if agreement.restart:
             return agreement, None
         self._numbers = len(numbers)

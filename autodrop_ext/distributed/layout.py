@@ -63,7 +63,7 @@ class Layout:
         It is 0 where all of them are or none is, because the total then says the same, and for a
         sample.
         """
-        if not self._mixed or sums.sampled:
+        if not self._mixed or sums.fraction < 1:
             return 0.0
         pairs = zip(sums.per_tensor(), self._whole, strict=True)
         return sum(float(table[whole, 3].sum()) for table, whole in pairs)

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..schedulers import AnalyticAutoDrop, AnytimeAutoDrop, AutoDrop, EpochAutoDrop
-
-AnyAutoDrop = AutoDrop | AnytimeAutoDrop | EpochAutoDrop | AnalyticAutoDrop
+from ..schedulers.base import StepScheduler
 
 
-def find_schedulers(scheduler: Any) -> list[AnyAutoDrop]:
+def find_schedulers(scheduler: Any) -> list[Any]:
     """Those in ``scheduler``: itself, or inside of accelerate's wrapper and torch's combinations.
 
     ``SequentialLR`` and ``ChainedScheduler`` may hold several.
     """
-    if isinstance(scheduler, AnyAutoDrop):
+    if isinstance(scheduler, StepScheduler):
         return [scheduler]
     inner = [*getattr(scheduler, "_schedulers", ()), getattr(scheduler, "scheduler", None)]
     return [s for part in inner if part is not None for s in find_schedulers(part)]
 
 
-def prefixed(prefix: str, schedulers: list[AnyAutoDrop]) -> dict[str, float]:
+def prefixed(prefix: str, schedulers: list[Any]) -> dict[str, float]:
     """Newest values of all schedulers; where there are several, their number follows the prefix."""
     metrics: dict[str, float] = {}
     for i, scheduler in enumerate(schedulers):

@@ -35,7 +35,7 @@ class Operations(Protocol):
 
     per_tensor: Tensor
     """float64 ``[num_rows, 4]``: unweighted :class:`Sums` of each row of the plan (a tensor, or a
-    sampled chunk) at the last close."""
+    range of one) at the last close."""
 
     def accumulate(
         self, running: Tensor, mean: Tensor | None, *, first: bool, weight: float = 1.0

@@ -123,21 +123,15 @@ class MemoryWatch:
         with torch._C.DisableTorchFunction():
             return bool(self._parameters.matches(groups))
 
-    def __reduce__(self) -> tuple[Callable[[], MemoryWatch], tuple[()]]:
-        return _nothing, ()
+    def __getstate__(self) -> dict[str, Any]:
+        why_slow = "it is a copy, which watches nothing"
+        return {"_memory": None, "_parameters": None, "why_slow": why_slow}
 
 
 def why_slow() -> str:
     """Why Python compares the addresses here; empty where the compiled core does."""
     compiled = _probe(SYMBOLS)
     return compiled if isinstance(compiled, str) else ""
-
-
-def _nothing() -> MemoryWatch:
-    watch = MemoryWatch.__new__(MemoryWatch)
-    watch._memory = watch._parameters = None
-    watch.why_slow = "it is a copy, which watches nothing"
-    return watch
 
 
 # ---- compiled ---------------------------------------------------------------------------------

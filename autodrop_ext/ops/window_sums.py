@@ -19,7 +19,7 @@ COVARIANCES = 6
 """Entries of a symmetric matrix over dot, norm and previous norm: DD, DA, DB, AA, AB, BB."""
 
 WANDERING = 4
-"""Numbers that say whether a sample's covariances can be trusted; see ``angle.movers``."""
+"""Numbers that say whether estimated covariances can be trusted; see ``angle.movers``."""
 
 
 class Watched(NamedTuple):
@@ -124,11 +124,6 @@ class WindowSums:
     def fraction(self) -> float:
         """Part of the elements that is read."""
         return 1.0
-
-    @property
-    def sampled(self) -> bool:
-        """Whether only a part is read."""
-        return False
 
     @property
     def device_bytes(self) -> int:
@@ -262,7 +257,7 @@ EVERYTHING: dict[str, Any] = {
     "sizes": {},
 }
 """State of sums that read everything. ``torch.distributed.checkpoint`` loads only into what has the
-structure of what was saved, so sampled sums have the same entries."""
+structure of what was saved, so sums of a part have the same entries."""
 
 
 def by_device(tensors: Sequence[Watched]) -> dict[torch.device, list[int]]:

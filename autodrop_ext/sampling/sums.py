@@ -83,11 +83,6 @@ class SampledSums(WindowSums):
         return self.sample.fraction
 
     @property
-    def sampled(self) -> bool:
-        """Whether only a part is read."""
-        return True
-
-    @property
     def device_bytes(self) -> int:
         """Bytes of the arenas and of the survey's copies on all devices together."""
         return super().device_bytes + (0 if self._survey is None else self._survey.device_bytes)

@@ -1,9 +1,15 @@
 """Schedulers: they decide from readings and change learning rates."""
 
-from .analytic import AnalyticAutoDrop, AnalyticDrop
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from .anytime import AnytimeAutoDrop, AnytimeDecision
 from .autodrop import AutoDrop
 from .epoch import EpochAutoDrop, EpochDecision
+
+if TYPE_CHECKING:
+    from .analytic import AnalyticAutoDrop, AnalyticDrop
 
 __all__ = [
     "AnalyticAutoDrop",
@@ -14,3 +20,12 @@ __all__ = [
     "EpochAutoDrop",
     "EpochDecision",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # The analytic scheduler brings the theory with it, which few programs need.
+    if name in ("AnalyticAutoDrop", "AnalyticDrop"):
+        from . import analytic
+
+        return getattr(analytic, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -23,6 +23,8 @@ def window_for(
         min_samples: angles since the last drop before smoothing starts.
         total_decay: in (0, 1).
 
+    This is the package's only rule; the benchmarks use it too.
+
     Returns:
         Optimizer steps, at least 1.
 

@@ -256,7 +256,7 @@ class StepScheduler(LRScheduler):
                 changed.
         """
         state = Entries(state_dict)
-        state.read("version", functools.partial(_check_equal, 1))
+        state.read("version", _check_version)
         state.read("scheduler", functools.partial(_check_equal, type(self).__name__))
         settings = self._read_settings(state.inner("settings"))
         attributes = {
@@ -377,5 +377,10 @@ def as_floats(lrs: Iterable[float | Tensor]) -> list[float]:
 
 
 def _check_equal(expected: Any, name: str, value: Any) -> None:
-    if value != expected or isinstance(value, bool):
-        raise ValueError(f"{name}: expected {expected!r}, which this release reads, got {value!r}")
+    if value != expected:
+        raise ValueError(f"{name}: expected {expected!r}, got {value!r}")
+
+
+def _check_version(name: str, value: Any) -> None:
+    if value != 1 or isinstance(value, bool):
+        raise ValueError(f"{name}: expected 1, which this release reads, got {value!r}")

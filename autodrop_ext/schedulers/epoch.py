@@ -65,8 +65,9 @@ class EpochAutoDrop(DropScheduler):
       by 10 % at a delay of 20. Here the average runs over the ``delay`` epochs after the one that
       met the condition, and its weights add up to one.
     * It checks the condition during the delay too and starts the average over each time it holds,
-      so that with a wide ``theta`` the rate would never drop. Here a pending drop is waited for:
-      the text says "another n_d epochs".
+      so that a drop needs ``delay`` epochs in a row that do not meet it, which a wide ``theta``
+      makes next to impossible. Here a pending drop is waited for: the text says "another n_d
+      epochs".
     * After the averages are written back, the next displacement is measured from them. The
       difference of two angles across a drop counts like any other.
 

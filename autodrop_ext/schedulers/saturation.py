@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from .. import checks
 from ..saved import Entries
@@ -20,7 +20,8 @@ def gaussian_filter(values: Sequence[float], buffer_size: int, kernel: Kernel) -
     value weighs ``exp(-d^2 / (2 sigma^2))``. The paper prints the distance ``d`` between *values*
     and bounds ``sigma`` as if it were a distance in *time*; both readings are offered. It also
     prints ``x_t`` under the sum where the neighbours' values must stand, because with ``x_t`` the
-    filter is the identity.
+    filter is the identity; and it centres the buffer on the value that is smoothed, ``m / 2`` on
+    each side, where a decision at the newest value can only look back.
 
     Args:
         values: degrees, oldest first, at least one.
@@ -53,53 +54,78 @@ class Verdict:
     saturated: bool = False
 
 
+class Seen(NamedTuple):
+    """What a detector has seen since the last saturation.
+
+    Attributes:
+        buffer: the last angles, at most ``buffer_size`` of them.
+        samples: how many angles there have been.
+        smoothed: the newest smoothed value, if there is one.
+    """
+
+    buffer: tuple[float, ...] = ()
+    samples: int = 0
+    smoothed: float | None = None
+
+
 class SaturationDetector:
     """Smooths angles and says when their rise has ended.
 
     Smoothing starts at ``min_samples`` angles since the last saturation and runs over the last
-    ``buffer_size`` of them. Saturation needs two smoothed values, and is reported where the newer
-    exceeds the older by less than ``threshold``; the difference is signed, as printed. The buffer
-    then starts over.
+    ``buffer_size`` of them. Saturation needs two smoothed values since the last one, and is
+    reported where the newer exceeds the older by less than ``threshold``. The difference is signed,
+    so that a fall counts as saturation. The buffer then starts over.
+
+    This is Algorithm 1 of UAI 2024 as far as it can be followed; docs/algorithm.md sets what it
+    prints next to what is done here.
 
     Args:
         threshold: degrees per window.
         buffer_size: ``m``, angles.
-        min_samples: angles; the defaults of both give Algorithm 1 as printed.
+        min_samples: angles. With 10 for both, a first value comes from 10 angles and a second one
+            from the last 10 of 11, as in Algorithm 1, which never holds more than 10.
         kernel: see :func:`gaussian_filter`.
+        seen: what it has seen already; None for nothing.
     """
 
     def __init__(
-        self, threshold: float, buffer_size: int, min_samples: int, kernel: Kernel
+        self,
+        threshold: float,
+        buffer_size: int,
+        min_samples: int,
+        kernel: Kernel,
+        seen: Seen | None = None,
     ) -> None:
         self.threshold = threshold
         self.buffer_size = buffer_size
         self.min_samples = min_samples
         self.kernel = kernel
-        self.reset()
+        self.seen = Seen() if seen is None else seen
 
     def fresh(self) -> SaturationDetector:
         """Another one with the same settings that has seen nothing."""
-        return SaturationDetector(self.threshold, self.buffer_size, self.min_samples, self.kernel)
+        return self._with(Seen())
+
+    def _with(self, seen: Seen) -> SaturationDetector:
+        settings = (self.threshold, self.buffer_size, self.min_samples, self.kernel)
+        return SaturationDetector(*settings, seen)
 
     def reset(self) -> None:
         """Forget all angles."""
-        self._buffer: list[float] = []
-        self._samples = 0
-        self._smoothed: float | None = None
+        self.seen = Seen()
 
     def update(self, angle: float) -> Verdict:
         """Take the next angle, in degrees."""
-        self._buffer.append(angle)
-        del self._buffer[: -self.buffer_size]
-        self._samples += 1
-        if self._samples < self.min_samples:
+        buffer = (*self.seen.buffer, angle)[-self.buffer_size :]
+        samples, last = self.seen.samples + 1, self.seen.smoothed
+        if samples < self.min_samples:
+            self.seen = Seen(buffer, samples, last)
             return Verdict()
-        smoothed = gaussian_filter(self._buffer, self.buffer_size, self.kernel)
-        if self._smoothed is None:
-            self._smoothed = smoothed
+        smoothed = gaussian_filter(buffer, self.buffer_size, self.kernel)
+        self.seen = Seen(buffer, samples, smoothed)
+        if last is None:
             return Verdict(smoothed)
-        rise = smoothed - self._smoothed
-        self._smoothed = smoothed
+        rise = smoothed - last
         saturated = rise < self.threshold
         if saturated:
             self.reset()
@@ -107,10 +133,7 @@ class SaturationDetector:
 
     def copy(self) -> SaturationDetector:
         """Another one that has seen the same angles."""
-        other = self.fresh()
-        other._buffer, other._samples = list(self._buffer), self._samples
-        other._smoothed = self._smoothed
-        return other
+        return self._with(self.seen)
 
     def settings(self) -> dict[str, Any]:
         """Arguments by name."""
@@ -124,9 +147,9 @@ class SaturationDetector:
     def state_dict(self) -> dict[str, Any]:
         """What it has seen since the last saturation."""
         return {
-            "buffer": list(self._buffer),
-            "samples": self._samples,
-            "smoothed": self._smoothed,
+            "buffer": list(self.seen.buffer),
+            "samples": self.seen.samples,
+            "smoothed": self.seen.smoothed,
         }
 
     def restored(self, state: Entries, of: int | None = None) -> SaturationDetector:
@@ -144,16 +167,17 @@ class SaturationDetector:
             state = Entries(
                 {key: _item(columns, key, of) for key in self.state_dict()}, columns.name(str(of))
             )
-        other = self.fresh()
-        other._buffer = state.list("buffer", _check_angle)
-        other._samples = state.count("samples")
-        other._smoothed = state.maybe("smoothed", _check_angle)
-        if len(other._buffer) > self.buffer_size or len(other._buffer) > other._samples:
+        seen = Seen(
+            tuple(state.list("buffer", _check_angle)),
+            state.count("samples"),
+            state.maybe("smoothed", _check_angle),
+        )
+        if len(seen.buffer) > min(self.buffer_size, seen.samples):
             raise ValueError(
                 f"{state.name('buffer')}: expected at most buffer_size={self.buffer_size} and "
-                f"samples={other._samples} angles, got {len(other._buffer)}"
+                f"samples={seen.samples} angles, got {len(seen.buffer)}"
             )
-        return other
+        return self._with(seen)
 
 
 def check_kernel(name: str, value: Any) -> Kernel:

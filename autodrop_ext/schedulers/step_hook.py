@@ -27,6 +27,7 @@ class StepHook:
 
     Attributes:
         marked: whether a real step has happened since the last mark was consumed.
+        consumed: whether the newest mark was consumed.
         real_steps: real steps, consumed or not.
         steps_since_call: those since the scheduler's last call.
         before_step: called before each real step, or None.
@@ -37,7 +38,7 @@ class StepHook:
         self.real_steps = 0
         self.steps_since_call = 0
         self.before_step: Callable[[], None] | None = None
-        self._consumed = False  # whether the newest mark was consumed
+        self.consumed = False
         self._leader: int | None = None  # first parameter of the first of these steps
         self._late_calls = 0
         self._handles: list[Any] = []
@@ -63,13 +64,13 @@ class StepHook:
         def mark(stepped: Optimizer, args: Any, kwargs: Any) -> None:
             hook = this()
             if hook is not None and stepped is of():
-                hook._mark(stepped)
+                hook.mark_step(stepped)
 
         def look(stepped: Optimizer, args: Any, kwargs: Any) -> None:
             hook = this()
             if hook is None or hook.before_step is None or stepped is not of():
                 return
-            if hook._moves(stepped):
+            if hook.moves(stepped):
                 hook.before_step()
 
         handles = [optimizer.register_step_post_hook(_untraced(mark))]
@@ -81,6 +82,11 @@ class StepHook:
         _hooks.setdefault(optimizer, weakref.WeakSet()).add(self)
         return False
 
+    @property
+    def attached(self) -> bool:
+        """Whether the hooks have been registered, and not removed again."""
+        return bool(self._handles)
+
     def remove(self) -> None:
         """Take the hooks off the optimizer."""
         for handle in self._handles:
@@ -90,13 +96,13 @@ class StepHook:
     def consume(self) -> bool:
         """Whether a real step has happened since the last call."""
         marked, self.marked = self.marked, False
-        self._consumed = self._consumed or marked
+        self.consumed = self.consumed or marked
         return marked
 
     def shared(self, optimizer: Optimizer) -> bool:
         """Whether another scheduler has consumed the mark of the same step."""
         others = (hook for hook in _hooks.get(optimizer, ()) if hook is not self)
-        return any(hook._consumed and hook._handles for hook in others)
+        return any(hook.consumed and hook.attached for hook in others)
 
     def called_late(self) -> int | None:
         """Note a call of ``step()``.
@@ -108,10 +114,11 @@ class StepHook:
         self._late_calls = self._late_calls + 1 if steps >= _LATE_STEPS else 0
         return steps if self._late_calls == _LATE_CALLS else None
 
-    def _mark(self, optimizer: Optimizer) -> None:
-        if not self._moves(optimizer):
+    def mark_step(self, optimizer: Optimizer) -> None:
+        """Mark a step that the optimizer has taken, if it has moved parameters."""
+        if not self.moves(optimizer):
             return
-        self.marked, self._consumed = True, False
+        self.marked, self.consumed = True, False
         # DeepSpeed ZeRO steps the optimizer with one part of its parameters after the other.
         leader = next((id(p) for g in optimizer.param_groups for p in g["params"]), None)
         if self.steps_since_call == 0:
@@ -120,7 +127,7 @@ class StepHook:
             self.real_steps += 1
             self.steps_since_call += 1
 
-    def _moves(self, optimizer: Optimizer) -> bool:
+    def moves(self, optimizer: Optimizer) -> bool:
         """Whether the optimizer step at hand moves parameters."""
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and bool(found_inf):

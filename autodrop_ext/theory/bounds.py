@@ -80,45 +80,50 @@ def schedule_bound(problem: Problem, rates: Sequence[float], gaps: Sequence[int]
     Args:
         problem: constants.
         rates: ``alpha_0 >= alpha_1 >= ...``, all in (0, 1].
-        gaps: ``k_i``, iterations at each rate, at least 1.
+        gaps: ``k_i``, iterations at each rate, at least 1; integers of numpy are taken too.
 
     Raises:
         ValueError: lengths differ, rates rise or leave (0, 1], or a gap is below 1.
     """
-    if not rates or len(rates) != len(gaps):
+    if len(rates) == 0 or len(rates) != len(gaps):
         raise ValueError(
             f"gaps: expected one per rate and at least one, got {len(gaps)} for {len(rates)} rates"
         )
-    before = rates[0]
-    squares = 0.0
-    for i, (rate, gap) in enumerate(zip(rates, gaps, strict=True)):
-        count(f"gaps[{i}]", gap, 1)
+    # As Python's numbers: a product in numpy's int32 or float32 would wrap or round.
+    whole = [count(f"gaps[{i}]", gap, 1) for i, gap in enumerate(gaps)]
+    alphas = [
         number(f"rates[{i}]", rate, "a number above 0 and at most 1", lambda x: 0 < x <= 1)
+        for i, rate in enumerate(rates)
+    ]
+    before = alphas[0]
+    squares = 0.0
+    for i, (rate, gap) in enumerate(zip(alphas, whole, strict=True)):
         if rate > before:
             raise ValueError(f"rates[{i}]: expected at most the one before, {before}, got {rate}")
         squares += rate * before + (gap - 1) * rate**2
         before = rate
-    total = math.fsum(gap * rate for rate, gap in zip(rates, gaps, strict=True))
-    return problem.bound(math.fsum(rates), total, squares)
+    total = math.fsum(gap * rate for rate, gap in zip(alphas, whole, strict=True))
+    return problem.bound(math.fsum(alphas), total, squares)
 
 
 def bound_after_drops(
-    problem: Problem, n: int, kappa1: float, kappa2: float, *, sums: Sums = "printed"
+    problem: Problem, n: int, kappa1: float, kappa2: float, *, sums: Sums = "exact"
 ) -> float:
     """Theorem 5.1 after ``n`` rates; its value is in the 2021 paper's Theorem 2 and in (40).
 
     UAI 2024 states only ``O(log n / sqrt(n))``; the proof gives ``O(log n / n)``.
 
-    "printed" takes ``log(n + 1) - log 2`` and ``log n`` for the sums (32) and (34). Those integrals
-    lie below the sums that they are to bound (both are 0 at ``n = 1``); "exact" takes the sums
-    themselves, ``H_{n+1} - 1`` and ``H_n`` with ``H`` the harmonic numbers.
+    "exact", the default, takes the sums (32) and (34) themselves, ``H_{n+1} - 1`` and ``H_n`` with
+    ``H`` the harmonic numbers. "printed" takes ``log(n + 1) - log 2`` and ``log n`` for them, as
+    the papers do: those integrals are below the sums that they are to bound (both are 0 at
+    ``n = 1``), so that what "printed" returns is no bound.
 
     Args:
         problem: constants.
         n: number of rates; they satisfy (10), such as ``(i + 2)^(-1)``.
         kappa1: ``k_i alpha_i >= kappa1``.
         kappa2: ``k_i alpha_i alpha_{i-1} <= kappa2 / (i + 1)``.
-        sums: "printed" or "exact".
+        sums: "exact" or "printed".
     """
     count("n", n, 1)
     _check_constants(kappa1, kappa2)
@@ -137,8 +142,8 @@ def bound_after_iterations(
 ) -> float:
     """Theorem 5.2 after ``T`` iterations of Algorithm 2: ``O(log T / sqrt(T))``, (12) of 2021.
 
-    :func:`bound_after_drops` as printed, with ``n`` replaced by its upper bound of (41) inside the
-    logarithms and by its lower bound in the denominators.
+    :func:`bound_after_drops` with ``sums="printed"``, and ``n`` replaced by its upper bound of (41)
+    inside the logarithms and by its lower bound in the denominators.
 
     Raises:
         ValueError: ``T <= 9 kappa2 / 2``, where the lower bound on ``n`` is not positive; the

@@ -49,13 +49,23 @@ class VelocityModel:
         number("epsilon", self.epsilon)
 
     def velocity(self, t: _Time, lr: float) -> _Time:
-        """``v_lr(t)`` in radians, ``t`` iterations after the rate was last changed."""
+        """``v_lr(t)`` in radians, ``t`` iterations after the rate was last changed.
+
+        Raises:
+            ValueError: ``t`` or an element of it is negative or NaN, where the model says nothing.
+        """
         slope = self.gamma * self._checked(lr)
+        _check_times(t)
         return self.limit(lr) * (1 - 1 / (slope * t + 1))
 
     def derivative(self, t: _Time, lr: float) -> _Time:
-        """``v'_lr(t)`` in radians per iteration, as the proof of Theorem 5.2 begins."""
+        """``v'_lr(t)`` in radians per iteration, as the proof of Theorem 5.2 begins.
+
+        Raises:
+            ValueError: ``t`` or an element of it is negative or NaN, as for :meth:`velocity`.
+        """
         slope = self.gamma * self._checked(lr)
+        _check_times(t)
         curve = slope * t + 1
         return self.limit(lr) * slope / curve / curve  # the square could overflow
 
@@ -170,9 +180,12 @@ def kappa_1(gamma: float) -> float:
 def kappa_2(gamma: float, tau0: float) -> float:
     """``max(sqrt(2 pi / (3 tau0)), sqrt(4 pi / 3)) / gamma``: ``k_i <= kappa_2 / alpha_i``, (38).
 
-    The papers keep only the first term. It is the larger one up to ``tau0 = 1/2``; for the rest of
-    the range that Theorem 5.2 allows, ``tau0 < 2``, the printed constant is no upper bound, and the
-    second term of the proof's own maximum is needed.
+    The papers keep only the first term, which is the larger one up to ``tau0 = 1/2``. Up to
+    ``tau0 = 2 pi / (3 (sqrt(4 pi / 3) - 1)^2) = 1.912`` the printed constant still bounds the real
+    :meth:`VelocityModel.gap_length`, because the proof leaves a term of ``-1 / (gamma lr)`` out;
+    only the integer :meth:`VelocityModel.drop_gap`, which is up to 1 longer, can exceed it. Above
+    1.912, in what is left of Theorem 5.2's range ``tau0 < 2``, real gaps exceed it too where
+    ``epsilon lr`` is close to 1/3. The second term of the proof's own maximum bounds all of them.
     """
     largest = max(2 * math.pi / (3 * check_tau0(tau0)), 4 * math.pi / 3)
     return math.sqrt(largest) / number("gamma", gamma)
@@ -214,6 +227,12 @@ def drop_count_bounds(iterations: int, kappa1: float, kappa2: float) -> tuple[fl
     count("iterations", iterations, 1)
     _check_kappas(kappa1, kappa2)
     return math.sqrt(2 * iterations / kappa2) - 3, math.sqrt(2 * iterations / kappa1)
+
+
+def _check_times(t: float | Tensor) -> None:
+    # Written so that NaN fails.
+    if not (bool((t >= 0).all()) if isinstance(t, Tensor) else t >= 0):
+        raise ValueError(f"t: expected iterations of at least 0, got {t!r}")
 
 
 def check_tau0(tau0: float) -> float:

@@ -20,7 +20,7 @@ from shapes import tensors
 
 from autodrop_ext import AngularVelocity
 from autodrop_ext.ops import select
-from autodrop_ext.ops.device_sums import Arenas
+from autodrop_ext.ops.device_sums import DeviceSums
 from autodrop_ext.ops.plan import Plan
 
 ROUNDS, WINDOW = 15, 64
@@ -68,9 +68,9 @@ def compare(
     }
 
 
-def arenas_of(params: list[torch.Tensor]) -> Arenas:
+def device_sums_of(params: list[torch.Tensor]) -> DeviceSums:
     cpu = torch.device("cpu")
-    return Arenas(Plan([(f"p{i}", p) for i, p in enumerate(params)], cpu), select("cpu", "cpu"))
+    return DeviceSums(Plan([(f"p{i}", p) for i, p in enumerate(params)], cpu), select("cpu", "cpu"))
 
 
 def bytes_of(params: list[torch.Tensor]) -> tuple[int, int]:
@@ -83,10 +83,10 @@ def bytes_of(params: list[torch.Tensor]) -> tuple[int, int]:
 @pytest.mark.benchmark(group="accumulate")
 def test_accumulate(benchmark: Any, model: str, dtype: torch.dtype, peer: Any) -> None:
     params = tensors(model, dtype)
-    arenas, other = arenas_of(params), peer(params)
+    arenas, other = device_sums_of(params), peer(params)
     arenas.begin("sum")
     n, own = bytes_of(params)
-    compare(benchmark, lambda: arenas.accumulate(first=False), other.accumulate, own + 8 * n)
+    compare(benchmark, lambda: arenas.add(first=False), other.accumulate, own + 8 * n)
 
 
 @pytest.mark.parametrize("peer", [Foreach, ForeachFloat32], ids=["foreach", "foreach32"])
@@ -94,8 +94,8 @@ def test_accumulate(benchmark: Any, model: str, dtype: torch.dtype, peer: Any) -
 @pytest.mark.benchmark(group="close")
 def test_close(benchmark: Any, model: str, dtype: torch.dtype, peer: Any) -> None:
     params = tensors(model, dtype)
-    arenas, other = arenas_of(params), peer(params)
-    for part in (arenas.running, arenas.previous, arenas.third):
+    arenas, other = device_sums_of(params), peer(params)
+    for part in (arenas.running, arenas.previous, arenas.before):
         part.normal_()
     for sums in (other.running, other.previous, other.before):
         for t in sums:

@@ -29,7 +29,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from autodrop_ext.distributed import Row, agree, find_ranks
+from autodrop_ext.distributed.agreement import Row, agree, facts_differ
+from autodrop_ext.distributed.group import find_group
 
 ROW_BYTES = 8 * len(Row._fields)  # float64
 STEPS_PER_WINDOW = 64  # the default window
@@ -54,13 +55,17 @@ def row(rank: int, ranks: int, stages: int, held: int) -> Row:
         windows=10.0,
         window=float(STEPS_PER_WINDOW),
         calls=640.0,
-        usable=3.0,
-        layout=float(2**47 + stage),  # as long as a real hash: agree compares it in words
+        windows_since_restart=3.0,
+        restart=0.0,
+        settings=float(2**45),  # equal on all ranks, as the rates are
+        rates=float(2**44),
+        layout=float(2**47 + stage),  # as long as a real hash
         held=float(2**46 + held),
         stage=float(stage),
         num_stages=float(stages),
         numbers=0.0,
         elements=2.0**33 / stages / members,
+        spread=0.0,
         model_elements=2.0**33 / stages,
         replicated=0.0,
         dot=0.123456789 / ranks,
@@ -70,12 +75,19 @@ def row(rank: int, ranks: int, stages: int, held: int) -> Row:
     )
 
 
+def judge(rows: list[list[float]]) -> None:
+    """What every rank does with the rows of all ranks."""
+    named = [Row(*values) for values in rows]
+    agree(named)
+    if facts_differ(named):
+        raise SystemExit("the benchmark's ranks have different settings")
+
+
 def exchange(rank: int, ranks: int, windows: int, store: str, output: str) -> None:
     """One process: time both parts of every window, and let rank 0 write all ranks' times."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
-    group = find_ranks(None, [])
-    assert group is not None
+    group = find_group(None, [])
     mine = row(rank, ranks, 1, held=rank)
     times: list[tuple[float, float]] = []
     for _ in range(WARM_UP + windows):
@@ -83,7 +95,7 @@ def exchange(rank: int, ranks: int, windows: int, store: str, output: str) -> No
         begin = time.perf_counter()
         rows = group.gather(mine)
         gathered = time.perf_counter()
-        agree([Row(*values) for values in rows])
+        judge(rows)
         times.append((gathered - begin, time.perf_counter() - gathered))
     everyone: list[Any] = [None] * ranks
     dist.all_gather_object(everyone, times[WARM_UP:])
@@ -116,7 +128,7 @@ def measure_agree(ranks: int) -> dict[str, float]:
         times = []
         for _ in range(REPEATS):
             begin = time.perf_counter()
-            agree([Row(*values) for values in rows.tolist()])
+            judge(rows.tolist())
             times.append(time.perf_counter() - begin)
         result[f"agree_{layout}_s"] = statistics.median(times)
     return result

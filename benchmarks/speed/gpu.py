@@ -32,7 +32,7 @@ from torch import Tensor
 
 from autodrop_ext import AngularVelocity
 from autodrop_ext.ops import BACKENDS
-from autodrop_ext.ops.device_sums import Arenas
+from autodrop_ext.ops.device_sums import DeviceSums
 from autodrop_ext.ops.plan import Plan
 
 ROUNDS, WINDOW = 20, 64
@@ -179,7 +179,7 @@ def measure(name: str, dtype: torch.dtype, device: torch.device, note: Note) -> 
     plan_seconds = time.perf_counter() - start
     wanted = ("cuda", "triton") if device.type == "cuda" else ("cpu",)
     usable = [b for b in wanted if BACKENDS[b].missing(device) is None]
-    arenas = {b: Arenas(plan, BACKENDS[b]) for b in usable}
+    arenas = {b: DeviceSums(plan, BACKENDS[b]) for b in usable}
     for a in arenas.values():
         a.begin("sum")
 
@@ -198,7 +198,7 @@ def measure(name: str, dtype: torch.dtype, device: torch.device, note: Note) -> 
 
     huge = n > 2**31
     calls: dict[str, Callable[[], object]] = {
-        b: (lambda a=a: a.accumulate(first=False)) for b, a in arenas.items()
+        b: (lambda a=a: a.add(first=False)) for b, a in arenas.items()
     }
     closes: dict[str, Callable[[], object]] = {
         b: (lambda a=a: a.close(WINDOW)) for b, a in arenas.items()
@@ -216,11 +216,11 @@ def measure(name: str, dtype: torch.dtype, device: torch.device, note: Note) -> 
         note(what | {"who": b, "operation": "ten closes give the same bits", "same": same})
 
 
-def rewind(arenas: Arenas) -> bool:
+def rewind(arenas: DeviceSums) -> bool:
     """Give the arenas the same contents as before, so that a close can be repeated."""
     generator = torch.Generator(arenas.plan.device).manual_seed(0)
-    for role in Arenas.ROLES:
-        getattr(arenas, role).normal_(generator=generator)
+    for arena in (arenas.running, arenas.previous, arenas.before):
+        arena.normal_(generator=generator)
     return True
 
 

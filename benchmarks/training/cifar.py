@@ -1,4 +1,4 @@
-"""CIFAR-10 from a folder of JPEGs or from the published files, cached as one uint8 array."""
+"""CIFAR-10 and CIFAR-100 from folders of images or from the published files, cached as uint8."""
 
 from __future__ import annotations
 
@@ -15,37 +15,49 @@ from torch import Tensor
 SIDE = 32
 _PIXELS = 3 * SIDE * SIDE
 _RECORD = 2 + _PIXELS  # 0 train or 1 test, label, then the pixels [3, 32, 32]
-CACHE = "cifar10-uint8.npy"
+CLASSES = (10, 100)
+_ENDINGS = (".jpg", ".jpeg", ".png")
 
 
-class Cifar10(NamedTuple):
-    """Images are uint8 ``[n, 3, 32, 32]``, labels int64 ``[n]``."""
+def cache_name(classes: int) -> str:
+    """Name of the cache's file next to the data."""
+    return f"cifar{classes}-uint8.npy"
+
+
+class Cifar(NamedTuple):
+    """Images are uint8 ``[n, 3, 32, 32]``, labels int64 ``[n]`` from 0 to below ``classes``."""
 
     train_images: Tensor
     train_labels: Tensor
     test_images: Tensor
     test_labels: Tensor
+    classes: int
 
 
-def load_cifar10(root: str | Path, cache: str | Path | None = None) -> Cifar10:
-    """Read CIFAR-10; the first time it is decoded, then read from the cache.
+def load_cifar(root: str | Path, classes: int, cache: str | Path | None = None) -> Cifar:
+    """Read CIFAR-10 or CIFAR-100; the first time it is decoded, then read from the cache.
 
-    ``root`` holds ``train/CLASS/*.jpg`` and ``test/CLASS/*.jpg`` (the classes in alphabetical
-    order are 0 to 9), or the published files, either as pickles (``data_batch_1`` ...) or binary
-    (``data_batch_1.bin`` ...), directly or in their usual folder. Pickles are read without running
-    code from them.
+    ``root`` holds ``train/CLASS/*.jpg`` and ``test/CLASS/*.jpg`` (or PNGs; the classes are numbered
+    in alphabetical order), or the published files, either as pickles (``data_batch_1`` ... and
+    ``test_batch``; ``train`` and ``test`` of CIFAR-100) or binary (the same with ``.bin``),
+    directly or in their usual folder. Of CIFAR-100's two labels the fine one is taken. Pickles are
+    read without running code from them.
 
     Args:
         root: folder of the data.
+        classes: how many there must be, 10 or 100.
         cache: file of the decoded array, uint8 ``[n, 3074]``; next to the data unless given. It is
             trusted as it is: delete it when the data changes.
 
     Raises:
         FileNotFoundError: none of the three forms is there.
-        ValueError: a file is not what it should be; the message names it.
+        ValueError: a file is not what it should be, or there is another number of classes; the
+            message names it.
     """
+    if classes not in CLASSES:
+        raise ValueError(f"classes: expected 10 or 100, got {classes!r}")
     root = Path(root)
-    path = root / CACHE if cache is None else Path(cache)
+    path = root / cache_name(classes) if cache is None else Path(cache)
     if path.exists():
         records = np.load(path)
         if records.dtype != np.uint8 or records.ndim != 2 or records.shape[1] != _RECORD:
@@ -54,8 +66,13 @@ def load_cifar10(root: str | Path, cache: str | Path | None = None) -> Cifar10:
                 "delete it to decode the data again"
             )
     else:
-        records = _decode(root)
+        records = _decode(root, classes)
         _write(path, records)
+    found = int(records[:, 1].max(initial=0)) + 1
+    if found > classes:
+        raise ValueError(
+            f"{path}: expected labels of {classes} classes, got a label of {found - 1}"
+        )
     parts = []
     for split in (0, 1):
         chosen = records[records[:, 0] == split]
@@ -63,33 +80,55 @@ def load_cifar10(root: str | Path, cache: str | Path | None = None) -> Cifar10:
             raise ValueError(f"{path}: expected train and test images, got none of one kind")
         parts.append(torch.from_numpy(chosen[:, 2:].reshape(-1, 3, SIDE, SIDE)))
         parts.append(torch.from_numpy(chosen[:, 1].astype(np.int64)))
-    return Cifar10(*parts)
+    return Cifar(*parts, classes)
 
 
-def _decode(root: Path) -> np.ndarray:
+def _decode(root: Path, classes: int) -> np.ndarray:
     if (root / "train").is_dir() and (root / "test").is_dir():
-        return np.concatenate([_jpegs(root / "train", 0), _jpegs(root / "test", 1)])
-    for folder in (root, root / "cifar-10-batches-py", root / "cifar-10-batches-bin"):
+        return np.concatenate(
+            [_images(root / "train", 0, classes), _images(root / "test", 1, classes)]
+        )
+    name = "cifar-10-batches" if classes == 10 else "cifar-100"
+    binary = f"{name}-bin" if classes == 10 else f"{name}-binary"
+    pickles = f"{name}-py" if classes == 10 else f"{name}-python"
+    for folder in (root, root / pickles, root / binary):
         for ending, read in (("", _pickled), (".bin", _binary)):
-            train = sorted(folder.glob(f"data_batch_[1-5]{ending}"))
-            test = folder / f"test_batch{ending}"
+            train, test = _published(folder, classes, ending)
             if train and test.is_file():
-                return np.concatenate([*(read(p, 0) for p in train), read(test, 1)])
+                parts = [read(p, 0, classes) for p in train]
+                return np.concatenate([*parts, read(test, 1, classes)])
+    expected = "data_batch_1 ... and test_batch" if classes == 10 else "train and test"
     raise FileNotFoundError(
-        f"{root}: expected train/CLASS/*.jpg and test/CLASS/*.jpg, or data_batch_1 ... and "
-        "test_batch of CIFAR-10 (pickles or .bin), found none of them"
+        f"{root}: expected train/CLASS/*.jpg and test/CLASS/*.jpg, or {expected} of "
+        f"CIFAR-{classes} (pickles or .bin), found none of them"
     )
 
 
-def _jpegs(folder: Path, split: int) -> np.ndarray:
+def _published(folder: Path, classes: int, ending: str) -> tuple[list[Path], Path]:
+    """Files of the training images, and the one of the test images."""
+    if classes == 10:
+        return sorted(folder.glob(f"data_batch_[1-5]{ending}")), folder / f"test_batch{ending}"
+    train = folder / f"train{ending}"
+    return [train] if train.is_file() else [], folder / f"test{ending}"
+
+
+def _images(folder: Path, split: int, classes: int) -> np.ndarray:
     from PIL import Image
 
-    classes = sorted(p for p in folder.iterdir() if p.is_dir())
+    places = sorted(p for p in folder.iterdir() if p.is_dir())
     files = [
-        (label, path) for label, place in enumerate(classes) for path in sorted(place.glob("*.jpg"))
+        (label, path)
+        for label, place in enumerate(places)
+        for path in sorted(place.iterdir())
+        if path.suffix.lower() in _ENDINGS
     ]
     if not files:
         raise FileNotFoundError(f"{folder}: expected CLASS/*.jpg, found no image")
+    if len(places) != classes:
+        raise ValueError(
+            f"{folder}: expected {classes} folders, one for each class, got {len(places)}; this is "
+            f"not CIFAR-{classes}"
+        )
     records = np.empty((len(files), _RECORD), np.uint8)
     records[:, 0] = split
     for record, (label, path) in zip(records, files, strict=True):
@@ -102,23 +141,25 @@ def _jpegs(folder: Path, split: int) -> np.ndarray:
     return records
 
 
-def _binary(path: Path, split: int) -> np.ndarray:
+def _binary(path: Path, split: int, classes: int) -> np.ndarray:
     content = np.fromfile(path, np.uint8)
-    if not content.size or content.size % (1 + _PIXELS):
+    labels = 1 if classes == 10 else 2  # of CIFAR-100 a coarse one first
+    if not content.size or content.size % (labels + _PIXELS):
         raise ValueError(
-            f"{path}: expected records of {1 + _PIXELS} bytes, got {content.size} bytes in all"
+            f"{path}: expected records of {labels + _PIXELS} bytes, got {content.size} bytes in all"
         )
-    content = content.reshape(-1, 1 + _PIXELS)
+    content = content.reshape(-1, labels + _PIXELS)[:, labels - 1 :]
     return np.concatenate([np.full((len(content), 1), split, np.uint8), content], axis=1)
 
 
-def _pickled(path: Path, split: int) -> np.ndarray:
+def _pickled(path: Path, split: int, classes: int) -> np.ndarray:
+    key = b"labels" if classes == 10 else b"fine_labels"
     with path.open("rb") as file:
         batch = _ArraysOnly(file, encoding="bytes").load()
     try:
-        pixels, labels = np.asarray(batch[b"data"]), np.asarray(batch[b"labels"], np.uint8)
+        pixels, labels = np.asarray(batch[b"data"]), np.asarray(batch[key], np.uint8)
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}: expected a dict with b'data' and b'labels'") from error
+        raise ValueError(f"{path}: expected a dict with b'data' and {key!r}") from error
     if pixels.dtype != np.uint8 or pixels.shape != (len(labels), _PIXELS):
         raise ValueError(
             f"{path}: expected data of uint8 [{len(labels)}, {_PIXELS}], "
@@ -144,7 +185,7 @@ class _ArraysOnly(pickle.Unpickler):
                 return known[place]
         elif (module, name) == ("_codecs", "encode"):  # bytes, in pickles by Python 3
             return lambda text, encoding: text.encode(encoding)
-        raise ValueError(f"a CIFAR-10 pickle holds no {module}.{name}")
+        raise ValueError(f"a pickle of CIFAR holds no {module}.{name}")
 
 
 def _write(path: Path, records: np.ndarray) -> None:

@@ -21,14 +21,19 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from training.ablations import VARIED, ablation_specs
+from training.exhibits import EXHIBITS
 from training.loop import RunSpec
+from training.paper import Options, list_exhibits, make_exhibit
 from training.parallel import train_all
+from training.ranks import Ranks, start_ranks
+from training.recipes import RECIPES
 from training.report import write_report
 from training.schedules import SCHEDULES, window_for
+from training.sources import SOURCES
 from training.table import compare, recipe_of
-from training.tasks import IMAGE_MODELS, MODELS
+from training.tasks import MODELS
 
-SMALL = tuple(model for model in MODELS if model not in IMAGE_MODELS)
+SMALL = tuple(model for model in MODELS if model not in RECIPES)
 _NEEDS = {"schedule-free": "schedulefree", "prodigy": "prodigyopt"}
 
 
@@ -48,6 +53,45 @@ class Setting(click.ParamType):
             return name, ast.literal_eval(text)
         except (SyntaxError, ValueError):
             return name, text
+
+
+class Grid(click.ParamType):
+    """``SCHEDULE.NAME=VALUE,VALUE``; every value is a Python literal, or else a string."""
+
+    name = "schedule.name=values"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, str, tuple[Any, ...]]:
+        """Schedule, setting and its values."""
+        if isinstance(value, tuple):
+            return value
+        place, sign, text = value.partition("=")
+        schedule, dot, name = place.partition(".")
+        if not (sign and dot and name and text) or schedule not in SCHEDULES:
+            self.fail(f"expected SCHEDULE.NAME=VALUE,VALUE, got {value!r}", param, ctx)
+        if name not in SCHEDULES[schedule].settings:
+            known = ", ".join(SCHEDULES[schedule].settings) or "none"
+            self.fail(f"{schedule} has the settings {known}; got {name}", param, ctx)
+        values = [Setting().convert(f"x={part}", param, ctx)[1] for part in text.split(",")]
+        return schedule, name, tuple(values)
+
+
+class Place(click.ParamType):
+    """``DATASET=FOLDER``."""
+
+    name = "dataset=folder"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, str]:
+        """The data set's name and a folder that is there."""
+        if isinstance(value, tuple):
+            return value
+        name, sign, folder = value.partition("=")
+        if not sign or name not in SOURCES:
+            self.fail(
+                f"expected one of {', '.join(SOURCES)} and =FOLDER, got {value!r}", param, ctx
+            )
+        if name != "bert" and not Path(folder).is_dir():
+            self.fail(f"{name}: expected a folder, got {folder!r}", param, ctx)
+        return name, folder
 
 
 def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -74,7 +118,7 @@ _run_options = _options(
         "--device",
         default="auto",
         show_default=True,
-        help="auto: a GPU for image models where there is one.",
+        help="auto: a GPU for the papers' models where there is one; with torchrun each process's.",
     ),
     click.option(
         "--precision",
@@ -86,17 +130,34 @@ _run_options = _options(
     click.option(
         "--data",
         type=click.Path(exists=True, file_okay=False),
-        help="CIFAR-10: a folder with train/CLASS/*.jpg and test/CLASS/*.jpg, or with the "
-        "published files.",
+        help="Folder of the papers' models' data; `paper` says what it must hold.",
     ),
     click.option(
         "--cache",
         type=click.Path(dir_okay=False),
-        help="File of the decoded images.  [default: in the data's folder]",
+        help="File of what is decoded once.  [default: in the data's folder]",
     ),
-    click.option("--batch", type=click.IntRange(1), help="Images a step.  [default: 128]"),
     click.option(
-        "--subset", type=click.IntRange(1), help="Images to train and to test on.  [default: all]"
+        "--batch", type=click.IntRange(1), help="Examples a step.  [default: the model's]"
+    ),
+    click.option(
+        "--subset", type=click.IntRange(1), help="Examples to train and to test on.  [default: all]"
+    ),
+    click.option(
+        "--workers",
+        type=click.IntRange(0),
+        default=0,
+        show_default=True,
+        help="Processes that decode images (ImageNet).",
+    ),
+    click.option("--checkpoint", help="GLUE: folder or hub name of the pretrained model."),
+    click.option(
+        "--warmup",
+        "warmup_steps",
+        type=click.IntRange(0),
+        metavar="STEPS",
+        help="The rate rises linearly over these steps, under any schedule.  [default: the "
+        "model's, or none]",
     ),
     click.option(
         "--log-every", type=click.IntRange(1), default=50, show_default=True, help="Steps."
@@ -146,7 +207,7 @@ def cli() -> None:
     "--angles",
     type=click.IntRange(1),
     metavar="WINDOW",
-    help="Also measure the angular velocity; it goes into the log.",
+    help="Also measure the angular velocity; it goes into the log and the result.",
 )
 @_run_options
 def run(
@@ -200,6 +261,15 @@ def run(
     help="Choose each schedule's initial rate from the model's grid first, on another seed and "
     "held-out training data. Without, all start at --lr.",
 )
+@click.option(
+    "--search",
+    "grids",
+    type=Grid(),
+    multiple=True,
+    metavar="SCHEDULE.NAME=V,V",
+    help="Also try these values of a setting at each initial rate, such as "
+    "exponential.gamma=0.8,0.9,0.95,0.99,0.999; may be given several times.",
+)
 @_processes
 @_run_options
 def table(
@@ -207,6 +277,7 @@ def table(
     schedules: Sequence[str],
     seeds: int,
     tune: bool,
+    grids: Sequence[tuple[str, str, tuple[Any, ...]]],
     processes: int,
     output: Path,
     **options: Any,
@@ -217,6 +288,11 @@ def table(
     """
     if tune and options["lr"] is not None:
         raise click.UsageError("--lr has no meaning with --tune; add --no-tune")
+    if grids and not tune:
+        raise click.UsageError("--search has no meaning with --no-tune")
+    search: dict[str, dict[str, tuple[Any, ...]]] = {}
+    for schedule, setting, values in grids:
+        search.setdefault(schedule, {})[setting] = values
     bases = [_spec(model, schedule="constant", **options) for model in models]
     names = list(schedules or SCHEDULES)
     _check([_with(base, name) for base in bases for name in names])
@@ -227,6 +303,7 @@ def table(
             range(seeds),
             tune=tune,
             train=lambda specs, title: _train(specs, title, output, processes=processes),
+            search=search,
         )
     _report([output], output)
 
@@ -289,6 +366,123 @@ def report(results: Sequence[Path], target: Path) -> None:
     _report(results, target)
 
 
+@cli.command()
+@click.argument("names", nargs=-1, metavar="[TABLE or FIGURE]...")
+@click.option(
+    "--data",
+    "places",
+    type=Place(),
+    multiple=True,
+    help="Where a data set is; may be given several times.",
+)
+@click.option(
+    "--model",
+    "models",
+    type=click.Choice(list(RECIPES)),
+    multiple=True,
+    metavar="NAME",
+    help=f"Only this one: {', '.join(RECIPES)}.",
+)
+@click.option(
+    "--schedule",
+    "schedules",
+    type=click.Choice(list(SCHEDULES)),
+    multiple=True,
+    metavar="NAME",
+    help="Only this one.",
+)
+@click.option("--seeds", type=click.IntRange(1), help="At most so many.  [default: the paper's]")
+@click.option("--epochs", type=click.IntRange(1), help="[default: the paper's]")
+@click.option("--subset", type=click.IntRange(1), help="Examples.  [default: all]")
+@click.option("--batch", type=click.IntRange(1), help="Examples a step.  [default: the paper's]")
+@click.option(
+    "--cache",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of what is decoded once.  [default: the data's]",
+)
+@click.option("--workers", type=click.IntRange(0), default=8, show_default=True)
+@click.option("--device", default="auto", show_default=True)
+@click.option(
+    "--precision", type=click.Choice(["auto", "bf16", "fp32"]), default="auto", show_default=True
+)
+@click.option(
+    "--finished", is_flag=True, help="Train nothing: make tables and figures of what there is."
+)
+@click.option(
+    "--rounds", type=click.IntRange(1), default=5, show_default=True, help="Of uai-table-3."
+)
+@click.option(
+    "--steps",
+    type=click.IntRange(1),
+    default=60,
+    show_default=True,
+    help="Of each of its rounds; five of 60 hold one change of TLR's rate.",
+)
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    default="build/paper",
+    show_default=True,
+)
+def paper(
+    names: Sequence[str],
+    places: Sequence[tuple[str, str]],
+    models: Sequence[str],
+    schedules: Sequence[str],
+    seeds: int | None,
+    cache: Path | None,
+    device: str,
+    precision: str,
+    finished: bool,
+    rounds: int,
+    steps: int,
+    output: Path,
+    **base: Any,
+) -> None:
+    """Tables and figures of the papers: what there is, or run and make some of it.
+
+    Without a name: all of them, the data that they need, and how many runs are finished. With
+    names such as uai-table-2 or 2021-figure-7, or with all: trains what is missing, prints the
+    paper's numbers next to ours, and draws. Finished runs are not run again, interrupted ones go
+    on. On several GPUs: torchrun --nproc-per-node 8 benchmarks/training/command.py paper ...
+    """
+    unknown = [name for name in names if name not in EXHIBITS and name != "all"]
+    if unknown:
+        raise click.UsageError(
+            f"expected names that the command without one lists, got {', '.join(unknown)}"
+        )
+    own = start_ranks()
+    on_gpu = torch.cuda.is_available()
+    device = own or (("cuda" if on_gpu else "cpu") if device == "auto" else device)
+    bf16 = device.startswith("cuda") if precision == "auto" else precision == "bf16"
+    options = Options(
+        output,
+        dict(places),
+        models,
+        schedules,
+        seeds,
+        cache,
+        {**base, "device": device, "bf16": bf16},
+        {"device": device, "bf16": bf16, "rounds": rounds, "steps": steps},
+    )
+    if not names:
+        click.echo("\n".join(list_exhibits(options)))
+        return
+    for name in EXHIBITS if "all" in names else names:
+        try:
+            written = make_exhibit(
+                name,
+                options,
+                None
+                if finished
+                else lambda specs, title: _train(specs, title, output, processes=1),
+            )
+        except (OSError, ValueError, ImportError) as error:
+            raise click.ClickException(str(error)) from error
+        for path in written if Ranks().first else ():
+            click.echo(path.read_text() if path.suffix == ".md" else path)
+
+
 @cli.command(name="list")
 def list_schedules() -> None:
     """Schedules, their settings, and where these come from."""
@@ -301,11 +495,12 @@ def list_schedules() -> None:
 
 
 def _spec(model: str, *, device: str, precision: str, **options: Any) -> RunSpec:
-    on_gpu = model in IMAGE_MODELS and torch.cuda.is_available()
+    on_gpu = model in RECIPES and torch.cuda.is_available()
     device = ("cuda" if on_gpu else "cpu") if device == "auto" else device
+    device = start_ranks() or device
     bf16 = device.startswith("cuda") if precision == "auto" else precision == "bf16"
-    if model in IMAGE_MODELS and options["data"] is None:
-        raise click.UsageError(f"{model} needs --data, the folder of CIFAR-10")
+    if model in RECIPES and options["data"] is None:
+        raise click.UsageError(f"{model} needs --data, the folder of {RECIPES[model].data}")
     return RunSpec(model=model, device=device, bf16=bf16, **options)
 
 
@@ -341,10 +536,10 @@ def _train(
             output,
             processes=processes,
             title=title,
-            console=Console(stderr=True),
+            console=Console(stderr=True, quiet=not Ranks().first),
             keep_checkpoint=keep_checkpoint,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise click.ClickException(str(error)) from error
 
 

@@ -20,7 +20,10 @@ class Driver:
             with the epoch's training loss.
         lr: reads the learning rate where it is not the first group's ``lr``.
         averages: evaluate other parameters than the trained ones, by the optimizer's ``eval()`` and
-            ``train()`` (schedule-free); batch-norm statistics are then measured anew.
+            ``train()`` (schedule-free); batch-norm statistics are then measured again.
+        warmup_steps: over these first steps the rate of the schedule is multiplied by a factor that
+            rises linearly to 1. A schedule that is stepped after every step begins after them; one
+            that is stepped after every epoch counts from the start of the run.
     """
 
     def __init__(
@@ -31,16 +34,37 @@ class Driver:
         *,
         lr: Callable[[], float] | None = None,
         averages: bool = False,
+        warmup_steps: int = 0,
     ) -> None:
         self.optimizer = optimizer
         self.averages = averages
+        self.warmup_steps = warmup_steps
+        self.steps = 0
         self._scheduler, self._when, self._lr = scheduler, when, lr
 
     def step(self) -> None:
         """The optimizer's step, and the scheduler's."""
+        if self.steps < self.warmup_steps:
+            self._warm_step()
+            return
         self.optimizer.step()
+        self.steps += 1
         if self._scheduler is not None and self._when == "step":
             self._scheduler.step()
+
+    def _warm_step(self) -> None:
+        groups = self.optimizer.param_groups
+        scheduled = [group["lr"] for group in groups]
+        share = (self.steps + 1) / self.warmup_steps
+        for group, lr in zip(groups, scheduled, strict=True):
+            group["lr"] = lr * share
+        self.optimizer.step()
+        for group, lr in zip(groups, scheduled, strict=True):
+            # An optimizer that moves its own rate (HD) has moved it by this much.
+            group["lr"] = lr + (group["lr"] - lr * share)
+        self.steps += 1
+        if self.steps == self.warmup_steps and hasattr(self._scheduler, "begin"):
+            self._scheduler.begin()
 
     def end_epoch(self, loss: float) -> None:
         """Call with the mean training loss of the epoch."""
@@ -62,7 +86,8 @@ class Driver:
     @property
     def lr(self) -> float:
         """Learning rate of the next step."""
-        return float(self.optimizer.param_groups[0]["lr"]) if self._lr is None else self._lr()
+        lr = float(self.optimizer.param_groups[0]["lr"]) if self._lr is None else self._lr()
+        return lr * min(1.0, (self.steps + 1) / self.warmup_steps) if self.warmup_steps else lr
 
     @property
     def drops(self) -> int | None:
@@ -74,11 +99,13 @@ class Driver:
         return {
             "optimizer": self.optimizer.state_dict(),
             "scheduler": None if self._scheduler is None else self._scheduler.state_dict(),
+            "steps": self.steps,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where :meth:`state_dict` was taken."""
         self.optimizer.load_state_dict(state["optimizer"])
+        self.steps = state["steps"]
         if self._scheduler is not None:
             self._scheduler.load_state_dict(state["scheduler"])
 

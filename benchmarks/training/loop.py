@@ -21,8 +21,11 @@ from autodrop_ext import AngularVelocity, Decision, JsonLinesLog
 from autodrop_ext.cli.demo.training import single_thread
 
 from .driver import Driver
+from .ranks import Ranks
+from .recipe import Recipe
+from .recipes import RECIPES
 from .schedules import SCHEDULES, Setup
-from .tasks import IMAGE_MODELS, Task, make_task
+from .tasks import Scores, Task, make_task
 
 LOG, CHECKPOINT, RESULT = "log.jsonl", "checkpoint.pt", "result.json"
 
@@ -41,8 +44,12 @@ class RunSpec:
         validation: measure the error on held-out training data.
         group: what the run is for; part of its folder.
         device, bf16: where, and whether under bf16 autocast.
-        data, cache, batch, subset: of CIFAR-10; see ``training.tasks.make_task``.
-        angles: window of an angular-velocity meter that only watches; None: none.
+        data, cache, batch, subset, workers: see ``training.tasks.make_task``.
+        checkpoint: folder or hub name of the pretrained model that GLUE's tasks start from.
+        warmup_steps: over which the rate rises linearly; None: those of the recipe, for the
+            schedules that it warms.
+        angles: window of an angular-velocity meter that only watches, in steps, or "epoch"; None:
+            none.
         log_every: steps between two lines of the log.
     """
 
@@ -60,12 +67,30 @@ class RunSpec:
     cache: str | None = None
     batch: int | None = None
     subset: int | None = None
-    angles: int | None = None
+    workers: int = 0
+    checkpoint: str | None = None
+    warmup_steps: int | None = None
+    angles: int | str | None = None
     log_every: int = 50
+
+    def warmup(self, recipe: Recipe) -> int:
+        """Steps of warm-up in this run."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        return recipe.warmup_steps if self.schedule in recipe.warmed else 0
+
+    def schedule_settings(self, recipe: Recipe) -> dict[str, Any]:
+        """The schedule's own, then the recipe's, then the run's."""
+        schedule = SCHEDULES[self.schedule]
+        changes = {**recipe.settings.get(self.schedule, {}), **self.settings}
+        return schedule.settings_with(changes)
 
     def folder(self, root: Path) -> Path:
         """Where the run keeps its files: one folder for each combination of settings."""
         changes = [] if self.lr is None else [f"lr={self.lr:g}"]
+        changes += [] if self.epochs is None else [f"epochs={self.epochs}"]
+        changes += [] if self.warmup_steps is None else [f"warmup={self.warmup_steps}"]
+        changes += [] if self.angles is None else [f"angles={self.angles}"]
         changes += [f"{k}={v}" for k, v in sorted(self.settings.items())]
         name = ",".join([self.schedule, *changes]).replace(" ", "").replace("/", "_")
         return root / self.group / self.model / name / f"seed-{self.seed}"
@@ -79,6 +104,7 @@ class RunSpec:
             cache=self.cache,
             batch=self.batch,
             subset=self.subset,
+            workers=self.workers,
             validation=self.validation,
         )
 
@@ -100,7 +126,7 @@ def train(
 
     Args:
         spec: what to train.
-        root: the run's folder lies below it; it gets ``log.jsonl``, ``checkpoint.pt`` and at the
+        root: the run's folder is below it; it gets ``log.jsonl``, ``checkpoint.pt`` and at the
             end ``result.json``.
         keep_checkpoint: leave ``checkpoint.pt`` behind, which holds the trained parameters.
         on_epoch: called after every epoch with its number, the number of epochs and its record.
@@ -111,12 +137,16 @@ def train(
     Raises:
         ValueError: the folder holds a run of another spec.
     """
+    if spec.model in RECIPES and RECIPES[spec.model].kind == "glue":
+        from .glue import train_glue  # needs transformers
+
+        return train_glue(spec, root, on_epoch=on_epoch)
     folder = spec.folder(root)
     folder.mkdir(parents=True, exist_ok=True)
     result = folder / RESULT
     if result.exists():
         done: dict[str, Any] = json.loads(result.read_text())
-        _check_same(spec, done["spec"], result)
+        check_same(spec, done["spec"], result)
         return done
     devices = [] if spec.device == "cpu" else [torch.device(spec.device)]
     with torch.random.fork_rng(devices=devices), _threads_and_kernels(spec):
@@ -130,9 +160,12 @@ def train(
         finally:
             run.close()
         done = run.result()
-    _replace(result, json.dumps(done, indent=1).encode())
-    if not keep_checkpoint:
-        (folder / CHECKPOINT).unlink(missing_ok=True)
+    ranks = Ranks()
+    if ranks.first:
+        replace_file(result, json.dumps(done, indent=1).encode())
+        if not keep_checkpoint:
+            (folder / CHECKPOINT).unlink(missing_ok=True)
+    ranks.wait()
     return done
 
 
@@ -144,11 +177,14 @@ class _Run:
         self.epochs = spec.epochs or task.recipe.epochs
         self.epoch = 0
         self.curve: list[dict[str, Any]] = []
+        self.angles: list[tuple[int, float | None]] = []
         self.diverged = False
         self.log = JsonLinesLog(folder / LOG)
-        schedule = SCHEDULES[spec.schedule]
+        self.ranks = Ranks()
         torch.manual_seed(spec.seed)
         self.model: nn.Module = task.model()
+        # What is called in training: DistributedDataParallel sums the gradients of all ranks.
+        self.wrapped = self.ranks.wrap(self.model)
         self.random = Generator(spec.device).manual_seed(spec.seed)
         self.setup = Setup(
             self.model,
@@ -156,24 +192,29 @@ class _Run:
             task.recipe.lr if spec.lr is None else spec.lr,
             self.epochs,
             task.steps_per_epoch,
-            schedule.settings_with(spec.settings),
+            spec.schedule_settings(task.recipe),
             on_reading=self.log,
             on_average=lambda decision: self._measure_statistics(),
+            warmup_steps=spec.warmup(task.recipe),
         )
-        self.driver: Driver = schedule.build(self.setup)
-        self.meter = (
-            None if spec.angles is None else AngularVelocity(self.driver.optimizer, spec.angles)
-        )
+        self.driver: Driver = SCHEDULES[spec.schedule].driver(self.setup)
+        window = task.steps_per_epoch if spec.angles == "epoch" else spec.angles
+        self.meter = None if window is None else AngularVelocity(self.driver.optimizer, int(window))
 
     def train_epoch(self) -> dict[str, Any]:
         """Train one epoch, evaluate, log."""
-        task, model, driver = self.task, self.model, self.driver
+        task, model, driver = self.task, self.wrapped, self.driver
         device = torch.device(self.spec.device)
         step = self.epoch * task.steps_per_epoch
         # Summed on the device: reading every loss would wait for every step.
         total, since, pending = 0.0, torch.zeros((), device=device), 0
         model.train()
         driver.train()
+        if self.ranks.size > 1:
+            # Dropout must differ between ranks; by epoch, so that a resumed run draws the same.
+            torch.manual_seed(
+                2**20 * self.spec.seed + self.ranks.size * self.epoch + self.ranks.rank
+            )
         task.start_epoch(self.random)
         last = step + task.steps_per_epoch
         while step < last:
@@ -186,17 +227,18 @@ class _Run:
             since += loss.detach()
             step, pending = step + 1, pending + 1
             if pending == self.spec.log_every or step == last:
-                self.log.metrics(step, loss=float(since) / pending, lr=driver.lr)
-                total += float(since)
+                summed = float(self.ranks.mean(since))
+                self.log.metrics(step, loss=summed / pending, lr=driver.lr)
+                total += summed
                 since.zero_()
                 pending = 0
         mean = total / task.steps_per_epoch
         self.epoch += 1
         self.diverged = not math.isfinite(mean)
-        error = None
+        error = test_loss = None
         if not self.diverged:
             driver.end_epoch(mean)  # before the evaluation: EpochAutoDrop may average
-            error = self._evaluate()
+            error, test_loss = self._evaluate()
             self.diverged = not math.isfinite(error or 0.0)
         record = {
             "epoch": self.epoch,
@@ -204,26 +246,33 @@ class _Run:
             "loss": None if self.diverged else mean,
             "lr": driver.lr if math.isfinite(driver.lr) else None,
             "error": None if self.diverged else error,
+            "test_loss": None if self.diverged else test_loss,
         }
         self.curve.append(record)
-        self.log.metrics(step, **{k: v for k, v in record.items() if v is not None and k != "step"})
+        # Under another name than the steps' loss: it would be a second value at the same step,
+        # the mean of a whole epoch, and a jag in every curve that is drawn from the log.
+        logged = {"epoch_loss" if k == "loss" else k: v for k, v in record.items() if k != "step"}
+        self.log.metrics(step, **{k: v for k, v in logged.items() if v is not None})
         return record
 
-    def _evaluate(self) -> float | None:
+    def _evaluate(self) -> Scores:
         self.driver.eval()
         # While settings are chosen only the end counts.
         every = self.epochs if self.spec.validation else self.task.evaluate_every
         if self.epoch % every and self.epoch != self.epochs:
-            return None
+            return Scores(None, None)
         if self.driver.averages:
             self._measure_statistics()
+        # Each rank has seen other batches: the statistics of the first one are everyone's.
+        self.ranks.share_buffers(self.model)
         self.model.eval()
         with self._precision():
-            return self.task.quality(self.model)
+            return self.task.scores(self.model)
 
     def _observe(self) -> None:
         reading = None if self.meter is None else self.meter.observe()
         if reading is not None:
+            self.angles.append((reading.step, reading.angle))
             self.log(Decision(**vars(reading), lr=(self.driver.lr,)))
 
     def _measure_statistics(self) -> None:
@@ -237,19 +286,22 @@ class _Run:
         return torch.autocast(device, torch.bfloat16, enabled=self.spec.bf16)
 
     def save(self) -> None:
-        """After an epoch, with the optimizer in evaluation mode."""
+        """After an epoch, with the optimizer in evaluation mode; the first rank writes."""
         state = {
             "spec": asdict(self.spec),
             "epoch": self.epoch,
             "curve": self.curve,
+            "angles": self.angles,
             "diverged": self.diverged,
             "model": self.model.state_dict(),
             "driver": self.driver.state_dict(),
             "meter": None if self.meter is None else self.meter.state_dict(),
             "random": self.random.get_state(),
             "torch_random": torch.get_rng_state(),
-            "log_size": self.log.path.stat().st_size,
+            "log_size": self.log.path.stat().st_size if self.ranks.first else 0,
         }
+        if not self.ranks.first:
+            return
         path = self.folder / CHECKPOINT
         part = path.with_suffix(".part")
         torch.save(state, part)
@@ -258,19 +310,23 @@ class _Run:
     def restore(self) -> None:
         """From the checkpoint, if there is one. Log lines that came after it are cut off."""
         path = self.folder / CHECKPOINT
+        self.ranks.wait()  # for a first rank that is still writing the run before
         if not path.exists():
-            self.log.path.unlink(missing_ok=True)
+            if self.ranks.first:
+                self.log.path.unlink(missing_ok=True)
             return
         state = torch.load(path, map_location=self.spec.device, weights_only=True)
-        _check_same(self.spec, state["spec"], path)
+        check_same(self.spec, state["spec"], path)
         self.epoch, self.curve, self.diverged = state["epoch"], state["curve"], state["diverged"]
+        self.angles = [(step, angle) for step, angle in state["angles"]]
         self.model.load_state_dict(state["model"])
         self.driver.load_state_dict(state["driver"])
         if self.meter is not None:
             self.meter.load_state_dict(state["meter"])
         self.random.set_state(state["random"].cpu())
         torch.set_rng_state(state["torch_random"].cpu())
-        os.truncate(self.log.path, state["log_size"])
+        if self.ranks.first:
+            os.truncate(self.log.path, state["log_size"])
 
     def result(self) -> dict[str, Any]:
         """For ``result.json``; a run that diverged has no error."""
@@ -286,9 +342,11 @@ class _Run:
             "error": None if self.diverged else last["error"],
             "best_error": min(errors) if errors and not self.diverged else None,
             "loss": last["loss"],
+            "test_loss": last["test_loss"],
             "lr": last["lr"],
             "drops": self.driver.drops,
             "curve": self.curve,
+            "angles": [list(pair) for pair in self.angles],
             "machine": machine(self.spec.device),
         }
 
@@ -310,14 +368,20 @@ def _plain(settings: dict[str, Any]) -> dict[str, Any]:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
 
 
-def _check_same(spec: RunSpec, found: dict[str, Any], path: Path) -> None:
+# Where the data are and how often is logged changes nothing in a run.
+_OF_NO_EFFECT = ("data", "cache", "log_every", "workers")
+
+
+def check_same(
+    spec: RunSpec, found: dict[str, Any], path: Path, ignored: tuple[str, ...] = _OF_NO_EFFECT
+) -> None:
+    """Raises ValueError unless a run that was found is the one of the spec."""
     wanted = json.loads(json.dumps(asdict(spec)))
     found = json.loads(json.dumps(found))
-    # Where the data lies and how often is logged changes nothing in the run.
     differing = [
         f"{k} (expected {wanted[k]!r}, found {found.get(k)!r})"
         for k in wanted
-        if k not in ("data", "cache", "log_every") and wanted[k] != found.get(k)
+        if k not in ignored and wanted[k] != found.get(k)
     ]
     if differing:
         raise ValueError(
@@ -325,7 +389,8 @@ def _check_same(spec: RunSpec, found: dict[str, Any], path: Path) -> None:
         )
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
     part = path.with_name(path.name + ".part")
     part.write_bytes(content)
     os.replace(part, path)
@@ -337,7 +402,7 @@ def _threads_and_kernels(spec: RunSpec) -> Iterator[None]:
     benchmark = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = torch.device(spec.device).type == "cuda"
     try:
-        with nullcontext() if spec.model in IMAGE_MODELS else single_thread():
+        with nullcontext() if spec.model in RECIPES else single_thread():
             yield
     finally:
         torch.backends.cudnn.benchmark = benchmark

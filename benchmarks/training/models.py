@@ -1,8 +1,10 @@
-"""The papers' image models: ResNet-18 and ResNet-34 for CIFAR, and WRN-28-10.
+"""The papers' image models: ResNets for CIFAR and ImageNet, wide ResNets for CIFAR.
 
-ResNets as in He et al. 2016 with the stem that CIFAR's 32 x 32 pixels need: one 3 x 3 convolution
-of stride 1 and no pooling. Wide ResNet as in Zagoruyko and Komodakis 2016, pre-activation, without
-dropout, as both AutoDrop papers train it.
+ResNets for CIFAR as in He et al. 2016 with the stem that 32 x 32 pixels need: one 3 x 3 convolution
+of stride 1 and no pooling. Those for ImageNet are the models of torchvision, which both papers
+take: a 7 x 7 stem, pooling, and in ResNet-50 bottlenecks that stride in their 3 x 3 convolution.
+Wide ResNets as in Zagoruyko and Komodakis 2016, pre-activation, without dropout, as both AutoDrop
+papers train them.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from torch.nn import functional
 
 
 class BasicBlock(nn.Module):
-    """Two 3 x 3 convolutions, each with its norm, beside a shortcut: ``[n, inputs, h, w]``."""
+    """Two 3 x 3 convolutions, each with its norm, next to a shortcut: ``[n, inputs, h, w]``."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -30,6 +32,31 @@ class BasicBlock(nn.Module):
         """``[n, outputs, h / stride, w / stride]``."""
         y = functional.relu(self.norm1(self.conv1(x)))
         return functional.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
+
+
+class Bottleneck(nn.Module):
+    """1 x 1, 3 x 3 and 1 x 1 convolutions next to a shortcut: ``[n, inputs, h, w]``."""
+
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
+        super().__init__()
+        outputs = 4 * width
+        self.conv1 = nn.Conv2d(inputs, width, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(width)
+        self.conv2 = _conv3(width, width, stride)
+        self.norm2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, outputs, 1, bias=False)
+        self.norm3 = nn.BatchNorm2d(outputs)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[n, 4 width, h / stride, w / stride]``."""
+        y = functional.relu(self.norm1(self.conv1(x)))
+        y = functional.relu(self.norm2(self.conv2(y)))
+        return functional.relu(self.norm3(self.conv3(y)) + self.shortcut(x))
 
 
 class WideBlock(nn.Module):
@@ -62,6 +89,37 @@ def resnet(blocks: tuple[int, int, int, int], classes: int = 10) -> nn.Module:
         for block in range(count):
             layers.append(BasicBlock(inputs, outputs, 2 if stage and not block else 1))
             inputs = outputs
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes)]
+    return _initialised(nn.Sequential(*layers))
+
+
+def imagenet_resnet18(classes: int = 1000) -> nn.Module:
+    """Images ``[n, 3, 224, 224]`` to logits ``[n, classes]``; 11.7 million parameters."""
+    return _imagenet_resnet(BasicBlock, 1, (2, 2, 2, 2), classes)
+
+
+def imagenet_resnet50(classes: int = 1000) -> nn.Module:
+    """Images ``[n, 3, 224, 224]`` to logits ``[n, classes]``; 25.6 million parameters."""
+    return _imagenet_resnet(Bottleneck, 4, (3, 4, 6, 3), classes)
+
+
+def _imagenet_resnet(
+    block: type[BasicBlock] | type[Bottleneck],
+    expansion: int,
+    blocks: tuple[int, int, int, int],
+    classes: int,
+) -> nn.Module:
+    layers: list[nn.Module] = [
+        nn.Conv2d(3, 64, 7, 2, padding=3, bias=False),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        nn.MaxPool2d(3, 2, padding=1),
+    ]
+    inputs = 64
+    for stage, count in enumerate(blocks):
+        for index in range(count):
+            layers.append(block(inputs, 64 << stage, 2 if stage and not index else 1))
+            inputs = (64 << stage) * expansion
     layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes)]
     return _initialised(nn.Sequential(*layers))
 

@@ -17,7 +17,7 @@ from .schedules import SCHEDULES
 Result = dict[str, Any]
 COMBINED = "results.json"
 _HEADS = {"m": "`buffer_size` and `min_samples`"}
-_DIGITS = {"test error, %": 2, "bits per byte": 3}
+_DIGITS = {"test error, %": 2, "error, %": 2, "100 - BLEU": 2, "bits per byte": 3}
 
 
 def read_results(paths: Iterable[Path]) -> list[Result]:
@@ -128,7 +128,7 @@ def _schedules(lines: dict[str, list[Result]]) -> list[str]:
             ]
         )
     heads = ["schedule", "initial rate", f"{first['measure']}, at the end", "best epoch"]
-    return _table([*heads, "training loss", "final rate", "drops"], rows)
+    return markdown_table([*heads, "training loss", "final rate", "drops"], rows)
 
 
 def _tuning(results: Sequence[Result]) -> list[str]:
@@ -136,7 +136,7 @@ def _tuning(results: Sequence[Result]) -> list[str]:
     seed = results[0]["spec"]["seed"]
     rates = sorted({r["spec"]["lr"] for r in results if r["spec"]["lr"] is not None})
     rows = []
-    for label, runs in _by(results, _label_without_rate).items():
+    for label, runs in sorted(_by(results, _label_without_rate).items()):
         cells = {r["spec"]["lr"]: mean_and_std([r["error"]], digits) for r in runs}
         row = [cells.get(rate, "") for rate in rates]
         rows.append([label, *row] if None not in cells else [label, cells[None], *row[1:]])
@@ -146,7 +146,7 @@ def _tuning(results: Sequence[Result]) -> list[str]:
         "was held out. Of every schedule the best of its row or rows was taken, equals by training "
         "loss. A schedule without an initial rate stands in the first column."
     )
-    return [head, "", *_table(["schedule", *(f"{rate:g}" for rate in rates)], rows)]
+    return [head, "", *markdown_table(["schedule", *(f"{rate:g}" for rate in rates)], rows)]
 
 
 def _ablations(results: Sequence[Result]) -> list[str]:
@@ -173,7 +173,7 @@ def _ablations(results: Sequence[Result]) -> list[str]:
             "final rate",
             "drops",
         ]
-        text += [*_table(heads, rows), ""]
+        text += [*markdown_table(heads, rows), ""]
     return text
 
 
@@ -218,7 +218,8 @@ def _rate(runs: Sequence[Result], key: str) -> str:
     return f"{mean:.2g}" if abs(mean) > 1e-12 else "0"
 
 
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a table whose first column is text and whose others are numbers."""
     lines = [f"| {' | '.join(heads)} |", f"|:--|{'--:|' * (len(heads) - 1)}"]
     return lines + [f"| {' | '.join(row)} |" for row in rows]
 
@@ -233,7 +234,7 @@ def _compact(result: Result) -> Result:
         key: [float(f"{r[key]:.4g}") if isinstance(r[key], float) else r[key] for r in curve]
         for key in curve[0]
     }
-    spec = {**result["spec"], "data": None, "cache": None}
+    spec = {**result["spec"], "data": None, "cache": None, "checkpoint": None}
     return {**result, "curve": columns, "spec": spec}
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,13 +16,13 @@ from torch import nn, optim
 from torch.optim import Optimizer, lr_scheduler
 
 from autodrop_ext import AutoDrop, EpochAutoDrop
+from autodrop_ext.schedulers.auto_window import window_for
 
 from .baselines import HypergradientAdamW, HypergradientSGD, TrainableLearningRate
 from .driver import Driver
-from .tasks import Recipe
+from .recipe import Recipe
 
 _LAST = 0.01  # share of the initial rate at which schedules with a free end are made to end
-_WINDOWS_PER_DROP = 11  # AutoDrop needs 10 angles for a smoothed value, and two smoothed values
 
 
 @dataclass
@@ -38,6 +37,7 @@ class Setup:
         settings: of the schedule.
         on_reading: takes AutoDrop's readings.
         on_average: called after EpochAutoDrop has replaced the parameters by their average.
+        warmup_steps: over which the rate rises linearly before the schedule takes over.
     """
 
     model: nn.Module
@@ -48,17 +48,26 @@ class Setup:
     settings: dict[str, Any]
     on_reading: Callable[[Any], object] | None = None
     on_average: Callable[..., object] | None = None
+    warmup_steps: int = 0
 
     @property
     def steps(self) -> int:
-        """Of the whole run."""
-        return self.epochs * self.steps_per_epoch
+        """Of the run, without its warm-up; at least 1."""
+        return max(1, self.epochs * self.steps_per_epoch - self.warmup_steps)
 
     def optimizer(self) -> Optimizer:
         """The recipe's, at the initial rate."""
         r, params = self.recipe, self.model.parameters()
-        if r.optimizer == "adamw":
-            return optim.AdamW(params, lr=self.lr, weight_decay=r.weight_decay, fused=True)
+        if r.optimizer in ("adam", "adamw"):
+            kind = optim.AdamW if r.optimizer == "adamw" else optim.Adam
+            return kind(
+                params,
+                lr=self.lr,
+                betas=r.betas,
+                eps=r.eps,
+                weight_decay=r.weight_decay,
+                fused=True,
+            )
         return optim.SGD(
             params,
             lr=self.lr,
@@ -80,6 +89,7 @@ class Schedule:
         settings: by name; None where :attr:`build` computes it from the length of the run.
         search: values that are tried together with each initial rate when settings are chosen.
         rates: whether initial rates are tried at all.
+        warms: :attr:`build` makes the warm-up by itself.
     """
 
     label: str
@@ -88,6 +98,14 @@ class Schedule:
     settings: Mapping[str, Any] = field(default_factory=dict)
     search: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     rates: bool = True
+    warms: bool = False
+
+    def driver(self, setup: Setup) -> Driver:
+        """The schedule for a run, with the run's warm-up."""
+        driver = self.build(setup)
+        if not self.warms:
+            driver.warmup_steps = setup.warmup_steps
+        return driver
 
     def settings_with(self, changes: Mapping[str, Any]) -> dict[str, Any]:
         """Settings with some replaced.
@@ -102,15 +120,6 @@ class Schedule:
         return {**self.settings, **changes}
 
 
-def window_for(steps: int, factor: float = 0.95) -> int:
-    """AutoDrop's window with which a run of ``steps`` can reach 1/100 of the initial rate.
-
-    The rate falls by ``factor`` once in 11 windows at most.
-    """
-    drops = math.log(_LAST) / math.log(factor)
-    return max(1, round(steps / (_WINDOWS_PER_DROP * drops)))
-
-
 def _constant(s: Setup) -> Driver:
     return Driver(s.optimizer())
 
@@ -119,8 +128,13 @@ def _autodrop(s: Setup) -> Driver:
     optimizer = s.optimizer()
     settings = dict(s.settings)
     if settings["window"] is None:
-        settings["window"] = s.recipe.window or window_for(s.steps)
-    return Driver(optimizer, AutoDrop(optimizer, **settings, on_reading=s.on_reading))
+        settings["window"] = s.recipe.window or "auto"
+    if settings["window"] == "auto":
+        settings["window"] = window_for(s.steps, factor=settings["factor"])
+    return Driver(
+        optimizer,
+        AutoDrop(optimizer, **settings, warmup_steps=s.warmup_steps, on_reading=s.on_reading),
+    )
 
 
 def _epoch_autodrop(s: Setup) -> Driver:
@@ -192,8 +206,14 @@ def _onecycle(s: Setup) -> Driver:
 
 def _hypergradient(s: Setup) -> Driver:
     r, params, beta = s.recipe, s.model.parameters(), s.settings["beta"]
-    if r.optimizer == "adamw":
-        return Driver(HypergradientAdamW(params, s.lr, beta, weight_decay=r.weight_decay))
+    if r.optimizer in ("adam", "adamw"):
+        if r.optimizer == "adam" and r.weight_decay:
+            raise ValueError("recipe: HD has Adam without weight decay only, got some")
+        return Driver(
+            HypergradientAdamW(
+                params, s.lr, beta, betas=r.betas, eps=r.eps, weight_decay=r.weight_decay
+            )
+        )
     return Driver(
         HypergradientSGD(
             params,
@@ -216,11 +236,13 @@ def _schedule_free(s: Setup) -> Driver:
     schedulefree = _extra("schedulefree")
     r, params = s.recipe, s.model.parameters()
     settings = {
-        "warmup_steps": round(s.settings["warmup"] * s.steps),
+        "warmup_steps": s.warmup_steps or round(s.settings["warmup"] * s.steps),
         "weight_decay": r.weight_decay,
     }
-    if r.optimizer == "adamw":
-        optimizer = schedulefree.AdamWScheduleFree(params, lr=s.lr, **settings)
+    if r.optimizer in ("adam", "adamw"):
+        optimizer = schedulefree.AdamWScheduleFree(
+            params, lr=s.lr, betas=r.betas, eps=r.eps, **settings
+        )
     else:
         # Its momentum does not multiply the step by 1 / (1 - momentum), as SGD's does.
         optimizer = schedulefree.SGDScheduleFree(
@@ -261,8 +283,8 @@ SCHEDULES: dict[str, Schedule] = {
     "constant": Schedule("constant", "", _constant),
     "autodrop": Schedule(
         "AutoDrop",
-        "UAI 2024, section 4.1; window: 64 on CIFAR-10 (Table 15), on short runs the rule that it "
-        "can reach 1/100 of the initial rate",
+        "UAI 2024, section 4.1; window: 64 on CIFAR (Table 15), 640 on ImageNet, elsewhere the "
+        "package's rule that it can reach 1/100 of the initial rate",
         _autodrop,
         {
             "window": None,
@@ -273,6 +295,7 @@ SCHEDULES: dict[str, Schedule] = {
             "kernel": "value",
             "min_lr": 0.0,
         },
+        warms=True,
     ),
     "epoch-autodrop": Schedule(
         "EpochAutoDrop",
@@ -290,7 +313,8 @@ SCHEDULES: dict[str, Schedule] = {
     ),
     "exponential": Schedule(
         "exponential",
-        "UAI 2024, section 6.1, searches gamma from 0.8 to 0.999; here the one that ends at 1/100",
+        "UAI 2024, section 6.1, searches gamma, a factor an epoch, from 0.8 to 0.999: so do the "
+        "papers' models, and others with --search; else the gamma that ends at 1/100",
         _exponential,
         {"gamma": None},
     ),
@@ -329,6 +353,7 @@ SCHEDULES: dict[str, Schedule] = {
         "its authors' advice: with SGD at ten times the rate, warm-up (a twentieth of the run)",
         _schedule_free,
         {"warmup": 0.05},
+        warms=True,
     ),
     "prodigy": Schedule(
         "Prodigy + cosine",

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from .loop import RunSpec
+from .recipe import Recipe
+from .recipes import RECIPES
 from .schedules import SCHEDULES
-from .tasks import IMAGE_MODELS, ByteTransformer, DigitsConvnet, Recipe
+from .tasks import ByteTransformer, DigitsConvnet
 
 TUNING_SEED = 1000  # in no table
 
@@ -19,24 +21,36 @@ Train = Callable[[Sequence[RunSpec], str], list[dict[str, Any]]]
 
 def recipe_of(model: str) -> Recipe:
     """Without reading the model's data."""
-    if model in IMAGE_MODELS:
-        return IMAGE_MODELS[model][1]
+    if model in RECIPES:
+        return RECIPES[model].recipe
     return {"digits-convnet": DigitsConvnet, "byte-transformer": ByteTransformer}[model].recipe
 
 
-def candidates(base: RunSpec) -> list[RunSpec]:
+Search = Mapping[str, Mapping[str, tuple[Any, ...]]]
+
+
+def candidates(base: RunSpec, *, rates: bool = True, search: Search | None = None) -> list[RunSpec]:
     """What is tried before a schedule's runs count.
 
     Every schedule tries the task's grid of initial rates; those whose papers search one setting
     more try it at each rate. All on one seed that is in no table, with the error measured on
     training data that is held out, so that the choice sees neither the table's seeds nor the test
     data.
+
+    Args:
+        base: what is to be run.
+        rates: try the task's grid of initial rates; otherwise ``base.lr`` alone.
+        search: settings that are searched in addition, or on another grid, by the schedule's name.
     """
-    schedule = SCHEDULES[base.schedule]
-    rates: Iterable[float | None] = recipe_of(base.model).rates if schedule.rates else (None,)
+    schedule, recipe = SCHEDULES[base.schedule], recipe_of(base.model)
+    lrs: Iterable[float | None] = recipe.rates if schedule.rates and rates else (base.lr,)
+    grids = {
+        **schedule.search,
+        **recipe.search.get(base.schedule, {}),
+        **(search or {}).get(base.schedule, {}),
+    }
     searched = [
-        dict(zip(schedule.search, values, strict=True))
-        for values in itertools.product(*schedule.search.values())
+        dict(zip(grids, values, strict=True)) for values in itertools.product(*grids.values())
     ]
     return [
         replace(
@@ -47,7 +61,7 @@ def candidates(base: RunSpec) -> list[RunSpec]:
             validation=True,
             group="tuning",
         )
-        for lr in rates
+        for lr in lrs
         for settings in searched
     ]
 
@@ -64,7 +78,13 @@ def chosen(base: RunSpec, tried: Sequence[dict[str, Any]]) -> RunSpec:
 
 
 def compare(
-    base: RunSpec, schedules: Sequence[str], seeds: Sequence[int], *, tune: bool, train: Train
+    base: RunSpec,
+    schedules: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    tune: bool,
+    train: Train,
+    search: Search | None = None,
 ) -> list[dict[str, Any]]:
     """Train one model under every schedule and seed.
 
@@ -74,6 +94,7 @@ def compare(
         seeds: of the table.
         tune: choose initial rates first; otherwise every schedule runs at ``base.lr``.
         train: trains specs under a title, and returns their results in the same order.
+        search: see :func:`candidates`.
 
     Returns:
         Results of the runs that were tried, and of those that count.
@@ -81,7 +102,7 @@ def compare(
     bases = [replace(base, schedule=name) for name in schedules]
     results: list[dict[str, Any]] = []
     if tune:
-        tries = [candidates(b) for b in bases]
+        tries = [candidates(b, search=search) for b in bases]
         results = train([spec for group in tries for spec in group], f"{base.model}: rates")
         remaining = iter(results)
         bases = [

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Generator, Tensor, nn
@@ -14,38 +14,29 @@ from torch.nn import functional
 from autodrop_ext.cli.demo.digits import Digits
 from autodrop_ext.cli.demo.text import Bytes
 
-from .cifar import SIDE, Cifar10, load_cifar10
-from .models import resnet, wide_resnet
+from .cifar import SIDE, Cifar, load_cifar
+from .ranks import Ranks
+from .recipe import Recipe
+from .recipes import RECIPES
 
-_MEAN = (0.4914, 0.4822, 0.4465)  # of CIFAR-10's training pixels, per channel
-_STD = (0.2470, 0.2435, 0.2616)
+# Of the training pixels, per channel, by the number of classes.
+_MEAN = {10: (0.4914, 0.4822, 0.4465), 100: (0.5071, 0.4865, 0.4409)}
+_STD = {10: (0.2470, 0.2435, 0.2616), 100: (0.2673, 0.2564, 0.2762)}
 _PADDING = 4  # pixels by which an image may move, He et al. 2016
 _EVALUATED = 1000  # images at a time
-_VALIDATION = 5  # one part in five of the training data is held out to choose settings
+VALIDATION = 5  # one part in five of the training data is held out to choose settings
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What every schedule of a task shares.
+class Scores(NamedTuple):
+    """What an evaluation measures; None where it was left out.
 
     Attributes:
-        optimizer: "sgd" or "adamw".
-        lr: initial rate where none is chosen.
-        rates: grid of initial rates that settings are chosen from.
-        epochs: of a run.
-        window: AutoDrop's ``k``; None: the rule of :func:`~training.schedules.window_for`.
-        momentum, nesterov: of SGD.
-        weight_decay: as the optimizer takes it.
+        error: in the task's measure, lower is better.
+        test_loss: mean over the test data.
     """
 
-    optimizer: Literal["sgd", "adamw"]
-    lr: float
-    rates: tuple[float, ...]
-    epochs: int
-    window: int | None = None
-    momentum: float = 0.9
-    nesterov: bool = False
-    weight_decay: float = 0.0
+    error: float | None
+    test_loss: float | None
 
 
 class Task(Protocol):
@@ -67,8 +58,8 @@ class Task(Protocol):
     def loss(self, model: nn.Module, random: Generator) -> Tensor:
         """Loss of the next batch."""
 
-    def quality(self, model: nn.Module) -> float:
-        """Error on data that was not trained on; lower is better."""
+    def scores(self, model: nn.Module) -> Scores:
+        """Error and loss on data that was not trained on."""
 
     def inputs(self, random: Generator) -> Iterator[Tensor]:
         """Some batches of inputs, to measure batch-norm statistics with."""
@@ -84,13 +75,19 @@ class DigitsConvnet(Digits):
     def __init__(self, *, validation: bool = False) -> None:
         super().__init__()
         if validation:
-            held = slice(None, None, _VALIDATION)
+            held = slice(None, None, VALIDATION)
             kept = torch.ones(len(self._labels), dtype=torch.bool)
             kept[held] = False
             self._test_images = self._images[held, 1:-1, 1:-1][:, None]
             self._test_labels = self._labels[held]
             self._images, self._labels = self._images[kept], self._labels[kept]
         self.steps_per_epoch = len(self._labels) // self.batch
+
+    @torch.no_grad()
+    def scores(self, model: nn.Module) -> Scores:
+        """Test error in percent and test loss."""
+        loss = functional.cross_entropy(model(self._test_images), self._test_labels)
+        return Scores(self.quality(model), float(loss))
 
     def start_epoch(self, random: Generator) -> None:
         """Forget what is left of the last order; the next batch draws a new one."""
@@ -115,8 +112,13 @@ class ByteTransformer(Bytes):
     def __init__(self, *, validation: bool = False) -> None:
         super().__init__()
         if validation:
-            cut = len(self._train) * (_VALIDATION - 1) // _VALIDATION
+            cut = len(self._train) * (VALIDATION - 1) // VALIDATION
             self._train, self._held_out = self._train[:cut], self._train[cut:]
+
+    def scores(self, model: nn.Module) -> Scores:
+        """Bits per held-out byte, and the same in nats, which is the loss."""
+        bits = self.quality(model)
+        return Scores(bits, bits * math.log(2))
 
     def start_epoch(self, random: Generator) -> None:
         """Batches are drawn at random places: there is no order."""
@@ -127,15 +129,15 @@ class ByteTransformer(Bytes):
 
 
 class CifarModel:
-    """An image model on CIFAR-10, images moved by up to four pixels and mirrored at random.
+    """An image model on CIFAR, images moved by up to four pixels and mirrored at random.
 
-    The data lies on the device as uint8, and batches are cut and mirrored there.
+    The data are on the device as uint8, and batches are cut and mirrored there.
 
     Args:
-        build: makes the model.
+        build: makes the model for the data's number of classes.
         recipe: of the model's papers.
-        data: as :func:`~training.cifar.load_cifar10` returns it.
-        device: where the data lies and the model trains.
+        data: as :func:`~training.cifar.load_cifar` returns it.
+        device: where the data are and the model trains.
         batch: images a step.
         subset: images to train on, and at most as many to test on; None: all.
         validation: test on a fifth of the training images, and train on the others.
@@ -146,9 +148,9 @@ class CifarModel:
 
     def __init__(
         self,
-        build: Callable[[], nn.Module],
+        build: Callable[[int], nn.Module],
         recipe: Recipe,
-        data: Cifar10,
+        data: Cifar,
         *,
         device: torch.device,
         batch: int = 128,
@@ -156,14 +158,14 @@ class CifarModel:
         validation: bool = False,
     ) -> None:
         self._build, self.recipe = build, recipe
-        train, train_labels, test, test_labels = data
+        train, train_labels, test, test_labels, self._classes = data
         # Files come in the order of their classes; the same shuffle for every run.
         order = torch.randperm(len(train), generator=Generator().manual_seed(0))[:subset]
         test_order = torch.randperm(len(test), generator=Generator().manual_seed(0))[:subset]
         train, train_labels = train[order], train_labels[order]
         test, test_labels = test[test_order], test_labels[test_order]
         if validation:
-            cut = len(train) // _VALIDATION
+            cut = len(train) // VALIDATION
             test, test_labels = train[:cut], train_labels[:cut]
             train, train_labels = train[cut:], train_labels[cut:]
         if not 0 < batch <= len(train):
@@ -171,8 +173,8 @@ class CifarModel:
         self._images = functional.pad(train, (_PADDING,) * 4).to(device)
         self._labels = train_labels.to(device)
         self._test_images, self._test_labels = test.to(device), test_labels.to(device)
-        self._mean = torch.tensor(_MEAN, device=device)[:, None, None] * 255
-        self._std = torch.tensor(_STD, device=device)[:, None, None] * 255
+        self._mean = torch.tensor(_MEAN[self._classes], device=device)[:, None, None] * 255
+        self._std = torch.tensor(_STD[self._classes], device=device)[:, None, None] * 255
         self._order = torch.empty(0, dtype=torch.int64, device=device)
         self._device, self._batch, self._next = device, batch, 0
         # The last, smaller batch is trained on too, as torch's loaders do: 391 steps of 128.
@@ -181,7 +183,7 @@ class CifarModel:
     def model(self) -> nn.Module:
         """On the device; channels last on a GPU, whose convolutions want it."""
         memory = torch.channels_last if self._device.type == "cuda" else torch.contiguous_format
-        return self._build().to(self._device, memory_format=memory)
+        return self._build(self._classes).to(self._device, memory_format=memory)
 
     def start_epoch(self, random: Generator) -> None:
         """Shuffle all images."""
@@ -197,14 +199,18 @@ class CifarModel:
         )
 
     @torch.no_grad()
-    def quality(self, model: nn.Module) -> float:
-        """Test error in percent."""
+    def scores(self, model: nn.Module) -> Scores:
+        """Test error in percent and test loss."""
         wrong = torch.zeros((), dtype=torch.int64, device=self._device)
+        loss = torch.zeros((), dtype=torch.float64, device=self._device)
         for start in range(0, len(self._test_labels), _EVALUATED):
             images = self._normalised(self._test_images[start : start + _EVALUATED])
             labels = self._test_labels[start : start + _EVALUATED]
-            wrong += (model(images).argmax(dim=1) != labels).sum()
-        return 100 * int(wrong) / len(self._test_labels)
+            logits = model(images).float()
+            wrong += (logits.argmax(dim=1) != labels).sum()
+            loss += functional.cross_entropy(logits, labels, reduction="sum")
+        n = len(self._test_labels)
+        return Scores(100 * int(wrong) / n, float(loss) / n)
 
     def inputs(self, random: Generator) -> Iterator[Tensor]:
         """Up to 50 batches: 6,400 images settle the statistics of a channel to 1 %."""
@@ -235,19 +241,7 @@ class CifarModel:
         return x.to(memory_format=torch.channels_last) if x.is_cuda else x
 
 
-# Batch 128, momentum 0.9, weight decay 5e-4 and 200 epochs: the setting that both papers take from
-# Lookahead (ResNets, where 0.05 is the better of the rates of 2021, Table 2) and from Wide ResNets.
-# k = 64 is the best of UAI 2024, Table 15.
-_RESNET = Recipe("sgd", 0.05, (0.025, 0.05, 0.1, 0.2), epochs=200, window=64, weight_decay=5e-4)
-_WIDE = Recipe(
-    "sgd", 0.1, (0.025, 0.05, 0.1, 0.2), epochs=200, window=64, nesterov=True, weight_decay=5e-4
-)
-IMAGE_MODELS: dict[str, tuple[Callable[[], nn.Module], Recipe]] = {
-    "resnet18": (lambda: resnet((2, 2, 2, 2)), _RESNET),
-    "resnet34": (lambda: resnet((3, 4, 6, 3)), _RESNET),
-    "wrn28-10": (lambda: wide_resnet(28, 10), _WIDE),
-}
-MODELS = ("digits-convnet", "byte-transformer", *IMAGE_MODELS)
+MODELS = ("digits-convnet", "byte-transformer", *RECIPES)
 
 
 def make_task(
@@ -258,26 +252,66 @@ def make_task(
     cache: str | Path | None = None,
     batch: int | None = None,
     subset: int | None = None,
+    workers: int = 0,
     validation: bool = False,
 ) -> Task:
-    """The task of one of :data:`MODELS`.
+    """The task of one of :data:`MODELS`, other than GLUE's, which transformers trains.
+
+    Args:
+        model: its name.
+        device: where it trains.
+        data: folder of the data set.
+        cache: file of what is decoded once, next to the data unless given.
+        batch: examples a step (tokens of a translation task); None: the recipe's.
+        subset: examples to train on, and at most as many to test on; None: all.
+        workers: processes that decode images (ImageNet).
+        validation: test on a fifth of the training data, and train on the rest.
 
     Raises:
-        ValueError: the model is unknown, CIFAR-10's folder is missing, or an option does not go
-            with the model.
+        ValueError: the model is unknown, its folder is missing, or an option does not go with the
+            model.
     """
-    if model in IMAGE_MODELS:
+    if model in RECIPES:
+        chosen = RECIPES[model]
         if data is None:
-            raise ValueError(f"data: {model} needs the folder of CIFAR-10, got none")
-        build, recipe = IMAGE_MODELS[model]
+            raise ValueError(f"data: {model} needs the folder of {chosen.data}, got none")
+        options = {"batch": batch or chosen.recipe.batch, "subset": subset}
+        if chosen.kind == "imagenet":
+            from .imagenet import ImageNetModel
+
+            return ImageNetModel(
+                chosen,
+                data,
+                device=torch.device(device),
+                workers=workers,
+                validation=validation,
+                **options,
+            )
+        if chosen.kind == "translation":
+            from .translation import Translation
+
+            return Translation(
+                chosen,
+                data,
+                device=torch.device(device),
+                cache=cache,
+                validation=validation,
+                **options,
+            )
+        if chosen.kind != "cifar" or chosen.build is None or chosen.classes is None:
+            raise ValueError(f"model: {model} is trained by transformers, not by this loop")
+        if Ranks().size > 1:
+            raise ValueError(
+                f"{model}: expected one process, because the whole data set is on its device, got "
+                f"{Ranks().size}; ImageNet, WMT14 and GLUE take several"
+            )
         return CifarModel(
-            build,
-            recipe,
-            load_cifar10(data, cache),
+            chosen.build,
+            chosen.recipe,
+            load_cifar(data, chosen.classes, cache),
             device=torch.device(device),
-            batch=batch or 128,
-            subset=subset,
             validation=validation,
+            **options,
         )
     if model not in MODELS:
         raise ValueError(f"model: expected one of {', '.join(MODELS)}, got {model!r}")

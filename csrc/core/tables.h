@@ -1,5 +1,6 @@
-// The tables that a plan hands to every backend. Python builds them once (autodrop_ext/ops/plan.py);
-// kernels only read them. All sizes and offsets are int64 and count elements, never bytes.
+// The tables that a plan hands to every backend. Python builds them once
+// (autodrop_ext/ops/plan.py); kernels only read them. All sizes and offsets are int64 and count
+// elements, never bytes.
 #pragma once
 
 #include <cstdint>

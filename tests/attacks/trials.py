@@ -51,7 +51,7 @@ class Trial:
             nn.Parameter(torch.randn(n, generator=generator).repeat(tiles)) for n in shapes
         ]
         self.optimizer: Any = torch.optim.SGD(self._groups(), lr=0.5)
-        self.measure: Any = self._new()
+        self.measure: Any = self.new_measure()
         self.witness = Witness(lambda: self.parameters)
         self.known = 0
 
@@ -60,7 +60,8 @@ class Trial:
         groups = [{"params": self.parameters[:half]}, {"params": self.parameters[half:]}]
         return [group for group in groups if group["params"]]
 
-    def _new(self) -> Any:
+    def new_measure(self) -> Any:
+        """A meter or scheduler of this kind, over this run's parameters."""
         if self.kind == "meter":
             return AngularVelocity(self.parameters, WINDOW)
         if self.kind == "meter in sum form":

@@ -1,4 +1,4 @@
-"""CIFAR-10 in its three forms, the cache, and the augmentation."""
+"""CIFAR-10 and CIFAR-100 in their three forms, the cache, and the augmentation."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from training.cifar import CACHE, Cifar10, load_cifar10
-from training.models import resnet, wide_resnet
-from training.tasks import MODELS, ByteTransformer, CifarModel, DigitsConvnet, Recipe, make_task
+from training.cifar import Cifar, cache_name, load_cifar
+from training.models import imagenet_resnet18, imagenet_resnet50, resnet, wide_resnet
+from training.tasks import ByteTransformer, CifarModel, DigitsConvnet, Recipe, make_task
 
 RECIPE = Recipe("sgd", 0.1, (0.1,), epochs=1)
 
@@ -57,14 +57,15 @@ def assert_equal(data, records):
 )
 def test_published_files_are_read(tmp_path, records, write, folder):
     write(tmp_path / folder, records)
-    assert_equal(load_cifar10(tmp_path), records)
-    assert_equal(load_cifar10(tmp_path / folder, tmp_path / "other.npy"), records)
+    assert_equal(load_cifar(tmp_path, 10), records)
+    assert_equal(load_cifar(tmp_path / folder, 10, tmp_path / "other.npy"), records)
 
 
 def write_jpegs(root, count=2):
     from PIL import Image
 
-    colours = {"airplane": (200, 0, 0), "bird": (0, 200, 0)}
+    names = [f"class-{i}" for i in range(2, 10)]
+    colours = {"airplane": (200, 0, 0), "bird": (0, 200, 0), **dict.fromkeys(names, (9, 9, 9))}
     for split in ("train", "test"):
         for name, colour in colours.items():
             (root / split / name).mkdir(parents=True)
@@ -75,22 +76,23 @@ def write_jpegs(root, count=2):
 
 def test_jpegs_are_read_with_classes_in_alphabetical_order(tmp_path):
     write_jpegs(tmp_path)
-    data = load_cifar10(tmp_path)
-    assert data.train_labels.tolist() == data.test_labels.tolist() == [0, 0, 1, 1]
+    data = load_cifar(tmp_path, 10)
+    labels = [label for label in range(10) for _ in range(2)]
+    assert data.train_labels.tolist() == data.test_labels.tolist() == labels
     # JPEG keeps a flat colour to within 2 of 255: it rounds chroma and luma once each.
-    red, brighter, green, _ = (image.double().mean(dim=(1, 2)) for image in data.train_images)
+    red, brighter, green, _ = (image.double().mean(dim=(1, 2)) for image in data.train_images[:4])
     for seen, wanted in ((red, (200, 0, 0)), (brighter, (220, 20, 20)), (green, (0, 200, 0))):
         assert (seen - torch.tensor(wanted)).abs().max() <= 2
 
 
 def test_the_cache_is_one_array_and_is_used(tmp_path, records):
     write_binaries(tmp_path / "data", records)
-    load_cifar10(tmp_path / "data")
-    cache = np.load(tmp_path / "data" / CACHE)
+    load_cifar(tmp_path / "data", 10)
+    cache = np.load(tmp_path / "data" / cache_name(10))
     assert cache.dtype == np.uint8 and cache.shape == (18, 3074)
     for file in (tmp_path / "data").glob("*.bin"):
         file.unlink()
-    assert_equal(load_cifar10(tmp_path / "data"), records)
+    assert_equal(load_cifar(tmp_path / "data", 10), records)
     assert not list((tmp_path / "data").glob("*.part"))
 
 
@@ -103,30 +105,30 @@ def test_a_pickle_cannot_run_code(tmp_path, records):
 
     (tmp_path / "data" / "data_batch_3").write_bytes(pickle.dumps(Harmful()))
     with pytest.raises(ValueError, match=r"holds no builtins\.print"):
-        load_cifar10(tmp_path / "data")
+        load_cifar(tmp_path / "data", 10)
 
 
 def test_wrong_data_is_named(tmp_path, records):
     with pytest.raises(FileNotFoundError, match="found none of them"):
-        load_cifar10(tmp_path)
+        load_cifar(tmp_path, 10)
     write_binaries(tmp_path / "short", records)
     (tmp_path / "short" / "data_batch_2.bin").write_bytes(b"123")
     with pytest.raises(ValueError, match=r"data_batch_2\.bin: expected records of 3073 bytes"):
-        load_cifar10(tmp_path / "short")
+        load_cifar(tmp_path / "short", 10)
     write_pickles(tmp_path / "other", records)
     (tmp_path / "other" / "test_batch").write_bytes(pickle.dumps({b"data": [1]}))
     with pytest.raises(ValueError, match="test_batch: expected a dict"):
-        load_cifar10(tmp_path / "other")
+        load_cifar(tmp_path / "other", 10)
     np.save(tmp_path / "cache.npy", np.zeros((2, 5), np.uint8))
     with pytest.raises(ValueError, match=r"cache\.npy: expected uint8 \[n, 3074\]"):
-        load_cifar10(tmp_path, tmp_path / "cache.npy")
+        load_cifar(tmp_path, 10, tmp_path / "cache.npy")
     write_jpegs(tmp_path / "jpegs")
     from PIL import Image
 
     Image.new("RGB", (31, 32)).save(tmp_path / "jpegs" / "test" / "bird" / "x.jpg")
     with pytest.raises(ValueError, match=r"x\.jpg: expected 32 x 32 pixels"):
-        load_cifar10(tmp_path / "jpegs")
-    assert not (tmp_path / "jpegs" / CACHE).exists()
+        load_cifar(tmp_path / "jpegs", 10)
+    assert not (tmp_path / "jpegs" / cache_name(10)).exists()
 
 
 # ---- tasks ----------------------------------------------------------------------------------
@@ -136,10 +138,10 @@ def cifar_task(n=40, **options):
     random = torch.Generator().manual_seed(0)
     images = torch.randint(256, (n, 3, 32, 32), generator=random, dtype=torch.uint8)
     labels = torch.arange(n) % 10
-    data = Cifar10(images, labels, images[:20], labels[:20])
+    data = Cifar(images, labels, images[:20], labels[:20], 10)
 
-    def build():
-        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10))
+    def build(classes):
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, classes))
 
     return CifarModel(build, RECIPE, data, device=torch.device("cpu"), **options), images
 
@@ -186,7 +188,7 @@ def test_error_is_the_share_of_wrong_answers():
         def forward(self, x):
             return torch.nn.functional.one_hot(torch.full((len(x),), 3), 10).float()
 
-    assert task.quality(Always3()) == 90.0  # 2 of 20 test images are of class 3
+    assert task.scores(Always3()).error == 90.0  # 2 of 20 test images are of class 3
 
 
 def test_validation_data_is_taken_from_the_training_data(monkeypatch):
@@ -210,31 +212,37 @@ def test_validation_data_is_taken_from_the_training_data(monkeypatch):
 def test_make_task_refuses_what_does_not_go_together(tmp_path):
     with pytest.raises(ValueError, match="expected one of digits-convnet"):
         make_task("vgg")
-    with pytest.raises(ValueError, match="resnet18 needs the folder"):
-        make_task("resnet18")
+    with pytest.raises(ValueError, match="cifar10-resnet18 needs the folder of cifar10"):
+        make_task("cifar10-resnet18")
     with pytest.raises(ValueError, match="small task"):
         make_task("digits-convnet", subset=3)
     with pytest.raises(ValueError, match="batch: expected 1 to 40"):
         cifar_task(batch=41)
 
 
-# Parameter counts as published for ten classes: 11.17, 21.28 and 36.5 million.
+# Parameter counts: 11.17, 21.28 and 36.5 million as published for ten classes, 55.8 million for
+# WRN-40-10, and 641 more for each further class; torchvision's models have 11,689,512 and
+# 25,557,032.
 @pytest.mark.parametrize(
-    ("model", "parameters"),
+    ("model", "side", "classes", "parameters"),
     [
-        (lambda: resnet((2, 2, 2, 2)), 11_173_962),
-        (lambda: resnet((3, 4, 6, 3)), 21_282_122),
-        (lambda: wide_resnet(28, 10), 36_479_194),
+        (lambda: resnet((2, 2, 2, 2)), 32, 10, 11_173_962),
+        (lambda: resnet((3, 4, 6, 3)), 32, 10, 21_282_122),
+        (lambda: wide_resnet(28, 10), 32, 10, 36_479_194),
+        (lambda: resnet((3, 4, 6, 3), 100), 32, 100, 21_328_292),
+        (lambda: wide_resnet(40, 10, 100), 32, 100, 55_841_754 + 90 * 641),
+        (imagenet_resnet18, 224, 1000, 11_689_512),
+        (imagenet_resnet50, 224, 1000, 25_557_032),
     ],
-    ids=MODELS[2:],
 )
-def test_image_models_have_their_papers_size(model, parameters):
+def test_image_models_have_their_papers_size(model, side, classes, parameters):
     with torch.device("meta"):
         built = model()
-        assert built(torch.empty(2, 3, 32, 32)).shape == (2, 10)
+        assert built(torch.empty(2, 3, side, side)).shape == (2, classes)
     assert sum(p.numel() for p in built.parameters()) == parameters
     convolutions = [m for m in built.modules() if isinstance(m, torch.nn.Conv2d)]
-    assert convolutions[0].kernel_size == (3, 3) and convolutions[0].stride == (1, 1)
+    if side == 32:
+        assert convolutions[0].kernel_size == (3, 3) and convolutions[0].stride == (1, 1)
     assert sum(m.stride == (2, 2) for m in convolutions if m.kernel_size == (3, 3)) in (2, 3)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ from training import loop
 from training.driver import Driver
 from training.loop import CHECKPOINT, LOG, RunSpec, train
 from training.schedules import SCHEDULES, Setup, window_for
-from training.tasks import Recipe
+from training.tasks import Recipe, Scores
 
 from autodrop_ext import read_log
+from autodrop_ext.schedulers import auto_window
 
 
 class Blobs:
@@ -47,9 +49,11 @@ class Blobs:
         return nn.functional.cross_entropy(model(points), labels)
 
     @torch.no_grad()
-    def quality(self, model):
+    def scores(self, model):
         points, labels = self._batch(torch.Generator().manual_seed(99), 200)
-        return 100 * float((model(points).argmax(1) != labels).double().mean())
+        logits = model(points)
+        error = 100 * float((logits.argmax(1) != labels).double().mean())
+        return Scores(error, float(nn.functional.cross_entropy(logits, labels)))
 
     def inputs(self, random):
         return iter([self._batch(random)[0] for _ in range(4)])
@@ -123,11 +127,15 @@ def test_the_log_has_steps_epochs_and_angles(blobs, tmp_path):
     assert [m["step"] for m in steps[:6]] == [5, 10, 12, 17, 22, 24]
     assert [m["step"] for m in epochs] == [12, 24, 36, 48]
     for record, logged in zip(result["curve"], epochs, strict=True):
-        assert {k: logged[k] for k in record} == record
+        # The epoch's mean is no second "loss" at a step that has one already.
+        renamed = {"epoch_loss" if k == "loss" else k: v for k, v in record.items()}
+        assert {k: logged[k] for k in renamed} == renamed and "loss" not in logged
         within = [m["loss"] for m in steps if 0 <= record["step"] - m["step"] < 12]
         mean = (5 * within[0] + 5 * within[1] + 2 * within[2]) / 12
         assert mean == pytest.approx(record["loss"], rel=1e-6)  # float32 sums
     assert len(readings) == 48 // 2 - 2
+    assert result["angles"] == [[r["step"], r["angle"]] for r in readings]
+    assert all(r["test_loss"] > 0 for r in result["curve"])
     assert all(0 < r["angle"] < 180 and r["lr"] == [0.05] for r in readings)
 
 
@@ -138,8 +146,8 @@ def test_a_finished_run_is_read_and_another_one_refused(blobs, tmp_path):
     calls = task.calls
     assert train(spec, tmp_path) == first
     assert task.calls == calls == 24
-    with pytest.raises(ValueError, match=r"holds another run: epochs \(expected 3, found 2\)"):
-        train(RunSpec("blobs", "constant", epochs=3), tmp_path)
+    with pytest.raises(ValueError, match=r"holds another run: bf16 \(expected True, found False\)"):
+        train(RunSpec("blobs", "constant", epochs=2, bf16=True), tmp_path)
     assert RunSpec("blobs", "constant", lr=0.1).folder(tmp_path) != spec.folder(tmp_path)
 
 
@@ -168,7 +176,7 @@ def test_averaged_parameters_are_evaluated_with_their_own_statistics(blobs, tmp_
     result = train(spec, tmp_path)
     model = task.model()
     model.load_state_dict(trained(tmp_path, spec))
-    assert task.quality(model.eval()) == result["error"]
+    assert task.scores(model.eval()).error == result["error"]
     norm = model[1]
     inputs = torch.cat([model[0](x) for x in task.inputs(torch.Generator().manual_seed(0))])
     # Mean of four batch means, in float32.
@@ -194,13 +202,19 @@ def test_a_validation_run_is_evaluated_at_its_end_only(blobs, tmp_path):
 # ---- learning rates as literals -------------------------------------------------------------
 
 
-def rates(schedule, epochs=10, steps=4, **settings):
-    """Rate of each epoch's first step, and the one after the last."""
+def driver_of(schedule, epochs=10, steps=4, warmup=0, optimizer="sgd", **settings):
     needs(schedule)
     model = nn.Linear(2, 1)
-    recipe = Recipe("sgd", 0.1, (0.1,), epochs=epochs)
-    setup = Setup(model, recipe, 0.1, epochs, steps, SCHEDULES[schedule].settings_with(settings))
-    driver: Driver = SCHEDULES[schedule].build(setup)
+    recipe = Recipe(optimizer, 0.1, (0.1,), epochs=epochs)
+    changed = SCHEDULES[schedule].settings_with(settings)
+    setup = Setup(model, recipe, 0.1, epochs, steps, changed, warmup_steps=warmup)
+    driver: Driver = SCHEDULES[schedule].driver(setup)
+    return model, driver
+
+
+def rates(schedule, epochs=10, steps=4, **settings):
+    """Rate of each epoch's first step, and the one after the last."""
+    model, driver = driver_of(schedule, epochs, steps, **settings)
     seen = []
     for _ in range(epochs):
         seen.append(driver.lr)
@@ -233,6 +247,83 @@ def test_rates(schedule, expected):
     assert rates(schedule)[: len(expected)] == pytest.approx(expected, rel=1e-6, abs=1e-9)
 
 
+def used_rates(driver, model, steps, epoch=4):
+    """The rate of each step, which is what the driver says before it."""
+    used = []
+    handle = driver.optimizer.register_step_pre_hook(
+        lambda optimizer, args, kwargs: used.append(float(optimizer.param_groups[0]["lr"]))
+    )
+    for step in range(steps):
+        said = driver.lr
+        driver.optimizer.zero_grad()
+        model(torch.ones(1, 2)).sum().backward()
+        driver.step()
+        assert said == pytest.approx(used[step], rel=1e-12)
+        if step % epoch == epoch - 1:
+            driver.end_epoch(1.0)
+    handle.remove()
+    return used
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.025, 0.05, 0.075, 0.1, 0.1, 0.1, 0.1]),
+        # After 4 steps of warm-up, 36 of decay.
+        ("linear", [0.025, 0.05, 0.075, 0.1, 0.1, 0.1 * 35 / 36, 0.1 * 34 / 36]),
+        ("cosine", [0.025, 0.05, 0.075, 0.1, 0.1, 0.05 * (1 + math.cos(math.pi / 36))]),
+        # By epochs of 4 steps, which count from the start of the run.
+        ("step", [0.025, 0.05, 0.075, 0.1] + [0.1] * 8 + [0.02] * 4),
+        ("exponential", [0.025, 0.05, 0.075, 0.1] + [0.1 * 0.01**0.1] * 4),
+        ("autodrop", [0.025, 0.05, 0.075, 0.1, 0.1, 0.1]),
+    ],
+)
+def test_a_warm_up_rises_before_the_schedule_takes_over(schedule, expected):
+    model, driver = driver_of(schedule, warmup=4)
+    # torch multiplies rates up step by step: errors of some 1e-16 each.
+    assert used_rates(driver, model, len(expected)) == pytest.approx(expected, rel=1e-9)
+    driver.close()
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("schedule", [s for s in SCHEDULES if s not in ("hd", "schedule-free")])
+def test_every_schedule_can_be_warmed_up(schedule, optimizer):
+    options = {"least_gap": 1, "gap_epochs": 0.25} if schedule == "tlr" else {}
+    model, driver = driver_of(schedule, warmup=4, optimizer=optimizer, **options)
+    rate = driver.optimizer.param_groups[0]
+    used = []
+    handle = driver.optimizer.register_step_pre_hook(
+        lambda optimizer, args, kwargs: used.append(float(rate["lr"]))
+    )
+    for _ in range(4):
+        driver.optimizer.zero_grad()
+        model(torch.ones(1, 2)).sum().backward()
+        driver.step()
+    handle.remove()
+    assert used == pytest.approx([used[3] * (i + 1) / 4 for i in range(4)])
+    assert driver.state_dict()["steps"] == driver.warmup_steps or schedule == "autodrop"
+    driver.close()
+
+
+def test_schedule_free_warms_up_by_itself():
+    _, driver = driver_of("schedule-free", warmup=4)
+    assert driver.optimizer.param_groups[0]["warmup_steps"] == 4 and driver.warmup_steps == 0
+
+
+def test_hd_keeps_what_it_learns_in_a_warm_up():
+    # By hand: the gradient is (1, 1, 1), directions are 1, 1.9, 2.71 in each of three coordinates,
+    # and each step adds beta times the product with the direction before.
+    model, driver = driver_of("hd", warmup=4, beta=0.01)
+    scheduled = []
+    for _ in range(4):
+        driver.optimizer.zero_grad()
+        model(torch.ones(1, 2)).sum().backward()
+        driver.step()
+        scheduled.append(driver.optimizer.param_groups[0]["lr"])
+    # Sums in float32.
+    assert scheduled == pytest.approx([0.1, 0.13, 0.187, 0.2683], rel=1e-6)
+
+
 def test_onecycle_rises_to_the_rate_and_falls_to_nothing():
     lrs = rates("onecycle")
     assert lrs[0] == pytest.approx(0.1 / 25)
@@ -241,8 +332,9 @@ def test_onecycle_rises_to_the_rate_and_falls_to_nothing():
 
 
 def test_the_window_lets_short_runs_reach_a_hundredth():
-    # ln 0.01 / ln 0.95 is 89.8 drops of 11 windows each.
-    assert [window_for(steps) for steps in (640, 2980, 78_200)] == [1, 3, 79]
+    # ln 0.01 / ln 0.95 is 89.8 drops of 11 windows each; rounded up, as the package does.
+    assert [window_for(steps) for steps in (640, 2980, 78_200)] == [1, 4, 80]
+    assert window_for is auto_window.window_for
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

@@ -178,7 +178,7 @@ def test_run_and_report(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("run", "--model", "resnet18", "--schedule", "step"), "resnet18 needs --data"),
+        (("run", "--model", "cifar10-resnet18", "--schedule", "step"), "needs --data"),
         (("run", "--model", MODELS[0], "--schedule", "step", "--set", "k=1"), "--set: settings:"),
         (("run", "--model", MODELS[0], "--schedule", "step", "--set", "k"), "NAME=VALUE"),
         (("run", "--model", MODELS[0], "--schedule", "step", "--batch", "8"), "small task"),

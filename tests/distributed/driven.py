@@ -8,6 +8,7 @@ exact and parameters do not depend on how they are cut.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from autodrop_ext import AutoDrop
+from autodrop_ext.distributed.agreement import Row
+from autodrop_ext.distributed.group import Ranks
 from autodrop_ext.schedulers.base import as_floats
 
 WINDOW = 4
@@ -75,8 +78,26 @@ def drive(name: str, t: int) -> Tensor:
     return (turned * 64).round() / 256
 
 
+class Sent:
+    """Remembers the newest row that this rank has sent to the others."""
+
+    def __init__(self) -> None:
+        self.elements = math.nan
+        self._gather = Ranks.gather
+        Ranks.gather = lambda ranks, row: self._remembered(ranks, row)  # type: ignore[method-assign]
+
+    def _remembered(self, ranks: Ranks, row: Sequence[float]) -> list[list[float]]:
+        # Settings are compared as text before the first row; at a window's end rows come last.
+        if len(row) >= len(Row._fields):
+            self.elements = Row(*row[: len(Row._fields)]).elements
+        return self._gather(ranks, row)
+
+
+sent = Sent()
+
+
 class Seen(NamedTuple):
-    """What a rank saw: every reading with the decision, and the elements that it counted."""
+    """What a rank saw: every reading with the decision, and the elements that it counted last."""
 
     steps: list[int]
     cosines: list[float | None]
@@ -102,15 +123,13 @@ def train(model: Any, optimizer: Any, scheduler: AutoDrop, steps: int = STEPS) -
 
 def seen(scheduler: AutoDrop) -> Seen:
     history = scheduler.history
-    holding = scheduler.meter._holding
-    assert holding is not None
     return Seen(
         [d.step for d in history],
         [d.cosine for d in history],
         [d.norm for d in history],
         [tuple(as_floats(d.lr)) for d in history],
         scheduler.num_drops,
-        holding.elements,
+        sent.elements,
     )
 
 

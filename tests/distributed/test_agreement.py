@@ -7,20 +7,25 @@ from typing import Any
 
 import pytest
 
-from autodrop_ext.distributed import DisagreementError, Row, agree
+from autodrop_ext.distributed import DisagreementError
+from autodrop_ext.distributed.agreement import Row, agree, check_facts, facts_differ
 
 ROW = Row(
     steps=12,
     windows=2,
     window=4,
     calls=13,
-    usable=3,
+    windows_since_restart=3,
+    restart=0,
+    settings=15,
+    rates=16,
     layout=17,
     held=18,
     stage=0,
     num_stages=1,
     numbers=0,
     elements=5,
+    spread=0,
     model_elements=10,
     replicated=0,
     dot=1,
@@ -34,7 +39,7 @@ def test_sums_and_elements_are_added() -> None:
     total = agree([ROW, ROW])
     assert total.sums == (2, 4, 6, 8)
     assert total.elements == 10
-    assert not total.start_over
+    assert not total.restart
     assert total.not_finite == []
 
 
@@ -42,7 +47,7 @@ def test_sums_and_elements_are_added() -> None:
     ("change", "message"),
     [
         ({"window": 8}, r"same window .* window=4 on rank 0, window=8 on rank 1"),
-        ({"numbers": 9}, r"same settings, .* 0 numbers beside the sums on rank 0, 9 numbers"),
+        ({"numbers": 9}, r"same settings, .* 0 numbers next to the sums on rank 0, 9 numbers"),
         ({"windows": 1}, r"end the same window.* window number 2 on rank 0, .* 1 on rank 1"),
         ({"steps": 11}, r"as many optimizer steps; got 12 steps on rank 0, 11 steps on rank 1"),
         ({"calls": 14}, r"skipped optimizer steps.* 13 calls on rank 0, 14 calls on rank 1"),
@@ -82,8 +87,9 @@ def test_unknown_totals_are_not_compared() -> None:
 
 
 def test_one_that_starts_over_makes_all_start_over() -> None:
-    assert agree([ROW, ROW._replace(usable=1, norm=9.0)]).start_over
-    assert agree([ROW._replace(usable=-1)] * 2).start_over
+    assert agree([ROW, ROW._replace(windows_since_restart=1, norm=9.0)]).restart
+    assert agree([ROW, ROW._replace(restart=1, windows_since_restart=0, norm=9.0)]).restart
+    assert agree([ROW._replace(restart=1)] * 2).restart
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -94,3 +100,46 @@ def test_a_row_that_is_not_finite_is_named(value: float) -> None:
 def test_thousands_of_ranks_are_not_all_listed() -> None:
     with pytest.raises(DisagreementError, match=r"window=4 on ranks 0, 1, .* and 9991 more"):
         agree([*[ROW] * 9_999, ROW._replace(window=8)])
+
+
+def test_samples_count_as_fewer_elements() -> None:
+    """As Kish counts unequal weights: 10 elements, each of the 5 that are read stands for 2."""
+    assert agree([ROW._replace(spread=10.0)] * 2).effective_elements == 5
+    # Weights can only lower the number.
+    assert agree([ROW._replace(spread=1.0)] * 2).effective_elements == 10
+
+
+def test_settings_are_compared_on_all_ranks_and_rates_within_a_stage() -> None:
+    assert not facts_differ([ROW, ROW])
+    assert facts_differ([ROW, ROW._replace(settings=99)])
+    assert facts_differ([ROW, ROW._replace(rates=99)])
+    other_stage = ROW._replace(stage=1, rates=99)
+    assert not facts_differ([ROW, other_stage])
+    assert facts_differ([ROW, other_stage, other_stage._replace(rates=98)])
+
+
+@pytest.mark.parametrize(
+    ("facts", "stages", "message"),
+    [
+        (
+            [{"factor": 0.5}, {"factor": 0.9}],
+            [0, 0],
+            "factor: expected the same on all ranks, got 0.5 on rank 0, 0.9 on rank 1; no learning",
+        ),
+        ([{"a": 1, "b": 2}, {"a": 1}], [0, 0], "b: .* got 2 on rank 0, None on rank 1"),
+        (
+            [{"lr": [1.0]}] * 3 + [{"lr": [2.0]}],
+            [0, 0, 1, 1],
+            r"lr: .* \[1.0\] on rank 2, \[2.0\] on",
+        ),
+    ],
+)
+def test_facts_that_differ_are_named(
+    facts: list[dict[str, Any]], stages: list[float], message: str
+) -> None:
+    with pytest.raises(DisagreementError, match=message):
+        check_facts(facts, stages)
+
+
+def test_rates_may_differ_between_stages() -> None:
+    check_facts([{"lr": [1.0], "window": 4}, {"lr": [2.0], "window": 4}], [0, 1])

@@ -8,6 +8,7 @@ import time
 import warnings
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from driven import SETTINGS, WINDOW, Driven, Seen, drive, optimizer_of, seen
@@ -93,7 +94,7 @@ def another_window(rank: int) -> tuple[str, str, float]:
 def test_one_rank_with_another_window() -> None:
     for kind, message, lr in run(3, another_window):
         assert kind == DisagreementError.__name__
-        assert "window=4 on ranks 0, 2, window=8 on rank 1" in message
+        assert "window: expected the same on all ranks, got 4 on ranks 0, 2, 8 on rank 1" in message
         assert lr == START_LR
 
 
@@ -112,12 +113,13 @@ def test_one_rank_that_skipped_a_step() -> None:
         assert lr == START_LR
 
 
-def skipped_step_between_collectives(rank: int) -> tuple[str, str, float]:
+def skipped_step_between_collectives(rank: int, skipped: int) -> tuple[str, str, float]:
     """The training loop has collectives of its own, so that nobody gets to the next window."""
     replica = Run()
-    replica.step(skip=rank == 1)
     other = dist.new_group([0, 1])
     try:
+        for t in range(skipped + 1):
+            replica.step(skip=rank == 1 and t == skipped)
         for _ in range(2 * WINDOW):
             dist.all_reduce(torch.zeros(1), group=other)
             replica.step()
@@ -126,10 +128,19 @@ def skipped_step_between_collectives(rank: int) -> tuple[str, str, float]:
     return "", "", replica.lr
 
 
-def test_a_skipped_step_ends_within_the_timeout() -> None:
-    (kind, message, lr), (waited, _, other_lr) = run(2, skipped_step_between_collectives, timeout=3)
+@pytest.mark.parametrize(
+    ("skipped", "problem"),
+    [
+        (0, "on rank 0: its settings could not be compared with the other 1 ranks"),
+        (1, "on rank 0: window 0 ended after 4 optimizer steps, but its sums could not be"),
+    ],
+    ids=["the first", "the second"],
+)
+def test_a_skipped_step_ends_within_the_timeout(skipped: int, problem: str) -> None:
+    results = run(2, skipped_step_between_collectives, skipped, timeout=3)
+    (kind, message, lr), (waited, _, other_lr) = results
     assert kind == "RuntimeError"
-    assert "window 0 ended on rank 0 after 4 optimizer steps" in message
+    assert problem in message
     assert "one of them is dead, late, or counts fewer steps; no learning rate" in message
     assert lr == other_lr == START_LR
     assert waited  # in its own all_reduce
@@ -232,14 +243,14 @@ def test_parameters_that_move_between_two_windows() -> None:
     assert first.cosines.count(None) == 2
 
 
-def counted(rank: int, sharded: bool) -> tuple[int, int]:
-    """Collectives of the scheduler, and windows."""
+def counted(rank: int, sharded: bool) -> tuple[list[int], int]:
+    """Collectives of the scheduler after each step, and windows."""
     model = Driven()
     if sharded:
         fully_shard(model)
     optimizer = optimizer_of(model)
     scheduler = AutoDrop(optimizer, **SETTINGS)
-    calls = 0
+    calls, after = 0, []
     name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
     gather = getattr(dist, name)
 
@@ -259,7 +270,8 @@ def counted(rank: int, sharded: bool) -> tuple[int, int]:
         scheduler.step()
         for n, function in collectives.items():
             setattr(dist, n, function)
-    return calls, scheduler.meter.windows
+        after.append(calls)
+    return after, scheduler.meter.windows
 
 
 def _refuse(*args: Any, **kwargs: Any) -> None:
@@ -267,8 +279,10 @@ def _refuse(*args: Any, **kwargs: Any) -> None:
 
 
 def test_one_collective_a_window_and_none_a_step() -> None:
+    """And two at the first step, which compare settings: lengths of the texts, then the texts."""
+    expected = [2 + t // WINDOW for t in range(1, 10 * WINDOW + 1)]
     for sharded in (False, True):
-        assert run(2, counted, sharded) == [(10, 10)] * 2
+        assert run(2, counted, sharded) == [(expected, 10)] * 2
 
 
 def nothing_here(rank: int) -> tuple[str, list[float | None]]:

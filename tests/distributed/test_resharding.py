@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
-from autodrop_ext import AutoDrop
+from autodrop_ext import AngularVelocity, AutoDrop
 from autodrop_ext.distributed import PipelineStages
 
 SAVED_AT = 6 * WINDOW + 3  # in the middle of a window, after drops
@@ -59,6 +59,11 @@ class Run:
             self.optimizer.zero_grad()
             self.scheduler.step()
 
+    def hold(self, form: Any) -> None:
+        """Let a meter decide whose sums stay in one form."""
+        self.scheduler.meter = AngularVelocity(self.optimizer, WINDOW, form=form)
+        self.scheduler.meter.warn_as("AutoDrop")
+
     def state(self) -> dict[str, Any]:
         return {
             "model": get_model_state_dict(self.model),
@@ -76,7 +81,7 @@ class Run:
 
 def save(rank: int, folder: str, form: str) -> None:
     replica = Run()
-    replica.scheduler.meter._fixed_form = form  # type: ignore[assignment]
+    replica.hold(form)
     replica.train(0, SAVED_AT)
     # Helpers that run a step at rate zero in the middle of a window move nothing.
     get_optimizer_state_dict(replica.model, replica.optimizer)
@@ -85,9 +90,9 @@ def save(rank: int, folder: str, form: str) -> None:
 
 def resume(rank: int, folder: str, form: str, shape: tuple[int, ...]) -> Seen:
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="AngularVelocity|AutoDrop")
+        warnings.filterwarnings("error", message="AutoDrop|AngularVelocity")
         replica = Run(shape)
-        replica.scheduler.meter._fixed_form = form  # type: ignore[assignment]
+        replica.hold(form)
         replica.load(folder)
         replica.train(SAVED_AT, STEPS)
     return seen(replica.scheduler)
@@ -95,7 +100,7 @@ def resume(rank: int, folder: str, form: str, shape: tuple[int, ...]) -> Seen:
 
 def uninterrupted(rank: int, form: str) -> Seen:
     replica = Run()
-    replica.scheduler.meter._fixed_form = form  # type: ignore[assignment]
+    replica.hold(form)
     replica.train(0, STEPS)
     return seen(replica.scheduler)
 
@@ -160,7 +165,7 @@ def flat_shards(rank: int, folder: str, resumed: bool) -> list[str]:
         state = {"scheduler": scheduler, "arenas": scheduler.arena_state}
         dcp.save(state, checkpoint_id=folder)
     assert len(scheduler.history) == (2 if resumed else 1) * (SAVED_AT // WINDOW) - 2
-    return [str(w.message) for w in caught if "AngularVelocity" in str(w.message)]
+    return [str(w.message) for w in caught if "AutoDrop" in str(w.message)]
 
 
 def test_flat_shards_warm_up_again(tmp_path: pathlib.Path) -> None:
@@ -182,7 +187,7 @@ def other_step(rank: int, folder: str) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         other.train(SAVED_AT, STEPS)
-    return [str(w.message) for w in caught if "AngularVelocity" in str(w.message)]
+    return [str(w.message) for w in caught if "AutoDrop" in str(w.message)]
 
 
 def test_arenas_of_another_step_are_refused(tmp_path: pathlib.Path) -> None:
@@ -247,6 +252,7 @@ class Stage:
 def stages(rank: int, folder: str) -> tuple[Seen, Seen]:
     whole, saved, other = Stage(rank), Stage(rank), Stage(rank)
     whole.train(0, STEPS)
+    uninterrupted = seen(whole.scheduler)
     saved.train(0, SAVED_AT)
     state = {"scheduler": saved.scheduler, "arenas": saved.scheduler.arena_state}
     dcp.save(state, checkpoint_id=folder)
@@ -256,7 +262,7 @@ def stages(rank: int, folder: str) -> tuple[Seen, Seen]:
     other.optimizer.load_state_dict(saved.optimizer.state_dict())
     other.parameter.data.copy_(saved.parameter.data)
     other.train(SAVED_AT, STEPS)
-    return seen(whole.scheduler), seen(other.scheduler)
+    return uninterrupted, seen(other.scheduler)
 
 
 def test_stages_with_equal_names_keep_their_own_sums(tmp_path: pathlib.Path) -> None:

@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributed.tensor import Partial, Replicate, Shard
 
-from autodrop_ext.distributed import PipelineStages, Ranks, find_ranks, local_shards
-from autodrop_ext.distributed.group import Holding
+from autodrop_ext.distributed import PipelineStages
+from autodrop_ext.distributed.engines import local_shards
+from autodrop_ext.distributed.group import Alone, Ranks, find_group
+from autodrop_ext.distributed.layout import Layout
 
 
 @dataclass
@@ -88,10 +90,10 @@ def test_every_element_counts_once(layout: tuple[tuple[int, ...], list[Any]]) ->
             else:
                 named.append((str(i), whole))
         ranks = Ranks(None, size, rank)
-        shards = local_shards(named)
+        shards = local_shards(named, {})
         for i, shard in enumerate(shards):
             counted[i][shard.tensor.flatten().long()] += ranks.weight(shard)
-        total += Holding([shards], ranks).elements
+        total += Layout([shards], ranks).elements
     for weights in counted:
         torch.testing.assert_close(weights, torch.ones_like(weights), rtol=1e-12, atol=0)
     assert math.isclose(total, sum(map(len, counted)), rel_tol=1e-12)
@@ -99,19 +101,19 @@ def test_every_element_counts_once(layout: tuple[tuple[int, ...], list[Any]]) ->
 
 def test_pipeline_stages_of_several_ranks() -> None:
     """Six ranks, three stages: two ranks hold each stage."""
-    shard = local_shards([("x", torch.zeros(4))])[0]
+    shard = local_shards([("x", torch.zeros(4))], {})[0]
     assert Ranks(None, 6, 0, stage=0, num_stages=3).weight(shard) == 0.5
 
 
 def test_a_tensor_given_twice_counts_once() -> None:
     x = torch.zeros(4)
-    assert [s.name for s in local_shards([("a", x), ("b", x)])] == ["a"]
+    assert [s.name for s in local_shards([("a", x), ("b", x)], {})] == ["a"]
 
 
 def test_a_pending_sum_is_no_parameter() -> None:
     parameter = Spread(torch.zeros(4), Mesh((2,), [0]), [Partial()])
     with pytest.raises(TypeError, match=r"x: expected a parameter that is sharded .* Partial"):
-        local_shards([("x", parameter)])
+        local_shards([("x", parameter)], {})
 
 
 @pytest.mark.parametrize(
@@ -129,4 +131,7 @@ def test_wrong_stages(stage: Any, num_stages: Any, error: type, message: str) ->
 
 
 def test_without_torch_distributed_a_process_is_alone() -> None:
-    assert find_ranks(None, []) is None
+    assert find_group(None, []) == Alone()
+    (shard,) = local_shards([("x", torch.zeros(4))], {})
+    assert Alone().weight(shard) == 1.0
+    assert Alone().gather([1.0, 2.0]) == [[1.0, 2.0]]

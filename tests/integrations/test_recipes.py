@@ -76,19 +76,21 @@ def test_cuda_graphed_step() -> None:
     ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)],
 )
 def test_compiled(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    compile_, decide = torch.compile, AutoDrop._decide
+    compile_, step = torch.compile, AutoDrop.step
     compiled, graphs = [], []
 
     def chosen(function: Any) -> Any:
         compiled.append(compile_(function, backend=backend))
         return compiled[-1]
 
-    def counted(scheduler: AutoDrop, reading: Any) -> None:
-        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-        decide(scheduler, reading)
+    def counted(scheduler: AutoDrop) -> None:
+        readings = len(scheduler.history)
+        step(scheduler)
+        if len(scheduler.history) > readings:
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
     monkeypatch.setattr(torch, "compile", chosen)
-    monkeypatch.setattr(AutoDrop, "_decide", counted)
+    monkeypatch.setattr(AutoDrop, "step", counted)
     torch._dynamo.reset()
     names = run_recipe("A compiled model, and a compiled optimizer step")
     assert len(compiled) == 2
@@ -102,8 +104,14 @@ def test_compiled(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_averaged_model() -> None:
     names = run_recipe("Averaged weights")
     assert_dropped(names["scheduler"])
-    watched = names["scheduler"]._meter._source.tensors()
-    assert {id(p) for p in watched} == {id(p) for p in names["model"].parameters()}
+    both = (names["model"], names["averaged"])
+    of_model, of_average = ([p.detach().clone() for p in m.parameters()] for m in both)
+    with names["scheduler"].averaged_parameters():
+        # What the scheduler watches holds a mean of its own now.
+        pairs = zip(of_model, names["model"].parameters(), strict=True)
+        assert not any(torch.equal(before, now) for before, now in pairs)
+        pairs = zip(of_average, names["averaged"].parameters(), strict=True)
+        assert all(torch.equal(before, now) for before, now in pairs)
     pairs = zip(names["averaged"].parameters(), names["model"].parameters(), strict=True)
     assert not any(torch.equal(average, newest) for average, newest in pairs)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from autodrop_ext import AngularVelocity, ops
-from autodrop_ext.ops.device_sums import Arenas
+from autodrop_ext.ops.device_sums import DeviceSums
 from autodrop_ext.ops.plan import Plan
 
 pytestmark = pytest.mark.skipif(not emulated.COMPILER, reason="needs g++ or clang++")
@@ -234,8 +234,10 @@ def as_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     emulated.Streams.handle = 0
 
 
-def arenas_of(tensors: list[Tensor]) -> Arenas:
-    return Arenas(Plan([(f"t{i}", t) for i, t in enumerate(tensors)], CPU), emulated.EmulatedCuda())
+def device_sums_of(tensors: list[Tensor]) -> DeviceSums:
+    return DeviceSums(
+        Plan([(f"t{i}", t) for i, t in enumerate(tensors)], CPU), emulated.EmulatedCuda()
+    )
 
 
 def test_a_meter_over_the_emulated_backend_reads_what_the_cpu_reads(as_cuda: None) -> None:
@@ -286,12 +288,12 @@ def test_no_call_holds_pythons_lock() -> None:
     module = emulated.module()
     before, held_before = module.calls()
     x = torch.randn(100)
-    arenas = arenas_of([x])
+    arenas = device_sums_of([x])
     for form in ("sum", "delta"):
         arenas.begin(form)
-        arenas.accumulate(first=False)
+        arenas.add(first=False)
         arenas.close(2)
-    arenas._operations.write_back(arenas.running, None, 1.0)
+    emulated.EmulatedCuda().bind(arenas.plan).write_back(arenas.running, None, 1.0)
     module.cuda_probe(0)
     calls, held = module.calls()
     assert calls - before > 30
@@ -300,12 +302,12 @@ def test_no_call_holds_pythons_lock() -> None:
 
 def test_a_failed_launch_raises_its_name_and_the_next_step_is_good() -> None:
     x = torch.ones(100)
-    arenas = arenas_of([x])
+    arenas = device_sums_of([x])
     arenas.begin("sum")
     emulated.module().fail_once("cudaLaunchKernel")
     with pytest.raises(RuntimeError, match="accumulate: cudaErrorLaunchFailure"):
-        arenas.accumulate(first=False)
-    arenas.accumulate(first=False)
+        arenas.add(first=False)
+    arenas.add(first=False)
     assert arenas.running[:100].eq(2).all()
     emulated.module().fail_once("cudaStreamSynchronize")
     with pytest.raises(RuntimeError, match="close: cudaErrorLaunchFailure"):
@@ -317,14 +319,14 @@ def test_a_close_inside_a_capture_is_refused_and_the_capture_goes_on(as_cuda: No
     module = emulated.module()
     module.cuda_probe(0)
     x = torch.full((10_000,), 2.0)
-    arenas = arenas_of([x])
+    arenas = device_sums_of([x])
     arenas.begin("sum")
     emulated.Streams.handle = stream = module.new_stream()
     module.begin_capture(stream)
-    arenas.accumulate(first=False)
+    arenas.add(first=False)
     with pytest.raises(RuntimeError, match="close: cudaErrorStreamCaptureUnsupported"):
         arenas.close(2)
-    arenas.accumulate(first=False)
+    arenas.add(first=False)
     assert module.end_capture(stream)
     assert arenas.running[:10_000].eq(2).all()  # nothing has run yet
     module.replay()

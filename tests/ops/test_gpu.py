@@ -17,7 +17,7 @@ from torch import Tensor
 
 from autodrop_ext import AngularVelocity
 from autodrop_ext.ops import BACKENDS
-from autodrop_ext.ops.device_sums import Arenas
+from autodrop_ext.ops.device_sums import DeviceSums
 from autodrop_ext.ops.plan import Plan
 
 WINDOW = 3
@@ -48,7 +48,7 @@ def run(tensors: list[Tensor], backend: str, form: str) -> tuple[list[Tensor], l
     named = [(f"t{i}", t) for i, t in enumerate(tensors)]
     device = tensors[0].device
     plan = Plan(named, device, chunk_elements=8192)
-    arenas = Arenas(plan, BACKENDS[backend])
+    arenas = DeviceSums(plan, BACKENDS[backend])
     sums = []
     for window in range(4):
         for step in range(WINDOW):
@@ -56,9 +56,9 @@ def run(tensors: list[Tensor], backend: str, form: str) -> tuple[list[Tensor], l
             if window == 0 and step == 0:
                 arenas.begin(form)  # type: ignore[arg-type]
             else:
-                arenas.accumulate(first=step == 0)
+                arenas.add(first=step == 0)
         sums.append(list(arenas.close(WINDOW)))
-    return [getattr(arenas, role).cpu() for role in Arenas.ROLES], sums
+    return [arena.cpu() for arena in (arenas.running, arenas.previous, arenas.before)], sums
 
 
 def require(backend: str) -> None:
@@ -114,13 +114,13 @@ def test_the_current_stream_is_used(gpu: torch.device, backend: str) -> None:
     """Work queued behind a slow kernel on a side stream sees that kernel's result."""
     require(backend)
     x = torch.zeros(1_000_000, device=gpu)
-    arenas = Arenas(Plan([("x", x)], gpu), BACKENDS[backend])
+    arenas = DeviceSums(Plan([("x", x)], gpu), BACKENDS[backend])
     arenas.begin("sum")
     side = torch.cuda.Stream(gpu)
     with torch.cuda.stream(side):
         torch.cuda._sleep(100_000_000)
         x.fill_(3.0)
-        arenas.accumulate(first=True)
+        arenas.add(first=True)
         assert arenas.close(1).mean_norm == 9e6
 
 
@@ -129,7 +129,7 @@ def test_accumulate_can_be_captured_and_replayed_over_windows(gpu: torch.device)
     require("cuda")
     x = torch.randn(100_000, device=gpu)
     named = [("x", x)]
-    captured, plain = (Arenas(Plan(named, gpu), BACKENDS["cuda"]) for _ in range(2))
+    captured, plain = (DeviceSums(Plan(named, gpu), BACKENDS["cuda"]) for _ in range(2))
     for arenas in (captured, plain):
         arenas.begin("sum")
     graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
@@ -140,9 +140,9 @@ def test_accumulate_can_be_captured_and_replayed_over_windows(gpu: torch.device)
         if phase not in graphs:
             graphs[phase] = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graphs[phase]):
-                captured.accumulate(first=first)
+                captured.add(first=first)
         graphs[phase].replay()
-        plain.accumulate(first=first)
+        plain.add(first=first)
         if step % WINDOW == WINDOW - 1:
             assert captured.close(WINDOW) == plain.close(WINDOW)
     assert len(graphs) == 6
@@ -151,11 +151,11 @@ def test_accumulate_can_be_captured_and_replayed_over_windows(gpu: torch.device)
 def test_a_step_is_one_launch(gpu: torch.device) -> None:
     require("cuda")
     tensors = [torch.randn(64, device=gpu, dtype=d) for d in (torch.float32, torch.bfloat16)] * 50
-    arenas = Arenas(Plan([(f"t{i}", t) for i, t in enumerate(tensors)], gpu), BACKENDS["cuda"])
+    arenas = DeviceSums(Plan([(f"t{i}", t) for i, t in enumerate(tensors)], gpu), BACKENDS["cuda"])
     arenas.begin("sum")
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        arenas.accumulate(first=False)
+        arenas.add(first=False)
         torch.cuda.synchronize()
     kernels = [e for e in profile.events() if "accumulate_kernel" in e.name]
     assert len(kernels) == 1
@@ -170,18 +170,18 @@ def test_more_than_2_to_the_31_elements(gpu: torch.device, backend: str, form: s
     n = 2**31 + 100
     x = torch.ones(n, dtype=torch.bfloat16, device=gpu)
     x[-1] = 3.0
-    arenas = Arenas(Plan([("x", x)], gpu), BACKENDS[backend])
+    arenas = DeviceSums(Plan([("x", x)], gpu), BACKENDS[backend])
     arenas.begin(form)  # type: ignore[arg-type]
     x.mul_(2)
-    arenas.accumulate(first=False)
+    arenas.add(first=False)
     # In delta form the first iterate stands in for the mean: what was added is the difference.
     assert arenas.running[n - 1].item() == (9.0 if form == "sum" else 3.0)
     assert arenas.running[2**31 - 1].item() == (3.0 if form == "sum" else 1.0)
     sums = arenas.close(2)
     assert sums.mean_norm == (n - 1) * 1.5**2 + 4.5**2
     assert sums.norm == (sums.mean_norm if form == "sum" else (n - 1) * 0.5**2 + 1.5**2)
-    newest = arenas.previous if form == "sum" else arenas.third
-    arenas._operations.write_back(newest, None, 0.5 if form == "sum" else 1.0)
+    newest = arenas.previous if form == "sum" else arenas.before
+    BACKENDS[backend].bind(arenas.plan).write_back(newest, None, 0.5 if form == "sum" else 1.0)
     assert x[-1].item() == 4.5
     assert x[2**31 - 1].item() == x[0].item() == 1.5
     del arenas, x, newest
@@ -199,11 +199,11 @@ def test_weighted_steps_have_the_bits_of_the_reference(
     for name in (backend, "reference"):
         tensors = on_device(make(case), gpu)
         named = [(f"t{i}", t) for i, t in enumerate(tensors)]
-        arenas = Arenas(Plan(named, gpu), BACKENDS[name])
-        mean = arenas.third if delta else None
-        operations = arenas._operations
+        arenas = DeviceSums(Plan(named, gpu), BACKENDS[name])
+        mean = arenas.before if delta else None
+        operations = BACKENDS[name].bind(arenas.plan)
         if delta:
-            operations.accumulate(arenas.third, None, first=True)
+            operations.accumulate(arenas.before, None, first=True)
             move(tensors, 1)
         operations.accumulate(arenas.running, mean, first=True, weight=3.0)
         move(tensors, 2)
@@ -223,11 +223,11 @@ def test_write_back_has_the_bits_of_the_reference(
     for name in (backend, "reference"):
         tensors = on_device(make(case), gpu)
         named = [(f"t{i}", t) for i, t in enumerate(tensors)]
-        arenas = Arenas(Plan(named, gpu), BACKENDS[name])
+        arenas = DeviceSums(Plan(named, gpu), BACKENDS[name])
         arenas.begin("sum")
-        arenas.third.copy_(arenas.running * 0.25)
-        mean = arenas.third if with_mean else None
-        arenas._operations.write_back(arenas.running, mean, 0.3)
+        arenas.before.copy_(arenas.running * 0.25)
+        mean = arenas.before if with_mean else None
+        BACKENDS[name].bind(arenas.plan).write_back(arenas.running, mean, 0.3)
         results.append([t.cpu() for t in tensors])
     for got, wanted in zip(*results, strict=True):
         torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)
@@ -278,13 +278,13 @@ def test_memory_freed_under_a_waiting_kernel_is_not_given_away(
     require(backend)
     n = 5_000_000
     x = torch.ones(n, device=gpu)
-    arenas = Arenas(Plan([("x", x)], gpu), BACKENDS[backend])
+    arenas = DeviceSums(Plan([("x", x)], gpu), BACKENDS[backend])
     arenas.begin("sum")
     torch.cuda.synchronize(gpu)
     side = torch.cuda.Stream(gpu)
     with torch.cuda.stream(side):
         torch.cuda._sleep(400_000_000)  # a fifth of a second or so
-        arenas.accumulate(first=False)
+        arenas.add(first=False)
     address = arenas.running.data_ptr()
     size = len(arenas.running)
     del arenas
@@ -298,16 +298,16 @@ def test_a_close_inside_a_capture_is_refused_and_the_next_step_is_good(gpu: torc
     """The capture is this plan's first use of the kernels: a probe has loaded them all."""
     require("cuda")
     x = torch.ones(100_000, device=gpu)
-    arenas = Arenas(Plan([("x", x)], gpu), BACKENDS["cuda"])
+    arenas = DeviceSums(Plan([("x", x)], gpu), BACKENDS["cuda"])
     arenas.begin("sum")
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        arenas.accumulate(first=False)
+        arenas.add(first=False)
         with pytest.raises(RuntimeError, match="cudaErrorStreamCaptureUnsupported"):
             arenas.close(2)
     graph.replay()
-    arenas.accumulate(first=False)
+    arenas.add(first=False)
     assert arenas.close(3).mean_norm == 100_000.0
 
 

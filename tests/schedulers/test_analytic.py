@@ -11,7 +11,6 @@ import torch
 from torch.optim.lr_scheduler import ChainedScheduler, ConstantLR, LinearLR, SequentialLR
 
 from autodrop_ext import AnalyticAutoDrop
-from autodrop_ext.schedulers import analytic
 from autodrop_ext.schedulers.analytic import AnalyticDrop
 from autodrop_ext.theory import UnifiedMomentum, VelocityModel, algorithm_2, learning_rate
 
@@ -197,7 +196,7 @@ def test_history_callback_and_metrics():
 
 
 def test_history_is_bounded(monkeypatch):
-    monkeypatch.setattr(analytic, "HISTORY", 5)
+    monkeypatch.setattr("autodrop_ext.schedulers.base.HISTORY", 5)
     optimizer, scheduler = make()
     rates(optimizer, scheduler, 60)
     assert len(scheduler.history) == 5
@@ -268,9 +267,13 @@ def test_pickles_with_its_optimizer():
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        (None, "got NoneType"),
-        ({"version": 1, "scheduler": "AutoDrop"}, "version 1 of 'AutoDrop'"),
-        ({"version": 1, "scheduler": "AnalyticAutoDrop"}, r"no entry settings, .*settings\['gamma"),
+        (None, "^state_dict: expected a dict, got NoneType"),
+        ({"version": 1, "scheduler": "AutoDrop"}, "expected 'AnalyticAutoDrop', got 'AutoDrop'"),
+        ({"version": 1, "scheduler": "AnalyticAutoDrop"}, "state_dict: no entry 'settings'"),
+        (
+            {"version": 1, "scheduler": "AnalyticAutoDrop", "settings": {"epsilon": 0.1}},
+            r"state_dict\['settings'\]: no entry 'gamma'",
+        ),
     ],
 )
 def test_a_foreign_state_is_refused(state, message):

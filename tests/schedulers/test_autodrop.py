@@ -299,7 +299,7 @@ def test_metrics_before_the_first_reading() -> None:
 
 
 def test_history_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("autodrop_ext.schedulers.autodrop.HISTORY", 5)
+    monkeypatch.setattr("autodrop_ext.schedulers.base.HISTORY", 5)
     monkeypatch.setattr("autodrop_ext.meter.HISTORY", 5)
     optimizer = Given(turning([90.0] * 9))
     scheduler = drop_three_times(optimizer)
@@ -368,7 +368,11 @@ def test_the_hook_does_not_keep_the_scheduler_alive() -> None:
         ({"params": 3}, TypeError, "params: expected an iterable of tensors"),
         ({"params": [3]}, TypeError, r"params\[0\]: expected a tensor, .* got int"),
         ({"on_drop": 3}, TypeError, "on_drop: expected a function or None, got 3"),
-        ({"sample": 1.5}, ValueError, "sample: expected None, 'auto' or a number above 0"),
+        (
+            {"sample": 1.5},
+            ValueError,
+            "sample: expected None or a number above 0 and at most 1, got 1.5",
+        ),
         ({"process_group": 1}, TypeError, "process_group: expected None"),
     ],
 )

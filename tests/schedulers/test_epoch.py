@@ -288,14 +288,24 @@ def test_master_weights_are_averaged_in_place_of_the_parameters() -> None:
 
 def test_memory_is_taken_for_the_delay_only() -> None:
     optimizer = Given(np.arange(1.0, 8.0)[:, None] * np.ones((1, 1024)))
+    before = bytes_of_arenas(optimizer.parameter)
     scheduler = EpochAutoDrop(optimizer, delay=2)
     taken = []
     for _ in range(7):
         optimizer.step()
         scheduler.step()
-        taken.append((scheduler.meter.device_bytes, scheduler._mean.device_bytes))
+        taken.append(bytes_of_arenas(optimizer.parameter) - before)
     # 12 bytes a parameter, and 4 more after the first of the two epochs, until the second is over.
-    assert taken == [(12288, 0)] * 3 + [(12288, 4096)] + [(12288, 0)] * 2 + [(12288, 4096)]
+    assert taken == [12288] * 3 + [16384] + [12288] * 2 + [16384]
+
+
+def bytes_of_arenas(parameter: torch.Tensor) -> int:
+    """Bytes of the float32 tensors of the parameter's size that are alive, without itself."""
+    gc.collect()
+    alive = [t for t in gc.get_objects() if type(t) is torch.Tensor and t.dtype == torch.float32]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in alive}
+    storages.pop(parameter.untyped_storage().data_ptr(), None)
+    return sum(size for size in storages.values() if size == parameter.nbytes)
 
 
 # ---- learning rates -------------------------------------------------------------------------
@@ -350,7 +360,7 @@ def test_chained_with_another_schedule_multiplies() -> None:
 
 
 def test_history_metrics_and_callbacks_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("autodrop_ext.schedulers.epoch.HISTORY", 4)
+    monkeypatch.setattr("autodrop_ext.schedulers.base.HISTORY", 4)
     optimizer = Given(turning([90.0] * 5)[1:])
     readings: list[EpochDecision] = []
     drops: list[EpochDecision] = []
@@ -422,11 +432,14 @@ def test_close_takes_the_hooks_off_and_frees_the_arenas() -> None:
     for _ in range(5):
         optimizer.step()
         scheduler.step()
-    assert scheduler._mean.device_bytes == 128
+    (mean,) = scheduler.state_dict()["mean"]["means"].values()
+    # Two of three epochs of the delay: 4 with the weight 1 and 5 with the weight 2.
+    assert mean.tolist() == pytest.approx([14 / 3], rel=2.0**-23)
     scheduler.close()
     assert not optimizer._optimizer_step_post_hooks
     assert not optimizer._optimizer_step_pre_hooks
-    assert scheduler.meter.device_bytes == scheduler._mean.device_bytes == 0
+    assert scheduler.meter.device_bytes == 0
+    assert scheduler.state_dict()["mean"]["means"] == {}
 
 
 def test_the_hooks_do_not_keep_the_scheduler_alive() -> None:

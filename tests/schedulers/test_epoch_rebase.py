@@ -9,7 +9,7 @@ import torch
 
 from autodrop_ext import AngularVelocity
 from autodrop_ext.ops import BACKENDS, reference
-from autodrop_ext.ops.device_sums import Arenas
+from autodrop_ext.ops.device_sums import DeviceSums
 from autodrop_ext.ops.plan import Plan
 
 
@@ -59,11 +59,11 @@ def test_rebasing_keeps_the_last_displacement_to_the_bit() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1000, dtype=torch.float64, generator=generator)
     plan = Plan([("x", x)], torch.device("cpu"))
-    arenas = Arenas(plan, BACKENDS["reference"])
+    arenas = DeviceSums(plan, BACKENDS["reference"])
     arenas.begin("delta")
     arenas.close(1)
     x += 0.1 * torch.randn(1000, dtype=torch.float64, generator=generator)
-    arenas.accumulate(first=True)
+    arenas.add(first=True)
     arenas.close(1)
     kept = reference.displacement(arenas.previous)
     assert bool((arenas.previous != kept).any())  # residuals lie in the low bytes
@@ -71,7 +71,7 @@ def test_rebasing_keeps_the_last_displacement_to_the_bit() -> None:
     arenas.rebase(1)
     assert torch.equal(reference.displacement(arenas.previous), kept)
     # The residual of the new base is kept to half of |x| 2^-31.
-    base = reference.exact_mean(arenas.third, arenas.previous)[:1000]
+    base = reference.exact_mean(arenas.before, arenas.previous)[:1000]
     assert bool(((base - x).abs() <= x.abs() * 2.0**-31).all())
 
 

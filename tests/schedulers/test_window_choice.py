@@ -90,9 +90,9 @@ def test_the_warm_up_does_not_count() -> None:
             ValueError,
             "total_decay: expected a number between 0 and 1, got 1.0",
         ),
-        ({"num_steps": 10}, ValueError, "num_steps: expected window='auto' beside it"),
+        ({"num_steps": 10}, ValueError, "num_steps: expected window='auto' with it, got window=64"),
         ({"window": "long"}, TypeError, "window: expected an int, got 'long'"),
-        ({"sample": "auto", "threshold": 0.0}, ValueError, "'auto' needs threshold > 0"),
+        ({"sample": "auto"}, ValueError, r"sample: .*'auto', which was removed; .*sample=1/64"),
     ],
 )
 def test_wrong_arguments_say_what_was_expected(

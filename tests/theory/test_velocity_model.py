@@ -154,9 +154,26 @@ def test_kappas_by_hand_and_their_misprints():
     # The printed kappa_2 with tau0 above 1/2: no upper bound on this one.
     steep = VelocityModel(gamma=0.01, epsilon=0.33)
     assert math.sqrt(2 * PI / (3 * 1.9)) / 0.01 < steep.drop_gap(1.0, 1.9) <= kappa_2(0.01, 1.9)
+    # Of the real gap the printed one is a bound up to tau0 = 1.912, and then no longer.
+    assert steep.gap_length(1.0, 1.9) < math.sqrt(2 * PI / (3 * 1.9)) / 0.01
+    last = 2 * PI / (3 * (math.sqrt(4 * PI / 3) - 1) ** 2)
+    assert last == pytest.approx(1.912, abs=5e-4)
+    steepest = VelocityModel(gamma=0.01, epsilon=0.3333)
+    assert steepest.gap_length(1.0, last) < math.sqrt(2 * PI / (3 * last)) / 0.01
+    assert steepest.gap_length(1.0, 1.99) > math.sqrt(2 * PI / (3 * 1.99)) / 0.01
     # And (38) without its silent gamma lr <= 1.
     short = VelocityModel(gamma=1000.0, epsilon=0.33)
     assert kappa_2(1000.0, 0.4) < short.gap_length(1.0, 0.4)
+
+
+@pytest.mark.parametrize(
+    "t", [-1.0, math.nan, torch.tensor([0.0, -1e-9]), torch.tensor([math.nan])], ids=str
+)
+def test_the_model_says_nothing_before_the_rate_was_changed(t):
+    model = VelocityModel(gamma=0.5, epsilon=0.1)
+    for method in (model.velocity, model.derivative):
+        with pytest.raises(ValueError, match="t: expected iterations of at least 0, got"):
+            method(t, 1.0)
 
 
 def test_the_threshold_is_met_far_from_saturation():

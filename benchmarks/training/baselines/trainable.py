@@ -48,6 +48,13 @@ class TrainableLearningRate:
         self._last: list[Tensor] | None = None
 
     @torch.no_grad()
+    def begin(self) -> None:
+        """Measure from here on, as after a warm-up, whose steps had other rates."""
+        for p, point in zip(self._params(), self._point, strict=True):
+            point.copy_(p)
+        self.steps, self._last = 0, None
+
+    @torch.no_grad()
     def step(self) -> None:
         """Call after every ``optimizer.step()``."""
         self.steps += 1

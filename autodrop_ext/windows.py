@@ -1,0 +1,128 @@
+"""Counting steps, snapshots and windows: where a meter is, and whether its window can be used."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class Windows:
+    """Counts the steps of windows that follow each other.
+
+    ``steps`` is the one count that grows with each step, in a single assignment; the position in
+    the window follows from it. So an interrupt at any place leaves the counts of one step or of the
+    next.
+
+    Args:
+        window: optimizer steps per window.
+        snapshots: how many of them are read; None for all.
+
+    Attributes:
+        window: optimizer steps per window.
+        snapshots: the argument.
+        steps: optimizer steps so far.
+        windows: windows closed.
+        windows_since_restart: windows closed since the last start over.
+        taken: snapshots of the open window.
+        spoiled: whether the open window cannot be used. Its end is waited for, because other ranks
+            end it too.
+    """
+
+    def __init__(self, window: int, snapshots: int | None) -> None:
+        self.window = window
+        self.snapshots = snapshots
+        self.steps = 0
+        self.windows = 0
+        self.windows_since_restart = 0
+        self.taken = 0
+        self.spoiled = False
+        self._begin = 0  # steps before the open window
+        self._closing = 0  # windows there will be once the window at hand is closed
+
+    @property
+    def position(self) -> int:
+        """Steps of the open window so far."""
+        return self.steps - self._begin
+
+    @property
+    def snapshots_per_window(self) -> int:
+        """Snapshots of a whole window."""
+        return self.window if self.snapshots is None else min(self.snapshots, self.window)
+
+    def is_snapshot(self) -> bool:
+        """Whether the parameters are to be read after the present step: evenly spaced."""
+        return self.position * self.snapshots_per_window // self.window > self.taken
+
+    def begin_close(self) -> None:
+        """The window's end is reached; :meth:`interrupted` needs to know until it is closed."""
+        self._closing = self.windows + 1
+
+    def next_window(self) -> None:
+        """The next step opens a window."""
+        self._begin, self.taken = self.steps, 0
+
+    def start_over(self, position: int = 0) -> None:
+        """Forget the windows since the last start over.
+
+        Args:
+            position: steps of the open window so far.
+        """
+        self._begin = self.steps - position
+        self.taken = 0
+        self.spoiled = False
+        self.windows_since_restart = 0
+        self._closing = self.windows
+
+    def interrupted(self) -> bool:
+        """Discard the open window; whether that starts over at once, at a window's beginning."""
+        if 0 < self.position < self.window:
+            self.spoiled = True
+            return False
+        if self.position:  # at the window's end, which the other ranks have passed
+            self.windows = max(self.windows, self._closing)
+        self.start_over()
+        return True
+
+    def double(self) -> None:
+        """Let the last two windows be one of twice the length."""
+        self.window *= 2
+        self.windows_since_restart = 1
+
+    def mean_weights(self, *, last_only: bool) -> tuple[float, float, float] | None:
+        """Weights of the window before the last one, of the last one and of the open one.
+
+        They are in proportion to the steps that each covers, and 0 where there is none.
+
+        Args:
+            last_only: whether only the last whole window counts.
+
+        Returns:
+            The weights, or None where there is no window.
+        """
+        whole = self.windows_since_restart
+        covered = self.taken * self.window // self.snapshots_per_window
+        steps = (self.window * (whole >= 2), self.window * (whole >= 1), covered)
+        if last_only:
+            steps = (0, steps[1], 0)
+        total = sum(steps)
+        return (steps[0] / total, steps[1] / total, steps[2] / total) if total else None
+
+    def state(self) -> dict[str, Any]:
+        """The counts as plain values."""
+        return {
+            "window": self.window,
+            "snapshots": self.snapshots,
+            "steps": self.steps,
+            "windows": self.windows,
+            "position": self.position,
+            "usable": self.windows_since_restart,
+            "spoiled": self.spoiled,
+        }
+
+    def restore(
+        self, steps: int, windows: int, position: int, windows_since_restart: int, *, spoiled: bool
+    ) -> None:
+        """Go on where :meth:`state` was taken; window and snapshots are set before."""
+        self.steps, self.windows = steps, windows
+        self.start_over(position)
+        self.taken = position * self.snapshots_per_window // self.window
+        self.windows_since_restart, self.spoiled = windows_since_restart, spoiled

@@ -1,0 +1,329 @@
+"""One setting read at many lengths, against schedules set for each length.
+
+    python benchmarks/training/lengths.py run    [--folder build/lengths] [--task digits ...]
+    python benchmarks/training/lengths.py report [--folder build/lengths] --to FOLDER
+
+A schedule that knows the end of a run (cosine, linear, exponential, warmup-stable-decay) needs one
+run for each length. ``AnytimeAutoDrop``, ``AutoDrop`` and schedule-free train once and are read at
+every length, ``AnytimeAutoDrop`` with its averaged and with its last parameters. Runs of one task,
+rate and seed start from the same parameters and see the same batches, so that differences to cosine
+are paired over seeds.
+
+Nothing is tuned here: the constants of ``AnytimeAutoDrop`` are its defaults, ``AutoDrop`` has the
+papers' (k = 64, factor 0.95), exponential falls to 1/100, warmup-stable-decay falls linearly over
+the last fifth, schedule-free follows its authors (with SGD at ten times the rate, no warm-up). Rows
+are written as they come, and a run that was killed goes on with those that are missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import contextlib
+import json
+import math
+import multiprocessing
+import os
+import pathlib
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.optim import Optimizer, lr_scheduler
+
+from autodrop_ext import AnytimeAutoDrop, AutoDrop
+from autodrop_ext.cli.demo.digits import Digits
+from autodrop_ext.cli.demo.text import Bytes
+
+KNOWN = ("cosine", "linear", "exponential", "wsd")
+OPEN = ("anytime", "autodrop", "schedule-free")
+NAMES = {
+    "anytime": "AnytimeAutoDrop",
+    "anytime, last": "AnytimeAutoDrop, last parameters",
+    "autodrop": "AutoDrop (k = 64)",
+    "schedule-free": "schedule-free",
+    "cosine": "cosine, set for each",
+    "linear": "linear, set for each",
+    "exponential": "exponential to 1/100, set for each",
+    "wsd": "warmup-stable-decay, set for each",
+}
+
+
+class Quadratic:
+    """The noisy quadratic of 200 curvatures from 0.1 to 20, gradients ``a (x - z)``, plain SGD."""
+
+    name = "quadratic"
+    measure = "loss"
+    momentum = 0.0
+
+    def __init__(self) -> None:
+        self._curvature = torch.arange(1, 201, dtype=torch.float32) / 10
+
+    def model(self) -> nn.Module:
+        """The parameters, which start at 10."""
+        model = nn.Module()
+        model.register_parameter("x", nn.Parameter(torch.full((200,), 10.0)))
+        return model
+
+    def loss(self, model: nn.Module, random: Generator) -> Tensor:
+        """Half of ``a (x - z)^2``, with standard normal ``z``."""
+        noise = torch.randn(200, generator=random)
+        return 0.5 * (self._curvature * (model.x - noise).square()).sum()
+
+    @torch.no_grad()
+    def quality(self, model: nn.Module) -> float:
+        """The loss without noise."""
+        return 0.5 * float((self._curvature * model.x.square()).sum())
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is trained.
+
+    Attributes:
+        make: makes the task.
+        lengths: optimizer steps at which runs are read.
+        seeds: number of seeds by initial rate.
+        optimizer: "sgd" or "adamw".
+    """
+
+    make: Callable[[], Any]
+    lengths: tuple[int, ...]
+    seeds: dict[float, int]
+    optimizer: str = "sgd"
+
+
+STUDIES = {
+    "digits": Study(Digits, (300, 1_000, 3_000, 10_000, 30_000), {0.04: 6, 0.02: 3, 0.01: 3}),
+    "quadratic": Study(Quadratic, (1_000, 3_000, 10_000, 30_000), {0.06: 3, 0.03: 3, 0.015: 3}),
+    "bytes": Study(Bytes, (640, 1_920), {0.006: 3, 0.003: 3, 0.0015: 3}, "adamw"),
+}
+
+
+def train(
+    task_name: str, schedule: str, rate: float, seed: int, lengths: tuple[int, ...]
+) -> list[dict[str, Any]]:
+    """One run, read at each of the lengths; the last of them is its end."""
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    task = STUDIES[task_name].make()
+    model = task.model()
+    random = Generator().manual_seed(seed)
+    optimizer, scheduler = _build(task_name, schedule, model, rate, lengths[-1])
+    if schedule == "schedule-free":
+        optimizer.train()
+    rows = []
+    begin = time.perf_counter()
+    for step in range(1, lengths[-1] + 1):
+        loss = task.loss(model, random)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+        if step in lengths:
+            common = {
+                "task": task_name,
+                "rate": rate,
+                "seed": seed,
+                "steps": step,
+                "lr": float(optimizer.param_groups[0]["lr"]),
+                "seconds": round(time.perf_counter() - begin, 2),
+            }
+            with _evaluated(schedule, optimizer, scheduler):
+                rows.append({**common, "schedule": schedule, "value": task.quality(model)})
+            if schedule == "anytime":
+                rows.append({**common, "schedule": "anytime, last", "value": task.quality(model)})
+    return rows
+
+
+def _build(task: str, schedule: str, model: nn.Module, rate: float, steps: int) -> tuple[Any, Any]:
+    params, adam = list(model.parameters()), STUDIES[task].optimizer == "adamw"
+    momentum = getattr(STUDIES[task].make, "momentum", 0.9)
+    if schedule == "schedule-free":
+        import schedulefree
+
+        if adam:
+            return schedulefree.AdamWScheduleFree(params, lr=rate), None
+        # Its momentum does not multiply the step by 1 / (1 - momentum), as SGD's does.
+        lr = rate / (1 - momentum)
+        return schedulefree.SGDScheduleFree(params, lr=lr, momentum=momentum or 0.9), None
+    optimizer: Optimizer = (
+        torch.optim.AdamW(params, lr=rate, fused=True)
+        if adam
+        else torch.optim.SGD(params, lr=rate, momentum=momentum, fused=True)
+    )
+    if schedule == "anytime":
+        return optimizer, AnytimeAutoDrop(optimizer)
+    if schedule == "autodrop":
+        return optimizer, AutoDrop(optimizer)
+    share = {
+        "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
+        "linear": lambda x: 1 - x,
+        "exponential": lambda x: 0.01**x,
+        "wsd": lambda x: min(1.0, (1 - x) / 0.2),
+    }[schedule]
+    return optimizer, lr_scheduler.LambdaLR(optimizer, lambda t: share(min(t / steps, 1.0)))
+
+
+@contextlib.contextmanager
+def _evaluated(schedule: str, optimizer: Any, scheduler: Any) -> Iterator[None]:
+    """The parameters that a schedule offers for evaluation."""
+    if schedule == "schedule-free":
+        optimizer.eval()
+        yield
+        optimizer.train()
+    elif schedule == "anytime":
+        with scheduler.averaged_parameters():
+            yield
+    else:
+        yield
+
+
+def runs(tasks: list[str]) -> list[tuple[str, str, float, int, tuple[int, ...]]]:
+    """All runs of the studies, the first rate of each first, short ones before long ones."""
+    chosen = []
+    for task in tasks:
+        study = STUDIES[task]
+        for order, (rate, seeds) in enumerate(study.seeds.items()):
+            for seed in range(seeds):
+                for schedule in (*OPEN, *KNOWN):
+                    lengths = [study.lengths]
+                    if schedule in KNOWN:
+                        lengths = [(length,) for length in study.lengths]
+                    for of_run in lengths:
+                        late = of_run[-1] > 10_000
+                        key = (late, order, seed)
+                        chosen.append((key, (task, schedule, rate, seed, of_run)))
+    return [run for _, run in sorted(chosen, key=lambda item: item[0])]
+
+
+def run_all(folder: pathlib.Path, tasks: list[str], workers: int, until: float) -> None:
+    """Train what is missing; no run starts after ``until`` seconds."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "rows.jsonl"
+    done = {(r["task"], r["schedule"], r["rate"], r["seed"], r["steps"]) for r in read(folder)}
+    begin = time.monotonic()
+    missing = [
+        run for run in runs(tasks) if any((*run[:4], length) not in done for length in run[4])
+    ]
+    context = multiprocessing.get_context("spawn")
+    with (
+        concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool,
+        path.open("a") as file,
+    ):
+        waiting: set[concurrent.futures.Future[list[dict[str, Any]]]] = set()
+        queue = iter(missing)
+        while True:
+            while len(waiting) < workers and time.monotonic() - begin < until:
+                run = next(queue, None)
+                if run is None:
+                    break
+                waiting.add(pool.submit(train, *run))
+            if not waiting:
+                return
+            ended, waiting = concurrent.futures.wait(
+                waiting, return_when=concurrent.futures.FIRST_COMPLETED
+            )
+            for future in ended:
+                for row in future.result():
+                    file.write(json.dumps(row) + "\n")
+                file.flush()
+
+
+def read(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """Rows so far."""
+    path = folder / "rows.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def report(folder: pathlib.Path, to: pathlib.Path) -> None:
+    """Tables as Markdown, and a picture of each task and rate."""
+    to.mkdir(parents=True, exist_ok=True)
+    values: dict[tuple[str, float], dict[str, dict[int, dict[int, float]]]] = {}
+    for r in read(folder):
+        of = values.setdefault((r["task"], r["rate"]), {}).setdefault(r["schedule"], {})
+        of.setdefault(r["steps"], {})[r["seed"]] = r["value"]
+    lines = [
+        "Mean over seeds; in brackets the paired difference to cosine with its standard error, and",
+        "the number of seeds. Lower is better. `python benchmarks/training/lengths.py`.",
+    ]
+    for (task, rate), schedules in sorted(values.items(), key=lambda item: item[0]):
+        study = STUDIES[task]
+        lines += ["", f"## {task}, {study.make.measure}, initial rate {rate:g}", ""]  # type: ignore[attr-defined]
+        lines.append("| schedule | " + " | ".join(f"{n:,} steps" for n in study.lengths) + " |")
+        lines.append("|:--|" + "--:|" * len(study.lengths))
+        for name in NAMES:
+            if name in schedules:
+                cells = [_cell(schedules, name, steps) for steps in study.lengths]
+                lines.append(f"| {NAMES[name]} | " + " | ".join(cells) + " |")
+    (to / "lengths.md").write_text("\n".join(lines) + "\n")
+    (to / "rows.jsonl").write_text((folder / "rows.jsonl").read_text())
+    _draw(values, to / "lengths.png")
+
+
+def _cell(schedules: dict[str, dict[int, dict[int, float]]], name: str, steps: int) -> str:
+    of_seed = schedules[name].get(steps, {})
+    if not of_seed:
+        return ""
+    text = f"{statistics.mean(of_seed.values()):.3g}"
+    cosine = schedules.get("cosine", {}).get(steps, {})
+    pairs = [of_seed[seed] - cosine[seed] for seed in of_seed if seed in cosine]
+    if name == "cosine" or len(pairs) < 2:
+        return f"{text} ({len(of_seed)})"
+    error = statistics.stdev(pairs) / math.sqrt(len(pairs))
+    return f"{text} ({statistics.mean(pairs):+.2g} ± {error:.2g}, {len(pairs)})"
+
+
+def _draw(
+    values: dict[tuple[str, float], dict[str, dict[int, dict[int, float]]]], path: pathlib.Path
+) -> None:
+    from matplotlib.figure import Figure
+
+    columns = max(sum(1 for t, _ in values if t == task) for task in {t for t, _ in values})
+    tasks = [task for task in STUDIES if any(t == task for t, _ in values)]
+    figure = Figure(figsize=(4 * columns, 3.2 * len(tasks)), layout="constrained")
+    axes = figure.subplots(len(tasks), columns, squeeze=False)
+    handles: dict[str, Any] = {}
+    for row, task in zip(axes, tasks, strict=True):
+        rates = [rate for rate in STUDIES[task].seeds if (task, rate) in values]
+        for ax in row[len(rates) :]:
+            ax.set_axis_off()
+        for ax, rate in zip(row, rates, strict=False):
+            for i, name in enumerate(NAMES):
+                points = sorted(values[task, rate].get(name, {}).items())
+                if points:
+                    means = [statistics.mean(of_seed.values()) for _, of_seed in points]
+                    style = "-o" if name.startswith("anytime") else "--." if name in KNOWN else "-."
+                    (handles[NAMES[name]],) = ax.plot(
+                        [n for n, _ in points], means, style, color=f"C{i}", linewidth=1.5
+                    )
+            ax.set(xscale="log", yscale="log", title=f"{task}, initial rate {rate:g}")
+            ax.set_xlabel("optimizer steps")
+        row[0].set_ylabel(STUDIES[task].make.measure)  # type: ignore[attr-defined]
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("what", choices=("run", "report"))
+    parser.add_argument("--folder", type=pathlib.Path, default=pathlib.Path("build/lengths"))
+    parser.add_argument("--to", type=pathlib.Path, default=pathlib.Path("build/lengths"))
+    parser.add_argument("--task", nargs="+", choices=tuple(STUDIES), default=list(STUDIES))
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after these")
+    options = parser.parse_args()
+    if options.what == "run":
+        run_all(options.folder, options.task, options.workers, 60 * options.minutes)
+    else:
+        report(options.folder, options.to)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,519 @@
+"""AnytimeAutoDrop: the rule against an independent version, null processes, state, averages."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from trajectories import Given
+
+from autodrop_ext import AngularVelocity, AnytimeAutoDrop, AutoDrop, EpochAutoDrop
+
+
+def process(kind: str, steps: int, n: int = 300, seed: int = 0) -> np.ndarray:
+    """Parameters that move without any loss, float64 ``[steps, n]``."""
+    random = np.random.default_rng(seed)
+    noise = random.normal(size=(steps, n))
+    if kind == "drift":
+        return np.cumsum(0.1 * noise + random.normal(size=n), axis=0)
+    if kind == "walk":
+        return np.cumsum(0.1 * noise, axis=0)
+    x, iterates = np.zeros(n), np.empty((steps, n))
+    for t in range(steps):
+        x = 0.99 * x + 0.1 * noise[t]
+        iterates[t] = x
+    return iterates
+
+
+def independent(
+    iterates: np.ndarray, window: int = 16, windows: int = 8, snapshots: int = 32
+) -> list[tuple[int, int, float | None, float | None, float]]:
+    """The rule as design and docstring have it: step, window, mean cosine, exponent, rate."""
+    lr, position, taken = 1.0, 0, []
+    last = before = mean = None
+    cosines: list[float] = []
+    fresh, closes = True, []
+    for t, x in enumerate(iterates, 1):
+        position += 1
+        if position % max(1, window // snapshots) == 0:
+            taken.append(x)
+        if position < window:
+            continue
+        m, taken, position = np.mean(taken, axis=0), [], 0
+        if before is not None:
+            s, s_before = m - last, last - before
+            cosine = float(s @ s_before / math.sqrt((s @ s) * (s_before @ s_before)))
+            if fresh and mean is not None:
+                cosines = []
+            fresh = False
+            cosines = [*cosines, cosine][-8:]
+            if mean is not None or len(cosines) >= 4:
+                mean = sum(cosines) / len(cosines)
+        power = None
+        if mean is not None:
+            power = min(0.5, 5 * max(0.0, 0.25 - mean))
+            lr *= ((t - window) / t) ** power
+        closes.append((t, window, mean, power, lr))
+        last, before = m, last
+        if t >= 2 * windows * window and before is not None:
+            last, before, window, fresh = (last + before) / 2, None, 2 * window, True
+    return closes
+
+
+def run(iterates: np.ndarray, **settings: Any) -> AnytimeAutoDrop:
+    optimizer = Given(iterates, dtype=torch.float64)
+    scheduler = AnytimeAutoDrop(optimizer, **settings)
+    for _ in iterates:
+        optimizer.step()
+        scheduler.step()
+    return scheduler
+
+
+@pytest.mark.parametrize("kind", ["drift", "walk", "mean-reverting"])
+def test_the_rule_step_by_step(kind: str) -> None:
+    iterates = process(kind, 3_000, n=100)
+    closes = independent(iterates)
+    history = run(iterates).history
+    # A meter reports from the third window on; nothing has been decided before.
+    assert len(history) == len(closes) - 2
+    for decision, (t, window, mean, power, lr) in zip(history, closes[2:], strict=True):
+        assert (decision.step, decision.window_steps) == (t, window)
+        assert (decision.mean_cosine is None) == (mean is None)
+        if mean is not None and power is not None:
+            # float32 sums: angles are right to 0.02 degrees, 3.5e-4 in the cosine.
+            assert decision.mean_cosine == pytest.approx(mean, abs=4e-4)
+            assert decision.power == pytest.approx(power, abs=5 * 4e-4)
+        assert decision.lr[0] == pytest.approx(lr, rel=5e-3)
+
+
+def test_null_processes() -> None:
+    """Part of the rate that is left after 30,000 steps without any loss."""
+    left = {kind: run(process(kind, 30_000)).get_last_lr()[0] for kind in ("drift", "walk", "ou")}
+    assert left["drift"] > 0.9
+    assert 0.6 < left["walk"] < 1.0
+    assert left["ou"] < 0.2
+
+
+def test_the_same_trajectory_in_twice_the_steps_has_the_same_rates() -> None:
+    iterates = process("mean-reverting", 6_000)
+    # Linear interpolation: every displacement takes twice as long.
+    middle = (iterates[1:] + iterates[:-1]) / 2
+    slow = np.empty((2 * len(iterates) - 1, iterates.shape[1]))
+    slow[::2], slow[1::2] = iterates, middle
+    fast = {d.step: d.lr[0] for d in run(iterates).history}
+    twice = {d.step: d.lr[0] for d in run(slow).history}
+    common = [t for t in fast if t >= 1_000 and 2 * t in twice]
+    assert len(common) > 10
+    # Within noise: windows are cut at other places of the trajectory.
+    assert all(abs(math.log(twice[2 * t] / fast[t])) < 0.35 for t in common)
+
+
+@pytest.mark.parametrize(
+    ("steps", "open_window", "snapshots", "closes"), [(1_000, 20, 736, 31), (10_000, 24, 1_568, 57)]
+)
+def test_closes_and_snapshots_grow_like_a_logarithm(
+    steps: int,
+    open_window: int,
+    snapshots: int,
+    closes: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from autodrop_ext.ops.eager import ReferenceOperations
+
+    counted = {"snapshots": 0, "closes": 0}
+
+    def counting(name: str, kind: str) -> None:
+        inner = getattr(ReferenceOperations, name)
+
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            counted[kind] += 1
+            return inner(self, *args, **kwargs)
+
+        monkeypatch.setattr(ReferenceOperations, name, call)
+
+    counting("accumulate", "snapshots")
+    for name in ("close_sum", "close_delta"):
+        counting(name, "closes")
+    run(process("drift", steps, n=3), backend="reference")
+    # The very first snapshot in delta form is read twice: as the mean that there is not yet.
+    assert counted["snapshots"] - 1 == snapshots + open_window
+    assert counted["closes"] == closes
+    assert abs(closes - (16 + 8 * math.log2(steps / 256))) < 1.5  # whole windows only
+
+
+def test_a_rate_is_never_raised_and_keeps_to_its_floor() -> None:
+    iterates = process("mean-reverting", 4_000, n=50)
+    scheduler = run(iterates, min_lr=0.3)
+    rates = [d.lr[0] for d in scheduler.history]
+    assert all(a >= b for a, b in zip(rates, rates[1:], strict=False))
+    assert rates[-1] == 0.3
+    assert run(iterates).get_last_lr()[0] < 0.3
+
+
+def test_nan_starts_over_and_keeps_time_window_and_rate() -> None:
+    iterates = process("mean-reverting", 3_000, n=50)
+    iterates[1_499] = np.nan  # step 1,500, which is read: every fourth one is
+    with pytest.warns(RuntimeWarning, match="AnytimeAutoDrop: .* held NaN"):
+        scheduler = run(iterates)
+    steps = [d.step for d in scheduler.history if d.angle is None and d.step > 1_000]
+    assert len(steps) >= 3  # the window with NaN, and two until there is an angle again
+    assert scheduler.history[-1].angle is not None
+    assert scheduler.window == 256  # doubled at 256, 512, 1,024 and 2,048
+    rates = [d.lr[0] for d in scheduler.history]
+    assert all(a >= b for a, b in zip(rates, rates[1:], strict=False))
+
+
+def test_warm_up_does_not_count() -> None:
+    iterates = process("walk", 400, n=20)
+    plain = run(iterates[100:])
+    warmed = run(iterates, warmup_steps=100)
+    assert [d.cosine for d in warmed.history] == [d.cosine for d in plain.history]
+    assert [d.step - 100 for d in warmed.history] == [d.step for d in plain.history]
+
+
+def test_joining_a_run_without_a_checkpoint() -> None:
+    optimizer = Given(process("walk", 200, n=20))
+    optimizer.param_groups[0]["initial_lr"] = 1.0
+    scheduler = AnytimeAutoDrop(optimizer, last_epoch=5_000)
+    # The window doubles while t >= 16 w: 16 to 512.
+    assert scheduler.window == 512
+
+
+def test_wrong_arguments_say_what_was_expected() -> None:
+    optimizer = Given(np.zeros((1, 2)))
+    for arguments, message in (
+        ({"min_window": 0}, "min_window: expected at least 1"),
+        ({"critical": 2.0}, "critical: expected a number from -1 to 1"),
+        ({"gain": 0.0}, "gain: expected a finite number above 0"),
+        ({"max_power": -1.0}, "max_power: expected a finite number above 0"),
+        ({"snapshots": 0}, "snapshots: expected at least 1"),
+        ({"average": 0}, "average: expected at least 1"),
+        ({"min_lr": -1.0}, "min_lr: expected a finite number of at least 0"),
+        ({"sample": "auto"}, "sample: .* which was removed"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            AnytimeAutoDrop(optimizer, **arguments)  # type: ignore[arg-type]
+
+
+# ---- state --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at", [1, 15, 16, 40, 255, 256, 257, 270, 511, 512, 513, 700])
+@pytest.mark.parametrize("way", ["file", "deepcopy"])
+def test_resume_is_exact_in_every_phase(at: int, way: str) -> None:
+    iterates = process("mean-reverting", 900, n=30)
+    whole = run(iterates)
+    first = Given(iterates[:at], dtype=torch.float64)
+    scheduler = AnytimeAutoDrop(first)
+    for _ in range(at):
+        first.step()
+        scheduler.step()
+    buffer = io.BytesIO()
+    state = scheduler.state_dict()
+    if way == "deepcopy":
+        state = copy.deepcopy(scheduler).state_dict()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    rest = Given(iterates[at:], dtype=torch.float64)
+    with torch.no_grad():
+        rest.parameter.copy_(torch.from_numpy(iterates[at - 1]))
+    rest.param_groups[0]["lr"] = first.param_groups[0]["lr"]
+    resumed = AnytimeAutoDrop(rest)
+    resumed.load_state_dict(torch.load(buffer, weights_only=True))
+    for _ in range(at, len(iterates)):
+        rest.step()
+        resumed.step()
+    assert repr(resumed.history) == repr(whole.history)  # NaN does not equal itself
+    assert rest.param_groups[0]["lr"] == whole.get_last_lr()[0]
+
+
+# ---- averaged parameters ------------------------------------------------------------------------
+
+
+def mean_of(iterates: np.ndarray, parts: list[tuple[int, int, int]]) -> np.ndarray:
+    """Mean over windows, weighted by their steps: (first step, last step, every so many)."""
+    means = [iterates[a + every - 1 : b : every].mean(axis=0) for a, b, every in parts]
+    weights = [b - a for a, b, _ in parts]
+    return np.average(means, axis=0, weights=weights)
+
+
+@pytest.mark.parametrize("form", ["sum", "delta"])
+@pytest.mark.parametrize(
+    ("steps", "parts"),
+    [
+        (1, [(0, 1, 1)]),
+        (7, [(0, 7, 1)]),
+        (16, [(0, 16, 1)]),
+        (20, [(0, 16, 1), (16, 20, 1)]),
+        (40, [(0, 16, 1), (16, 32, 1), (32, 40, 1)]),
+        (100, [(64, 80, 1), (80, 96, 1), (96, 100, 1)]),
+        (256, [(224, 256, 1)]),  # right after the window doubled
+        (300, [(224, 256, 1), (256, 288, 1), (288, 300, 1)]),
+        (560, [(448, 512, 1), (512, 560, 2)]),
+    ],
+)
+def test_averaged_parameters_are_the_mean_of_the_windows(
+    form: str, steps: int, parts: list[tuple[int, int, int]]
+) -> None:
+    iterates = 1 + 0.01 * process("walk", steps, n=40)
+    optimizer = Given(iterates, dtype=torch.float64)
+    scheduler = AnytimeAutoDrop(optimizer)
+    scheduler.meter = AngularVelocity(optimizer, 16, snapshots=32, form=form)  # type: ignore[arg-type]
+    for _ in range(steps):
+        optimizer.step()
+        scheduler.step()
+    before = optimizer.parameter.detach().clone()
+    with scheduler.averaged_parameters():
+        averaged = optimizer.parameter.detach().clone()
+    # float32 sums of up to 64 values.
+    expected = torch.from_numpy(mean_of(iterates, parts))
+    torch.testing.assert_close(averaged, expected, rtol=2e-6, atol=0)
+    assert torch.equal(optimizer.parameter, before)
+
+
+def various() -> list[nn.Parameter]:
+    g = torch.Generator().manual_seed(0)
+    tensors = [
+        torch.randn(5, 7, generator=g),
+        torch.randn(4, 6, 5, 3, generator=g).to(memory_format=torch.channels_last),
+        torch.randn(20, 20, generator=g)[:, ::2],
+        torch.randn(9, generator=g).bfloat16(),
+        torch.randn(9, generator=g).half(),
+        torch.randn(9, generator=g).double(),
+        torch.randn(3, 3, generator=g, dtype=torch.complex64),
+    ]
+    return [nn.Parameter(t) for t in tensors]
+
+
+def bits(t: Tensor) -> bytes:
+    return (
+        torch.view_as_real(t.detach()).numpy().tobytes()
+        if t.is_complex()
+        else (t.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    )
+
+
+def drifting(kind: type, parameters: list[nn.Parameter], steps: int, **settings: Any) -> Any:
+    optimizer = torch.optim.SGD(parameters, lr=0.01)
+    scheduler = kind(optimizer, **settings)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        for p in parameters:
+            real = torch.randn(p.shape, generator=generator)
+            p.grad = real.to(p.dtype)
+        optimizer.step()
+        scheduler.step()
+    return scheduler
+
+
+@pytest.mark.parametrize("ending", [None, RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("kind", [AnytimeAutoDrop, AutoDrop])
+def test_every_bit_comes_back(kind: type, ending: type[BaseException] | None) -> None:
+    parameters = various()
+    scheduler = drifting(kind, parameters, 150)
+    with torch.no_grad():
+        parameters[0][0, 0] = math.nan
+        parameters[0].view(torch.int32)[0, 1] = 0x7FC0BEEF  # a NaN with a payload
+        parameters[0][0, 2] = -0.0
+    before = [bits(p) for p in parameters]
+    expected = contextlib.nullcontext() if ending is None else pytest.raises(ending)
+    with expected, scheduler.averaged_parameters():
+        assert [bits(p) for p in parameters] != before
+        if ending is not None:
+            raise ending
+    assert [bits(p) for p in parameters] == before
+
+
+def test_steps_inside_the_block_are_refused() -> None:
+    parameters = various()
+    scheduler = drifting(AnytimeAutoDrop, parameters, 40)
+    with scheduler.averaged_parameters():
+        scheduler.optimizer.step()
+        with pytest.raises(RuntimeError, match="averaged ones"):
+            scheduler.step()
+
+
+def test_before_the_first_step_the_block_changes_nothing() -> None:
+    parameters = various()
+    scheduler = AnytimeAutoDrop(torch.optim.SGD(parameters, lr=0.1))
+    before = [bits(p) for p in parameters]
+    with scheduler.averaged_parameters():
+        assert [bits(p) for p in parameters] == before
+
+
+def test_a_sample_has_no_average() -> None:
+    parameters = [nn.Parameter(torch.randn(100, 100))]
+    scheduler = drifting(AnytimeAutoDrop, parameters, 3, sample=0.5)
+    expected = pytest.raises(RuntimeError, match=r"got sample=0.5, .* use sample=None, or torch")
+    with expected, scheduler.averaged_parameters():
+        pass
+
+
+def test_batch_normalisation_is_measured_again_in_the_block() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = AnytimeAutoDrop(optimizer)
+    data = [torch.randn(32, 4) for _ in range(4)]
+    for i in range(60):
+        loss = (model(data[i % 4]) - 1).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+    statistics = copy.deepcopy(model[1].state_dict())
+    with scheduler.averaged_parameters():
+        torch.optim.swa_utils.update_bn(data, model)
+        model.eval()
+        with torch.no_grad():
+            hidden = torch.cat([model[0](x) for x in data])
+        # update_bn averages over batches.
+        torch.testing.assert_close(model[1].running_mean, hidden.mean(dim=0), rtol=1e-4, atol=1e-5)
+    assert not torch.equal(statistics["running_mean"], model[1].running_mean)
+
+
+# ---- cooldown -----------------------------------------------------------------------------------
+
+
+def cooled(scheduler: Any, steps: int) -> Iterator[float]:
+    for _ in range(steps):
+        for group in scheduler.optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = torch.randn(p.shape)
+        scheduler.optimizer.step()
+        scheduler.step()
+        yield float(scheduler.optimizer.param_groups[0]["lr"])
+
+
+@pytest.mark.parametrize("tensor_lr", [False, True])
+@pytest.mark.parametrize("kind", [AnytimeAutoDrop, AutoDrop, EpochAutoDrop])
+@pytest.mark.parametrize(
+    ("shape", "left"),
+    [
+        ("linear", [0.75, 0.5, 0.25, 0.0, 0.0]),
+        ("sqrt", [0.5, 1 - math.sqrt(0.5), 1 - math.sqrt(0.75), 0.0, 0.0]),
+        ("cosine", [(1 + math.cos(math.pi * x)) / 2 for x in (0.25, 0.5, 0.75, 1.0)] + [0.0]),
+    ],
+)
+def test_cooldown(kind: type, shape: Any, left: list[float], tensor_lr: bool) -> None:
+    lr = torch.tensor(0.5, dtype=torch.float64) if tensor_lr else 0.5
+    optimizer = torch.optim.SGD([nn.Parameter(torch.randn(30))], lr=lr)
+    scheduler = kind(optimizer, min_lr=0.1)
+    rates = list(cooled(scheduler, 3))
+    scheduler.cooldown(4, shape)
+    expected = [0.1 + (rates[-1] - 0.1) * part for part in left]
+    assert list(cooled(scheduler, 5)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_cooldown_resumes() -> None:
+    torch.manual_seed(0)
+    first = AutoDrop(torch.optim.SGD([nn.Parameter(torch.randn(30))], lr=0.5), window=2)
+    list(cooled(first, 9))
+    first.cooldown(10)
+    list(cooled(first, 3))
+    second = AutoDrop(torch.optim.SGD([nn.Parameter(torch.randn(30))], lr=0.5), window=2)
+    second.optimizer.load_state_dict(first.optimizer.state_dict())
+    second.load_state_dict(first.state_dict())
+    assert list(cooled(second, 7)) == pytest.approx(list(cooled(first, 7)), rel=0)
+    assert second.optimizer.param_groups[0]["lr"] == 0.0
+
+
+def test_no_drops_during_a_cooldown_and_none_before_the_warm_up_ends() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.randn(30))], lr=0.5)
+    scheduler = AutoDrop(optimizer, window=1, threshold=1e6, min_samples=1, warmup_steps=3)
+    with pytest.raises(RuntimeError, match=r"cooldown: expected a call after the warm-up of 3"):
+        scheduler.cooldown(5)
+    list(cooled(scheduler, 12))
+    drops = scheduler.num_drops
+    assert drops > 0  # the threshold lets every second reading drop
+    scheduler.cooldown(50)
+    list(cooled(scheduler, 20))
+    assert scheduler.num_drops == drops
+    assert len(scheduler.history) == 12 - 3 - 2 + 20  # readings went on
+    for arguments, message in (
+        ((0,), "num_steps: expected at least 1"),
+        ((5, "steep"), "shape: expected 'linear', 'sqrt' or 'cosine'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            scheduler.cooldown(*arguments)  # type: ignore[arg-type]
+
+
+# ---- snapshots ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["sum", "delta"])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(("window", "snapshots"), [(8, 2), (10, 3), (7, 7), (5, 9), (6, 1)])
+def test_snapshots_thin_the_iterates(form: Any, backend: str, window: int, snapshots: int) -> None:
+    iterates = process("walk", 6 * window, n=60)
+    x = torch.zeros(60, dtype=torch.float64)
+    meter = AngularVelocity([x], window, snapshots=snapshots, backend=backend, form=form)
+    readings = []
+    for iterate in iterates:
+        x.copy_(torch.from_numpy(iterate))
+        readings.append(meter.observe())
+    s = min(snapshots, window)
+    places = [math.ceil((j + 1) * window / s) - 1 for j in range(s)]
+    assert places[-1] == window - 1
+    means = iterates.reshape(6, window, 60)[:, places].mean(axis=1)
+    moves = np.diff(means, axis=0)
+    for i in range(2, 6):
+        reading = readings[(i + 1) * window - 1]
+        a, b = moves[i - 1], moves[i - 2]
+        cosine = a @ b / math.sqrt((a @ a) * (b @ b))
+        assert reading is not None and reading.angle is not None
+        assert reading.angle == pytest.approx(math.degrees(math.acos(cosine)), abs=0.02)
+
+
+def test_more_snapshots_than_steps_are_all_steps() -> None:
+    iterates = process("walk", 40, n=20)
+
+    def angles(**settings: Any) -> list[Any]:
+        optimizer = Given(iterates)
+        scheduler = AutoDrop(optimizer, window=4, **settings)
+        for _ in iterates:
+            optimizer.step()
+            scheduler.step()
+        return scheduler.history
+
+    assert angles(snapshots=4) == angles(snapshots=100) == angles()
+
+
+@pytest.mark.parametrize("form", ["sum", "delta"])
+@pytest.mark.parametrize("update", [1e-3, 1e-5, 1e-7])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_doubled_window_keeps_the_accuracy_contract(
+    form: Any, update: float, backend: str
+) -> None:
+    """Against float64; sums cannot resolve 1e-7, which is what delta form is for."""
+    if form == "sum" and update == 1e-7:
+        form = "auto"
+    k, n = 16, 5_000
+    random = np.random.default_rng(0)
+    start = random.normal(size=n)
+    drift, noise = random.normal(size=n), random.normal(size=(10 * k, n))
+    iterates = start + update * np.cumsum(0.3 * drift + noise, axis=0)
+    iterates = iterates.astype(np.float32).astype(np.float64)
+    x = torch.zeros(n)
+    meter = AngularVelocity([x], k, form=form, backend=backend)
+    readings = []
+    for t, iterate in enumerate(iterates, 1):
+        x.copy_(torch.from_numpy(iterate))
+        readings.append(meter.observe())
+        if t == 4 * k:
+            meter.double_window()
+    means = iterates.reshape(-1, 2 * k, n).mean(axis=1)  # the merged window and all after it
+    a, b = means[3] - means[2], means[2] - means[1]
+    cosine = a @ b / math.sqrt((a @ a) * (b @ b))
+    reading = readings[8 * k - 1]
+    assert reading is not None and reading.angle is not None
+    assert reading.angle == pytest.approx(math.degrees(math.acos(cosine)), abs=0.02)
+    assert readings[6 * k - 1] is not None and readings[6 * k - 1].angle is None
