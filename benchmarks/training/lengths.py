@@ -185,7 +185,7 @@ def _evaluated(schedule: str, optimizer: Any, scheduler: Any) -> Iterator[None]:
 
 
 def runs(tasks: list[str]) -> list[tuple[str, str, float, int, tuple[int, ...]]]:
-    """All runs of the studies, the first rate of each first, short ones before long ones."""
+    """All runs of the studies: the first rate of each first, seed by seed, short runs first."""
     chosen = []
     for task in tasks:
         study = STUDIES[task]
@@ -197,7 +197,7 @@ def runs(tasks: list[str]) -> list[tuple[str, str, float, int, tuple[int, ...]]]
                         lengths = [(length,) for length in study.lengths]
                     for of_run in lengths:
                         late = of_run[-1] > 10_000
-                        key = (late, order, seed)
+                        key = (order, seed, late)
                         chosen.append((key, (task, schedule, rate, seed, of_run)))
     return [run for _, run in sorted(chosen, key=lambda item: item[0])]
 
