@@ -41,13 +41,14 @@ MOST_VARIANCE = 0.125
 """Largest relative variance of the norm from wandering. The standard error of the angle linearises
 a ratio of norms, which means little once these are known to no better than 35 %."""
 
-LEAST_VARIANCE = 1e-3
-"""Relative variance below which wandering is ignored. It moves the norm by 3 %, an angle by some
-tenths of a degree, and all models have as much whose chunks differ a little from window to window:
-the transformer of ``docs/scaling.md`` has up to 1e-4 with AdamW.
+SMALL_VARIANCE = 1e-3
+"""Relative variance below which wandering matters in proportion less: each effective mover counts
+for ``SMALL_VARIANCE / variance`` of them. It moves the norm by 3 %, an angle by some tenths of a
+degree. All models have some whose chunks differ a little from window to window: the transformer of
+``docs/scaling.md`` has 1e-4 with AdamW.
 
 These four were chosen after looking at the results of ``benchmarks/accuracy/sampling.py``, of
-``sparse`` and ``accuracy``; ``docs/scaling.md`` has the table."""
+``sparse`` and ``accuracy``; ``docs/scaling.md`` has the tables."""
 
 PAIRS = ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2))
 """Order of the six covariances of dot, norm and previous norm."""
@@ -235,7 +236,7 @@ class Precision:
 def movers(numbers: Sequence[float]) -> float | None:
     """Effective movers that the sample is expected to hold of the motion that wanders.
 
-    Infinity where none wanders to speak of; None where so few are expected that the scatter of the
+    Infinity where none wanders; None where so few are expected that the scatter of the
     sample does not say how far the angle may be off.
 
     Args:
@@ -249,8 +250,8 @@ def movers(numbers: Sequence[float]) -> float | None:
         return math.inf
     if not surveyed > 0:
         return None
-    relative = variance / surveyed**2
-    if relative <= LEAST_VARIANCE:
+    if variance == 0 or spread == 0:  # the latter by underflow, where next to nothing wanders
         return math.inf
-    count = variance**2 / spread
+    relative = variance / surveyed**2
+    count = variance**2 / spread * max(1.0, SMALL_VARIANCE / relative)
     return count if relative <= MOST_VARIANCE and count >= LEAST_MOVERS else None

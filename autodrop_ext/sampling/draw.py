@@ -1,9 +1,9 @@
 """Which chunks of the parameters a sampled meter reads.
 
-Every tensor is a set of strata, and of each stratum's chunks a simple random sample is drawn. At
-first a tensor is one stratum. Once it is known how far each chunk moves (``survey.py``), chunks are
-sorted by that into strata of two, as ``docs/scaling.md`` explains: few chunks often make most of a
-displacement, and where they are missed, both the angle and its standard error are wrong.
+Every tensor is a set of strata, and of each stratum's chunks a simple random sample is drawn.
+Chunks are sorted into strata by how far they move (``survey.py``), as ``docs/scaling.md`` explains:
+few chunks often make most of a displacement, and where they are missed, both the angle and its
+standard error are wrong. Where no motion is known, a tensor is one stratum.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LEAST_CHUNKS = 2
 """Chunks that are read of every tensor that has as many: one alone would not show its scatter."""
 
 PER_STRATUM = 2
-"""Chunks that are drawn of a stratum. More would tell its scatter better, but strata would be fewer
+"""Chunks that are drawn of a stratum. More would show its scatter better, but strata would be fewer
 and wider; measured, two had the smallest errors and the best coverage with Student's t."""
 
 UNIFORM = 0.5
@@ -41,8 +41,8 @@ class Sample:
     """A seeded part of all chunks.
 
     Attributes:
-        fraction: of the chunks, in (0, 1].
-        seed: of the choice; the same seed, shards and motion give the same choice.
+        fraction: part of the chunks, in (0, 1].
+        seed: the same seed, shards and motion give the same sample.
     """
 
     fraction: float
@@ -51,7 +51,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class DrawnChunks:
-    """The chosen chunks of a plan, tensor after tensor, and the strata they were drawn from.
+    """The chunks that are read, tensor after tensor, and the strata that they were drawn from.
 
     Attributes:
         tensor: which tensor a chunk belongs to, ``[num_chunks]``, ascending.
@@ -75,7 +75,7 @@ class DrawnChunks:
 
     @functools.cached_property
     def expansion(self) -> FloatArray:
-        """Of each chunk: how many chunks of its stratum it stands for, ``[num_chunks]``."""
+        """How many chunks of its stratum each chunk stands for, ``[num_chunks]``."""
         expansion: FloatArray = (self.population / self.taken)[self.stratum]
         return expansion
 
@@ -86,7 +86,7 @@ class DrawnChunks:
 
 
 def num_chunks(elements: int) -> int:
-    """Of a tensor."""
+    """Number of chunks that a tensor is cut into."""
     return -(-elements // CHUNK_ELEMENTS)
 
 
@@ -115,7 +115,7 @@ def draw(
 
     Args:
         lengths: elements of each tensor, 0 allowed.
-        labels: what tells the tensors apart: name, shape and which part of it lies here.
+        labels: what tells the tensors apart: name, shape and which part of it is on this rank.
         sample: how many, and the seed.
         motion: of each tensor, how far each chunk moves (``|s|^2``); None if that is not known.
     """

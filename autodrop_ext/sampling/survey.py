@@ -1,8 +1,8 @@
 """How far each chunk of the parameters moves in a window: what a sample is drawn by.
 
 A few elements at a time are copied at the beginning of a window and compared with the parameters a
-window later. So the whole model is looked at in at most eight windows, which costs half a byte a
-parameter (float32) for that time and two reads of every parameter.
+window later. So the whole model is looked at in at most eight windows. Models above eight million
+float32 parameters need half a byte a parameter for that time, and every parameter is read twice.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Survey:
 
     @property
     def done(self) -> bool:
-        """Whether every chunk has its size."""
+        """Whether the motion of every chunk is known."""
         return self._left < 0
 
     @property

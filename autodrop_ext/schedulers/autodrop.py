@@ -158,8 +158,7 @@ class AutoDrop(DropScheduler):
         reading = dataclasses.replace(reading, step=self._optimizer_steps)
         parts = (reading.per_group or ()) if self.per_group else (reading,)
         # The error of a sample in which too few chunks move is not known.
-        known = not math.isnan(reading.standard_error)
-        angles = [p.angle if known and not math.isnan(p.standard_error) else None for p in parts]
+        angles = [None if math.isnan(p.standard_error) else p.angle for p in parts]
         detectors = [detector.copy() for detector in self._detectors]
         detectors += [detectors[0].fresh() for _ in range(len(angles) - len(detectors))]
         verdicts = [

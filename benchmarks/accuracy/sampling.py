@@ -3,7 +3,7 @@
     python benchmarks/accuracy/sampling.py record    [--folder build/sampling] [--only NAME ...]
     python benchmarks/accuracy/sampling.py accuracy  [--folder build/sampling] [--seeds 20]
     python benchmarks/accuracy/sampling.py drops     [--folder build/sampling] [--seeds 20]
-    python benchmarks/accuracy/sampling.py sparse    [--folder build/sampling] [--seeds 12]
+    python benchmarks/accuracy/sampling.py sparse    [--folder build/sampling] [--first 100]
     python benchmarks/accuracy/sampling.py cost      [--device cpu] [--shapes transformer60m]
 
 ``record`` trains and keeps, for every window, the sums of *every* chunk of 1,024 elements (a meter
@@ -398,12 +398,19 @@ def record_sparse(setting: str, share: float, seed: int, folder: pathlib.Path) -
     return name
 
 
-def sparse(setting: str, share: float, seeds: int, folder: pathlib.Path) -> list[dict[str, Any]]:
-    """How often a reading has an interval, and how often that holds the exact angle."""
-    runs = [load(record_sparse(setting, share, seed, folder), folder) for seed in range(3)]
+def sparse(
+    setting: str, share: float, seeds: int, first: int, folder: pathlib.Path
+) -> list[dict[str, Any]]:
+    """How often a reading has an interval, and how often that holds the exact angle.
+
+    Three recordings, of the seeds from ``first`` on, and ``seeds`` samples of each.
+    """
+    recorded = range(first, first + 3)
+    drawn = range(first, first + seeds)
+    runs = [load(record_sparse(setting, share, seed, folder), folder) for seed in recorded]
     table = []
     for fraction in FRACTIONS:
-        pairs = [(run, replay(run, fraction, seed)) for run in runs for seed in range(seeds)]
+        pairs = [(run, replay(run, fraction, seed)) for run in runs for seed in drawn]
         late = slice(runs[0].surveyed, None)
         errors = np.concatenate([r.angles[late] - run.exact[late] for run, r in pairs])
         inside = np.abs(errors) <= np.concatenate([r.margins[late] for _, r in pairs])
@@ -550,6 +557,7 @@ def main() -> None:
     parser.add_argument("--folder", type=pathlib.Path, default=pathlib.Path("build/sampling"))
     parser.add_argument("--only", nargs="+", choices=list(RUNS), default=list(RUNS))
     parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--first", type=int, default=0, help="first seed of sparse")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--shapes", choices=[*shapes.SHAPES, "llama8b"], default="transformer60m")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
@@ -568,7 +576,7 @@ def main() -> None:
     elif arguments.command == "sparse":
         torch.set_num_threads(1)
         for setting, share in itertools.product(SPARSE, SHARES):
-            table = sparse(setting, share, arguments.seeds, arguments.folder)
+            table = sparse(setting, share, arguments.seeds, arguments.first, arguments.folder)
             print_sparse(table, head=not results)
             results += table
     else:

@@ -161,7 +161,7 @@ def _median(work: Any, repeats: int) -> float:
 
 
 def _amount(value: float) -> str:
-    """Bytes in words."""
+    """Bytes with a unit."""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if value >= size:
             return f"{value / size:.3g} {unit}"

@@ -86,6 +86,19 @@ def test_seed_label_and_size_of_the_sample_decide_the_choice() -> None:
     assert sorted(draw([30_000], ["w"], Sample(1 / 8, 0)).start.tolist()) == PINNED
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_chunks_that_make_most_of_the_motion_are_read_for_certain(seed: int) -> None:
+    motion = np.random.default_rng(seed).uniform(0.5, 1.5, 400)
+    far = np.array([3, 100, 101, 250, 399])
+    motion[far] *= 1000
+    drawn = draw([400 * CHUNK_ELEMENTS], ["w"], Sample(1 / 8, seed), [motion])
+    certain = drawn.index[(drawn.taken == drawn.population)[drawn.stratum]]
+    assert certain.tolist() == far.tolist()
+    assert (drawn.expansion[np.isin(drawn.index, far)] == 1).all()
+    starts = chunk_starts(400 * CHUNK_ELEMENTS)
+    assert (starts[drawn.index] == drawn.start).all()
+
+
 PINNED = [0, 10976, 12000, 13984]
 
 

@@ -13,9 +13,9 @@ from autodrop_ext import AngularVelocity, AutoDrop, Reading
 from autodrop_ext.angle import (
     FREEDOM_A_MOVER,
     LEAST_MOVERS,
-    LEAST_VARIANCE,
     MOST_VARIANCE,
     PAIRS,
+    SMALL_VARIANCE,
     movers,
 )
 from autodrop_ext.ops.interface import Sums
@@ -109,14 +109,16 @@ def test_limits() -> None:
     assert movers([1.0, math.nan, 0.0, 0.0]) is None
 
     def of(relative: float, count: float) -> float | None:
-        return movers([1.0, 10.0, 100.0 * relative, (100.0 * relative) ** 2 / count])
+        return movers([1.0, 10.0, 100 * relative, (100 * relative) ** 2 / count])
 
     assert of(MOST_VARIANCE * 1.01, 50.0) is None
     assert of(MOST_VARIANCE * 0.99, 50.0) == pytest.approx(50.0)
     assert of(0.01, LEAST_MOVERS * 0.99) is None
     assert of(0.01, LEAST_MOVERS * 1.01) == pytest.approx(LEAST_MOVERS * 1.01)
-    assert of(LEAST_VARIANCE * 0.99, 0.5) == math.inf
-    assert of(LEAST_VARIANCE * 1.01, 0.5) is None
+    # What hardly moves the norm may come from fewer.
+    assert of(SMALL_VARIANCE, 1.5) is None
+    assert of(SMALL_VARIANCE / 2, 1.5) == pytest.approx(3.0)
+    assert of(0.0, 1.5) == math.inf
 
 
 def test_few_expected_movers_widen_the_interval() -> None:
