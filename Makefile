@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CPP := $(shell find csrc -name '*.h' -o -name '*.cpp')
 
-.PHONY: demo test test-slow check docs packages import-time compatibility bench accuracy train-table ablations paper cifar cifar-part gpu gpu-build gpu-test gpu-sanitize gpu-bench pictures clean
+.PHONY: demo test test-slow attacks check docs packages import-time compatibility bench accuracy train-table lengths ablations paper cifar cifar-part gpu gpu-build gpu-test gpu-sanitize gpu-bench pictures clean
 .DELETE_ON_ERROR:
 
 # torch first and by itself: with it there, the package's own requirement brings no other build of it.
@@ -30,6 +30,9 @@ test: $(VENV)/.test   ## the tests, the compiled core under sanitizers included;
 
 test-slow: $(VENV)/.test   ## what takes minutes, and a tensor of more than 2^31 elements, 13 GiB
 	$(BIN)/python -m pytest -m slow -n 2 --dist worksteal
+
+attacks: $(VENV)/.test   ## fuzzers, interrupts and damaged checkpoints in large; a few minutes
+	AUTODROP_ATTACKS=1 $(BIN)/python -m pytest tests/attacks -n 2 --dist worksteal
 
 check: $(VENV)/.dev   ## ruff, mypy, clang-format
 	$(BIN)/ruff check .
@@ -62,6 +65,11 @@ accuracy: $(VENV)/.test   ## the accuracy contract as a table
 
 train-table: $(VENV)/.bench   ## every schedule on two small models, three seeds; under half an hour
 	$(BIN)/python benchmarks/training/command.py table
+
+# Rows go to build/lengths as they come; a run that was killed goes on.
+lengths: $(VENV)/.bench   ## one setting read at many lengths against schedules set for each; hours
+	$(BIN)/python benchmarks/training/lengths.py run
+	$(BIN)/python benchmarks/training/lengths.py report
 
 ablations: $(VENV)/.bench   ## AutoDrop's settings one at a time; a quarter of an hour
 	$(BIN)/python benchmarks/training/command.py ablations

@@ -196,11 +196,7 @@ class ParameterAverage:
     @staticmethod
     def read(state: Entries) -> Mapping[str, Any]:
         """A checked state for :meth:`restore`; raises ValueError where an entry is wrong."""
-        if state.value("version") != 1:
-            raise ValueError(
-                f"{state.name('version')}: expected 1, which this release reads, got "
-                f"{state.value('version')!r}"
-            )
+        state.expect("version", 1)
         snapshots = state.count("snapshots")
         means = state.inner("means")
         return {

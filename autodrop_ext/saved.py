@@ -52,6 +52,14 @@ class Entries:
         with problems_named(self.name(key)):
             return check(self.name(key), value)
 
+    def expect(self, key: str, expected: int | str) -> None:
+        """Check that an entry is what this release reads."""
+        value = self.value(key)
+        if type(value) is not type(expected) or value != expected:
+            raise ValueError(
+                f"{self.name(key)}: expected {expected!r}, which this release reads, got {value!r}"
+            )
+
     def count(self, key: str, least: int = 0) -> int:
         """An int of at least ``least``."""
         return int(self.read(key, lambda name, value: checks.count(name, value, least)))

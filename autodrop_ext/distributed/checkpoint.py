@@ -69,7 +69,7 @@ class SavedMeter(NamedTuple):
     @classmethod
     def read(cls, state: Entries) -> SavedMeter:
         """Raises ValueError where an entry is missing or wrong."""
-        state.read("version", _check_version)
+        state.expect("version", 1)
         window = state.count("window", 1)
         steps = state.count("steps")
         fresh = state.flag("fresh")
@@ -97,11 +97,6 @@ class SavedMeter(NamedTuple):
             form,
             sums,
         )
-
-
-def _check_version(name: str, value: Any) -> None:
-    if value != 1 or isinstance(value, bool):
-        raise ValueError(f"{name}: expected 1, which this release reads, got {value!r}")
 
 
 def _check_form(name: str, value: Any) -> Any:

@@ -374,13 +374,3 @@ def _write(group: dict[str, Any], lr: float) -> functools.partial[Any]:
 def as_floats(lrs: Iterable[float | Tensor]) -> list[float]:
     """Learning rates as plain floats, for logs and checkpoints."""
     return [float(lr) for lr in lrs]
-
-
-def _check_equal(expected: Any, name: str, value: Any) -> None:
-    if value != expected:
-        raise ValueError(f"{name}: expected {expected!r}, got {value!r}")
-
-
-def _check_version(name: str, value: Any) -> None:
-    if value != 1 or isinstance(value, bool):
-        raise ValueError(f"{name}: expected 1, which this release reads, got {value!r}")
