@@ -256,8 +256,8 @@ class StepScheduler(LRScheduler):
                 changed.
         """
         state = Entries(state_dict)
-        state.read("version", _check_version)
-        state.read("scheduler", functools.partial(_check_equal, type(self).__name__))
+        state.expect("version", 1)
+        state.expect("scheduler", type(self).__name__)
         settings = self._read_settings(state.inner("settings"))
         attributes = {
             **settings,
