@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -304,12 +305,27 @@ def _check_mean(name: str, value: Any) -> Tensor:
 
 
 @contextlib.contextmanager
-def own_bits_after(devices: Sequence[DeviceSums]) -> Iterator[None]:
-    """Keep a copy of the parameters, and give them their bits back at the block's end."""
-    aliases = [segment.alias for device in devices for segment in device.plan.segments]
+def own_bits_after(
+    devices: Sequence[DeviceSums], found: Callable[[], Mapping[str, Tensor]]
+) -> Iterator[None]:
+    """Keep a copy of the parameters, and give them their bits back at the block's end.
+
+    Args:
+        devices: whose parameters.
+        found: asked at the block's end; returns by name the memory of parameters that may have
+            been moved within it, as complex ones are seen by ``view_as_real``.
+    """
+    segments = [segment for device in devices for segment in device.plan.segments]
+    aliases = [segment.alias for segment in segments]
     copies = [alias.clone() for alias in aliases]
     try:
         yield
     finally:
-        for alias, copy in zip(aliases, copies, strict=True):
-            alias.copy_(copy)
+        with torch.no_grad():
+            # Python looks for signals between its own instructions, and here there are none.
+            collections.deque(map(Tensor.copy_, aliases, copies), maxlen=0)
+            now = found()
+            for segment, copy in zip(segments, copies, strict=True):
+                moved = now.get(segment.name)
+                if moved is not None and moved.shape == copy.shape:
+                    moved.copy_(copy)

@@ -8,10 +8,13 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
+from torch import Tensor
+
 from . import angle, checks
 from .averaging import own_bits_after
 from .distributed.checkpoint import ArenaState, SavedMeter, SavedSums
 from .distributed.exchange import Counts, Exchange, Facts
+from .distributed.gathered import discard_gathered
 from .distributed.group import check_group, find_group
 from .distributed.layout import Layout, elements_here
 from .distributed.shards import LocalShard
@@ -19,7 +22,7 @@ from .faults import Faults
 from .ops import check_name
 from .ops.device_sums import NamedArenas
 from .ops.interface import Form, Sums
-from .ops.memory import no_garbage_collection
+from .ops.memory import as_real, no_garbage_collection
 from .ops.window_sums import EVERYTHING, Extra, Watched, WindowSums, fields_of, on_cpu
 from .parameters import ParameterSource
 from .parts import Parts
@@ -272,9 +275,11 @@ class AngularVelocity(Windows):
                 f"{self.windows_since_restart} windows"
             )
         k = self.snapshots_per_window
+        self._observing = True  # where this is interrupted, the sums are discarded
         self.double()
         self._sums.merge(k, self.snapshots_per_window)
         self._precision.merged()
+        self._observing = False
 
     def rebase(self) -> None:
         """Measure the next displacement from the parameters as they are now.
@@ -322,18 +327,46 @@ class AngularVelocity(Windows):
                 f"{self.sample:g}, whose sums have no mean of the other parameters; use "
                 "sample=None, or torch.optim.swa_utils.AveragedModel"
             )
+        waiting = (self._restore, self._resharded)
+        only_loaded = self._sums is None and self._restore is not None
+        if only_loaded:
+            self._build()  # a checkpoint's sums, before the first step
         weights = self.mean_weights(last_only=windows == "last")
         uncertain = self._observing or self.spoiled or not self._source.unchanged()
-        if weights is None or uncertain or self._sums is None:
+        if weights is None or uncertain or self._sums is None or self._averaging:
             yield
             return
-        with own_bits_after(self._sums.devices):
+        if only_loaded:
+            # The first forward pass of FSDP may move shards: the first step builds again.
+            sums, self._sums = self._sums, None
+            self._restore, self._resharded = waiting
+        else:
+            sums = self._sums
+        with self._discarding_gathered(), own_bits_after(sums.devices, self._moved_memory):
             self._averaging = True
             try:
-                self._sums.write_mean(self.snapshots_per_window, self.taken, weights)
+                sums.write_mean(self.snapshots_per_window, self.taken, weights)
                 yield
             finally:
                 self._averaging = False
+
+    @contextlib.contextmanager
+    def _discarding_gathered(self) -> Iterator[None]:
+        """Let engines gather parameters again within the block, and again after it."""
+        if not self._layout.sharded:
+            yield
+            return
+        discard_gathered()
+        try:
+            yield
+        finally:
+            discard_gathered()
+
+    def _moved_memory(self) -> dict[str, Tensor]:
+        """Memory of the parameters by name, where they are others than when sums were built."""
+        if self._source.unchanged():
+            return {}
+        return {shard.name: as_real(shard.tensor) for shard in self._source.shards()}
 
     def close(self) -> None:
         """Free the sums. A later :meth:`observe` starts over."""

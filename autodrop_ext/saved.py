@@ -56,9 +56,8 @@ class Entries:
         """Check that an entry is what this release reads."""
         value = self.value(key)
         if type(value) is not type(expected) or value != expected:
-            raise ValueError(
-                f"{self.name(key)}: expected {expected!r}, which this release reads, got {value!r}"
-            )
+            reads = ", which this release reads" if key == "version" else ""
+            raise ValueError(f"{self.name(key)}: expected {expected!r}{reads}, got {value!r}")
 
     def count(self, key: str, least: int = 0) -> int:
         """An int of at least ``least``."""

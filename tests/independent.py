@@ -6,6 +6,8 @@ means, the filter over values, signed rise, two smoothed values needed after a d
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 
@@ -55,3 +57,38 @@ def schedule(
         smoothed.append(value)
         lrs.append(lr)
     return smoothed, lrs
+
+
+def anytime(
+    iterates: np.ndarray, window: int = 16, windows: int = 8, snapshots: int = 32
+) -> list[tuple[int, int, float | None, float | None, float]]:
+    """The rule as design and docstring have it: step, window, mean cosine, exponent, rate."""
+    lr, position, taken = 1.0, 0, []
+    last = before = mean = None
+    cosines: list[float] = []
+    fresh, closes = True, []
+    for t, x in enumerate(iterates, 1):
+        position += 1
+        if position % max(1, window // snapshots) == 0:
+            taken.append(x)
+        if position < window:
+            continue
+        m, taken, position = np.mean(taken, axis=0), [], 0
+        if before is not None:
+            s, s_before = m - last, last - before
+            cosine = float(s @ s_before / math.sqrt((s @ s) * (s_before @ s_before)))
+            if fresh and mean is not None:
+                cosines = []
+            fresh = False
+            cosines = [*cosines, cosine][-8:]
+            if mean is not None or len(cosines) >= 4:
+                mean = sum(cosines) / len(cosines)
+        power = None
+        if mean is not None:
+            power = min(0.5, 5 * max(0.0, 0.25 - mean))
+            lr *= ((t - window) / t) ** power
+        closes.append((t, window, mean, power, lr))
+        last, before = m, last
+        if t >= 2 * windows * window and before is not None:
+            last, before, window, fresh = (last + before) / 2, None, 2 * window, True
+    return closes

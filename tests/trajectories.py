@@ -45,3 +45,18 @@ def noisy_walk(steps: int, n: int, seed: int) -> np.ndarray:
         x = x - 0.02 * x + 0.05 * random.normal(size=n)
         iterates.append(x)
     return np.array(iterates)
+
+
+def process(kind: str, steps: int, n: int = 300, seed: int = 0) -> np.ndarray:
+    """Parameters that move without any loss, float64 ``[steps, n]``."""
+    random = np.random.default_rng(seed)
+    noise = random.normal(size=(steps, n))
+    if kind == "drift":
+        return np.cumsum(0.1 * noise + random.normal(size=n), axis=0)
+    if kind == "walk":
+        return np.cumsum(0.1 * noise, axis=0)
+    x, iterates = np.zeros(n), np.empty((steps, n))
+    for t in range(steps):
+        x = 0.99 * x + 0.1 * noise[t]
+        iterates[t] = x
+    return iterates

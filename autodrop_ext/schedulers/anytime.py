@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +14,14 @@ from .. import checks
 from ..meter import AngularVelocity
 from ..reading import Decision, Reading
 from ..saved import Entries
-from .base import Changes, check_optimizer, dropped, lower_bounds
+from .base import Changes, as_floats, check_optimizer, dropped, lower_bounds
 from .drop import DropScheduler
 
 if TYPE_CHECKING:
     import matplotlib.figure
 
 _FIRST_COSINES = 4  # before the first mean of them is trusted
+_LEAST_WINDOWS = 2  # with 1 the window would double before it has had an angle
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,8 @@ class AnytimeAutoDrop(DropScheduler):
     Args:
         optimizer: any ``torch.optim.Optimizer``; learning rates may be floats or tensors.
         min_window: length of the first windows, optimizer steps.
-        windows: ``N``: the window doubles once ``t`` has reached ``2 N`` windows, so that a run has
-            seen ``N`` to ``2 N`` windows of the present length.
+        windows: ``N``, at least 2: the window doubles once ``t`` has reached ``2 N`` windows, so
+            that a run has seen ``N`` to ``2 N`` windows of the present length.
         snapshots: how many times a window the parameters are read, evenly spaced.
         critical: cosine below which rates fall; 1/4 is a random walk's.
         gain: exponent for each unit of cosine below ``critical``.
@@ -124,7 +125,7 @@ class AnytimeAutoDrop(DropScheduler):
     ) -> None:
         optimizer = check_optimizer(optimizer)
         self.min_window = checks.count("min_window", min_window, 1)
-        self.windows = checks.count("windows", windows, 1)
+        self.windows = checks.count("windows", windows, _LEAST_WINDOWS)
         self.snapshots = checks.count("snapshots", snapshots, 1)
         self.critical = _check_cosine("critical", critical)
         self.gain = checks.number("gain", gain)
@@ -134,6 +135,8 @@ class AnytimeAutoDrop(DropScheduler):
         self._fresh = True  # whether the window has grown since the newest cosine
         self._mean_cosine: float | None = None
         self._factor = 1.0  # product of all factors so far
+        self._next_window = self.min_window  # length of the window after the last decision's
+        lrs = as_floats(group["lr"] for group in optimizer.param_groups)
         meter = AngularVelocity(
             optimizer if params is None else params,
             self.min_window,
@@ -152,9 +155,8 @@ class AnytimeAutoDrop(DropScheduler):
             warmup_steps=warmup_steps,
             last_epoch=last_epoch,
         )
-        self._optimizer_steps = max(last_epoch, 0)
-        while self._time() >= 2 * self.windows * meter.window:
-            meter.window *= 2
+        if last_epoch > 0:
+            self._join(last_epoch, lrs)
 
     @property
     def window(self) -> int:
@@ -165,22 +167,25 @@ class AnytimeAutoDrop(DropScheduler):
         """``t``, optimizer steps since the warm-up."""
         return self._optimizer_steps - self.warmup_steps
 
+    def _join(self, steps: int, lrs: Sequence[float]) -> None:
+        """Take part in a run after so many optimizer steps, with the rates that it had."""
+        self._optimizer_steps = steps
+        self._set_lrs(self._warmed(self.base_lrs) if steps < self.warmup_steps else lrs)
+        self._last_lr = self._lrs()
+        while self._time() >= 2 * self.windows * self.meter.window:
+            self.meter.window *= 2
+
     # ---- deciding ---------------------------------------------------------------------------
 
-    def _take(self, reading: Reading) -> None:
-        super()._take(reading)
-        self._grow()
-
-    def _recover(self) -> None:
-        super()._recover()
-        self._grow()
-
-    def _grow(self) -> None:
-        """Double the window once the run has seen ``2 N`` of them."""
-        due = self._time() >= 2 * self.windows * self.window
-        if due and self.meter.windows_since_restart >= 2:
-            self.meter.double_window()
-            self._fresh = True
+    def _carry_out(self, changes: Changes) -> None:
+        # Before the callbacks, which may raise, and so that it is repeated after an interrupt.
+        self._changes = changes
+        if self.window < changes.attributes["_next_window"]:
+            if self.meter.windows_since_restart >= 2:
+                self.meter.double_window()
+            else:  # it has started over since; other ranks have doubled theirs
+                self.meter.window = changes.attributes["_next_window"]
+        super()._carry_out(changes)
 
     def _decide(self, reading: Reading) -> Changes:
         cosines, mean = self._cosines, self._mean_cosine
@@ -192,6 +197,7 @@ class AnytimeAutoDrop(DropScheduler):
             if mean is not None or len(cosines) >= min(_FIRST_COSINES, self.average):
                 mean = math.fsum(cosines) / len(cosines)
         t, w = self._time(), self.window
+        grows = t >= 2 * self.windows * w and self.meter.windows_since_restart >= 2
         power = factor = None
         if mean is not None:
             power = min(self.max_power, self.gain * max(0.0, self.critical - mean))
@@ -213,7 +219,8 @@ class AnytimeAutoDrop(DropScheduler):
             lrs,
             num_drops=self.num_drops + lowered,
             _cosines=cosines,
-            _fresh=self._fresh and not known,
+            _fresh=grows or (self._fresh and not known),
+            _next_window=2 * w if grows else w,
             _mean_cosine=mean,
             _factor=self._factor * (factor or 1.0) if self._cooldown is None else self._factor,
         )
@@ -281,7 +288,7 @@ class AnytimeAutoDrop(DropScheduler):
         return {
             **super()._read_settings(settings),
             "min_window": settings.count("min_window", 1),
-            "windows": settings.count("windows", 1),
+            "windows": settings.count("windows", _LEAST_WINDOWS),
             "snapshots": settings.count("snapshots", 1),
             "critical": settings.read("critical", _check_cosine),
             "gain": settings.read("gain", checks.number),
@@ -316,4 +323,4 @@ def _check_cosine(name: str, value: Any) -> float:
 
 
 def _check_product(name: str, value: Any) -> float:
-    return checks.number(name, value, "a number above 0 and at most 1", lambda x: 0 < x <= 1)
+    return checks.number(name, value, "a number from 0 to 1", lambda x: 0 <= x <= 1)

@@ -106,11 +106,13 @@ class DropScheduler(StepScheduler):
 
     def _recover(self) -> None:
         super()._recover()
-        self.meter.interrupted()
         newest = self.meter.history[-1] if self.meter.history else None
-        if newest is not None and newest.window != self._decided:
-            # Other ranks may have decided on it.
-            self._take(newest)
+        try:
+            if newest is not None and newest.window != self._decided:
+                # Other ranks may have decided on it.
+                self._take(newest)
+        finally:
+            self.meter.interrupted()
 
     def _dropped_lrs(self, factor: float, groups: Iterable[int]) -> list[float | None]:
         """Rates after a drop of some param groups; None for those that stay as they are.

@@ -8,20 +8,26 @@ come again, the state saved right after it loads and is right, and there is at m
 
 from __future__ import annotations
 
+import contextlib
 import dis
+import math
 import pathlib
 import random
 import sys
 import warnings
+from collections.abc import Iterator
 from types import CodeType, FrameType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from oracle import LARGE
+from trajectories import Given, process
 from trials import KINDS, Trial, aftermath, half_dropped
 
 import autodrop_ext
+from autodrop_ext import AnytimeAutoDrop
 
 PACKAGE = str(pathlib.Path(autodrop_ext.__file__).parent)
 CHECKED = ("CALL", "JUMP_BACKWARD", "JUMP_ABSOLUTE", "RESUME", "SETUP_FINALLY")
@@ -218,3 +224,62 @@ def test_an_interrupted_average_leaves_training_alive() -> None:
         if problem is not None:
             wrong.append(f"{interrupter.where}: {problem}")
     assert not wrong, f"{len(wrong)} of {len(tried)} places:\n" + "\n".join(wrong[:6])
+
+
+def test_an_interrupted_close_doubles_the_window() -> None:
+    """Where a close is known, the window is what other ranks have; and no cosine is false."""
+    iterates = process("mean-reverting", 255, n=30)
+    close = 128  # with 4 windows, the window of 16 steps doubles after 8 of them
+
+    def disturbed(at: int | None) -> tuple[AnytimeAutoDrop, Interrupter]:
+        optimizer = Given(iterates, dtype=torch.float64)
+        scheduler = AnytimeAutoDrop(optimizer, min_window=4, windows=4)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # that a window is discarded
+            for t in range(1, len(iterates) + 1):
+                optimizer.step()
+                if t == close:
+                    with Interrupter(at) as interrupter, contextlib.suppress(KeyboardInterrupt):
+                        scheduler.step()
+                else:
+                    scheduler.step()
+        return scheduler, interrupter
+
+    def problems(scheduler: AnytimeAutoDrop) -> Iterator[str]:
+        history = scheduler.history
+        lost = scheduler.last_epoch < len(iterates)  # interrupted before the call had begun
+        seen = np.delete(iterates, close - 1, axis=0) if lost else iterates
+        rates = [d.lr[0] for d in history]
+        if sorted(rates, reverse=True) != rates:
+            yield f"a rate rose: {rates}"
+        after = [(d.step, d.window_steps) for d in history if d.step > close]
+        known = [d.step for d in history].count(close)
+        if known > 1:
+            yield "the close is in the history twice"
+        if known and after != [(160, 32), (192, 32), (224, 32)]:
+            yield f"windows after it: {after}"
+        if not any(d.cosine is not None for d in history if d.step > close):
+            yield "no cosine after it"
+        for d in history:
+            w = d.window_steps
+            if d.cosine is not None and (d.step <= close or known):
+                means = seen[d.step - 3 * w : d.step].reshape(3, w, -1).mean(axis=1)
+                a, b = np.diff(means, axis=0)
+                true = a @ b / math.sqrt((a @ a) * (b @ b))
+                if abs(d.cosine - true) > 4e-4:  # 0.02 degrees
+                    yield f"{d.cosine} at {d.step}, where {true} is true"
+
+    undisturbed, counter = disturbed(None)
+    assert list(problems(undisturbed)) == []
+    assert len([d for d in undisturbed.history if d.step == close]) == 1
+    tried = list(range(counter.places))
+    if not LARGE:
+        tried = sorted(random.Random(0).sample(tried, 100))
+    wrong = []
+    doubled = 0
+    for at in tried:
+        scheduler, interrupter = disturbed(at)
+        doubled += scheduler.window == 32
+        wrong += [f"{interrupter.where}: {problem}" for problem in problems(scheduler)]
+    assert not wrong, f"{len(wrong)} in {len(tried)} places:\n" + "\n".join(wrong[:6])
+    assert doubled > len(tried) / 2  # most places come after the window was counted

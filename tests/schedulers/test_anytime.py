@@ -12,60 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from independent import anytime
 from torch import Tensor, nn
-from trajectories import Given
+from trajectories import Given, process
 
 from autodrop_ext import AngularVelocity, AnytimeAutoDrop, AutoDrop, EpochAutoDrop
-
-
-def process(kind: str, steps: int, n: int = 300, seed: int = 0) -> np.ndarray:
-    """Parameters that move without any loss, float64 ``[steps, n]``."""
-    random = np.random.default_rng(seed)
-    noise = random.normal(size=(steps, n))
-    if kind == "drift":
-        return np.cumsum(0.1 * noise + random.normal(size=n), axis=0)
-    if kind == "walk":
-        return np.cumsum(0.1 * noise, axis=0)
-    x, iterates = np.zeros(n), np.empty((steps, n))
-    for t in range(steps):
-        x = 0.99 * x + 0.1 * noise[t]
-        iterates[t] = x
-    return iterates
-
-
-def independent(
-    iterates: np.ndarray, window: int = 16, windows: int = 8, snapshots: int = 32
-) -> list[tuple[int, int, float | None, float | None, float]]:
-    """The rule as design and docstring have it: step, window, mean cosine, exponent, rate."""
-    lr, position, taken = 1.0, 0, []
-    last = before = mean = None
-    cosines: list[float] = []
-    fresh, closes = True, []
-    for t, x in enumerate(iterates, 1):
-        position += 1
-        if position % max(1, window // snapshots) == 0:
-            taken.append(x)
-        if position < window:
-            continue
-        m, taken, position = np.mean(taken, axis=0), [], 0
-        if before is not None:
-            s, s_before = m - last, last - before
-            cosine = float(s @ s_before / math.sqrt((s @ s) * (s_before @ s_before)))
-            if fresh and mean is not None:
-                cosines = []
-            fresh = False
-            cosines = [*cosines, cosine][-8:]
-            if mean is not None or len(cosines) >= 4:
-                mean = sum(cosines) / len(cosines)
-        power = None
-        if mean is not None:
-            power = min(0.5, 5 * max(0.0, 0.25 - mean))
-            lr *= ((t - window) / t) ** power
-        closes.append((t, window, mean, power, lr))
-        last, before = m, last
-        if t >= 2 * windows * window and before is not None:
-            last, before, window, fresh = (last + before) / 2, None, 2 * window, True
-    return closes
 
 
 def run(iterates: np.ndarray, **settings: Any) -> AnytimeAutoDrop:
@@ -80,7 +31,7 @@ def run(iterates: np.ndarray, **settings: Any) -> AnytimeAutoDrop:
 @pytest.mark.parametrize("kind", ["drift", "walk", "mean-reverting"])
 def test_the_rule_step_by_step(kind: str) -> None:
     iterates = process(kind, 3_000, n=100)
-    closes = independent(iterates)
+    closes = anytime(iterates)
     history = run(iterates).history
     # A meter reports from the third window on; nothing has been decided before.
     assert len(history) == len(closes) - 2
