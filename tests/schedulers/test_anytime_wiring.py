@@ -187,7 +187,7 @@ def test_callbacks_history_metrics_and_log_agree(tmp_path: Any) -> None:
     metrics = scheduler.get_metrics()
     assert metrics["lr"] == last.lr[0]
     assert metrics["num_drops"] == len(drops)
-    assert metrics["window_steps"] == last.window_steps == 32
+    assert metrics["window_steps"] == last.window_steps == 64
     assert metrics["cosine"] == last.cosine
     assert metrics["mean_cosine"] == last.mean_cosine
     assert metrics["power"] == last.power
