@@ -1,6 +1,6 @@
 """One setting read at many lengths, against schedules set for each length.
 
-    python benchmarks/training/lengths.py run    [--folder build/lengths] [--task digits ...]
+    python benchmarks/training/lengths.py run    [--folder build/lengths] [--cifar10 FOLDER]
     python benchmarks/training/lengths.py report [--folder build/lengths] --to FOLDER
 
 A schedule that knows the end of a run (cosine, linear, exponential, warmup-stable-decay) needs one
@@ -26,6 +26,7 @@ import multiprocessing
 import os
 import pathlib
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -38,6 +39,10 @@ from torch.optim import Optimizer, lr_scheduler
 from autodrop_ext import AnytimeAutoDrop, AutoDrop
 from autodrop_ext.cli.demo.digits import Digits
 from autodrop_ext.cli.demo.text import Bytes
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from training.cifar import load_cifar
 
 KNOWN = ("cosine", "linear", "exponential", "wsd")
 OPEN = ("anytime", "autodrop", "schedule-free")
@@ -80,6 +85,72 @@ class Quadratic:
         return 0.5 * float((self._curvature * model.x.square()).sum())
 
 
+class SmallCifar:
+    """CIFAR-10 and a convolutional network of 30,000 parameters with batch normalisation.
+
+    Images are moved by up to two pixels, around the edges, and mirrored half of the time. All
+    50,000 are trained on in a random order, all 10,000 of the test set measure the error.
+    """
+
+    name = "cifar"
+    measure = "test error %"
+    batch = 32
+    weight_decay = 5e-4
+    statistics_images = 4_000  # of the training set, for the statistics of averaged parameters
+
+    def __init__(self) -> None:
+        data = load_cifar(os.environ["CIFAR10"], 10)
+        mean, std = data.train_images.float().mean(), data.train_images.float().std()
+        self._images = (data.train_images - mean) / std
+        self._test_images = (data.test_images - mean) / std
+        self._labels, self._test_labels = data.train_labels, data.test_labels
+        self._order = torch.empty(0, dtype=torch.int64)
+
+    def model(self) -> nn.Module:
+        """Three convolutions, each with batch normalisation, and a mean over places."""
+        self._order = self._order[:0]  # a new run draws its own order
+        layers: list[nn.Module] = []
+        for inside, outside in ((3, 16), (16, 32), (32, 64)):
+            layers += [
+                nn.Conv2d(inside, outside, 3, padding=1, bias=False),
+                nn.BatchNorm2d(outside),
+                nn.ReLU(),
+                nn.MaxPool2d(2),
+            ]
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+
+    def loss(self, model: nn.Module, random: Generator) -> Tensor:
+        """Cross entropy of the next batch."""
+        if len(self._order) < self.batch:
+            self._order = torch.randperm(len(self._labels), generator=random)
+        chosen, self._order = self._order[: self.batch], self._order[self.batch :]
+        down, right = torch.randint(-2, 3, (2,), generator=random).tolist()
+        images = self._images[chosen].roll((down, right), (2, 3))
+        if torch.rand((), generator=random) < 0.5:
+            images = images.flip(3)
+        return nn.functional.cross_entropy(model(images), self._labels[chosen])
+
+    @contextlib.contextmanager
+    def statistics(self, model: nn.Module) -> Iterator[None]:
+        """Statistics of batch normalisation that belong to the present parameters."""
+        before = [buffer.clone() for buffer in model.buffers()]
+        some = self._images[: self.statistics_images].split(500)
+        torch.optim.swa_utils.update_bn(some, model)
+        yield
+        with torch.no_grad():
+            for buffer, value in zip(model.buffers(), before, strict=True):
+                buffer.copy_(value)
+
+    @torch.no_grad()
+    def quality(self, model: nn.Module) -> float:
+        """Percent of the test images that are taken for something else."""
+        model.eval()
+        pairs = zip(self._test_images.split(500), self._test_labels.split(500), strict=True)
+        wrong = sum(int((model(x).argmax(1) != y).sum()) for x, y in pairs)
+        model.train()
+        return 100 * wrong / len(self._test_labels)
+
+
 @dataclass(frozen=True)
 class Study:
     """What is trained.
@@ -101,6 +172,7 @@ STUDIES = {
     "digits": Study(Digits, (300, 1_000, 3_000, 10_000, 30_000), {0.04: 6, 0.02: 3, 0.01: 3}),
     "quadratic": Study(Quadratic, (1_000, 3_000, 10_000, 30_000), {0.06: 3, 0.03: 3, 0.015: 3}),
     "bytes": Study(Bytes, (640, 1_920), {0.006: 3, 0.003: 3, 0.0015: 3}, "adamw"),
+    "cifar": Study(SmallCifar, (600, 2_000), {0.05: 3, 0.025: 3, 0.0125: 3}),
 }
 
 
@@ -134,7 +206,7 @@ def train(
                 "lr": float(optimizer.param_groups[0]["lr"]),
                 "seconds": round(time.perf_counter() - begin, 2),
             }
-            with _evaluated(schedule, optimizer, scheduler):
+            with _evaluated(schedule, task, model, optimizer, scheduler):
                 rows.append({**common, "schedule": schedule, "value": task.quality(model)})
             if schedule == "anytime":
                 rows.append({**common, "schedule": "anytime, last", "value": task.quality(model)})
@@ -144,6 +216,7 @@ def train(
 def _build(task: str, schedule: str, model: nn.Module, rate: float, steps: int) -> tuple[Any, Any]:
     params, adam = list(model.parameters()), STUDIES[task].optimizer == "adamw"
     momentum = getattr(STUDIES[task].make, "momentum", 0.9)
+    decay = getattr(STUDIES[task].make, "weight_decay", 0.0)
     if schedule == "schedule-free":
         import schedulefree
 
@@ -151,11 +224,13 @@ def _build(task: str, schedule: str, model: nn.Module, rate: float, steps: int) 
             return schedulefree.AdamWScheduleFree(params, lr=rate), None
         # Its momentum does not multiply the step by 1 / (1 - momentum), as SGD's does.
         lr = rate / (1 - momentum)
-        return schedulefree.SGDScheduleFree(params, lr=lr, momentum=momentum or 0.9), None
+        momentum = momentum or 0.9
+        sgd = schedulefree.SGDScheduleFree(params, lr=lr, momentum=momentum, weight_decay=decay)
+        return sgd, None
     optimizer: Optimizer = (
         torch.optim.AdamW(params, lr=rate, fused=True)
         if adam
-        else torch.optim.SGD(params, lr=rate, momentum=momentum, fused=True)
+        else torch.optim.SGD(params, lr=rate, momentum=momentum, weight_decay=decay, fused=True)
     )
     if schedule == "anytime":
         return optimizer, AnytimeAutoDrop(optimizer)
@@ -171,14 +246,18 @@ def _build(task: str, schedule: str, model: nn.Module, rate: float, steps: int) 
 
 
 @contextlib.contextmanager
-def _evaluated(schedule: str, optimizer: Any, scheduler: Any) -> Iterator[None]:
+def _evaluated(
+    schedule: str, task: Any, model: nn.Module, optimizer: Any, scheduler: Any
+) -> Iterator[None]:
     """The parameters that a schedule offers for evaluation."""
+    statistics = getattr(task, "statistics", contextlib.nullcontext)
     if schedule == "schedule-free":
         optimizer.eval()
-        yield
+        with statistics(model):
+            yield
         optimizer.train()
     elif schedule == "anytime":
-        with scheduler.averaged_parameters():
+        with scheduler.averaged_parameters(), statistics(model):
             yield
     else:
         yield
@@ -316,9 +395,15 @@ def main() -> None:
     parser.add_argument("--folder", type=pathlib.Path, default=pathlib.Path("build/lengths"))
     parser.add_argument("--to", type=pathlib.Path, default=pathlib.Path("build/lengths"))
     parser.add_argument("--task", nargs="+", choices=tuple(STUDIES), default=list(STUDIES))
+    parser.add_argument("--cifar10", help="folder of CIFAR-10; without it, that task is left out")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after these")
     options = parser.parse_args()
+    if options.cifar10 is not None:
+        os.environ["CIFAR10"] = options.cifar10  # for the worker processes too
+    elif options.what == "run" and "cifar" in options.task:
+        print("cifar is left out: --cifar10 FOLDER names its data (see benchmarks/training.md)")
+        options.task.remove("cifar")
     if options.what == "run":
         run_all(options.folder, options.task, options.workers, 60 * options.minutes)
     else:
