@@ -83,7 +83,7 @@ class MemoryWatch:
         self._memory: Any
         self._parameters: Any
         self.why_slow = why_slow()
-        compiled = _probe(SYMBOLS)
+        compiled = _probe(SYMBOLS, native.core)
         with torch._C.DisableTorchFunction():
             if isinstance(compiled, _Compiled):
                 core = compiled.core
@@ -130,7 +130,7 @@ class MemoryWatch:
 
 def why_slow() -> str:
     """Why Python compares the addresses here; empty where the compiled core does."""
-    compiled = _probe(SYMBOLS)
+    compiled = _probe(SYMBOLS, native.core)
     return compiled if isinstance(compiled, str) else ""
 
 
@@ -145,9 +145,8 @@ class _Compiled(NamedTuple):
 
 
 @functools.cache
-def _probe(symbols: tuple[str, ...]) -> _Compiled | str:
+def _probe(symbols: tuple[str, ...], core: Any) -> _Compiled | str:
     """What the compiled comparison needs, or the reason why it is not possible."""
-    core = native.core
     if core is None:
         return native.why_missing()
     try:
