@@ -97,7 +97,11 @@ def test_resume_is_bit_exact_in_both_forms(form: Any) -> None:
 
 
 def test_a_killed_process_resumes_bit_exactly(tmp_path: pathlib.Path) -> None:
-    """Killed with SIGKILL in the middle of a window, resumed in another process."""
+    """Killed with SIGKILL in the middle of a window, resumed in another process.
+
+    The run that nothing kills has a process to itself too: the last bits of the model's own
+    gradients depend on the number of threads, which other tests in this process may have set.
+    """
     checkpoint = tmp_path / "run.pt"
     script = textwrap.dedent(
         f"""
@@ -105,24 +109,31 @@ def test_a_killed_process_resumes_bit_exactly(tmp_path: pathlib.Path) -> None:
         sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r})
         from test_state import Run, STEPS, SAVED_AT
         run, path = Run(), pathlib.Path({str(checkpoint)!r})
-        if path.exists():
+        if sys.argv[1:] == ["whole"]:
+            run.train(STEPS)
+        elif path.exists():
             run.load(path.read_bytes())
             run.train(STEPS - SAVED_AT)
-            print([d.angle.hex() for d in run.scheduler.history], run.scheduler.get_last_lr())
         else:
             run.train(SAVED_AT)
             path.write_bytes(run.save())
             run.train(2)
             os.kill(os.getpid(), signal.SIGKILL)
+        angles = [d.angle.hex() for d in run.scheduler.history if d.angle is not None]
+        print(angles, run.scheduler.get_last_lr())
         """
     )
-    killed = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[bytes]:
+        command = [sys.executable, "-c", script, *arguments]
+        return subprocess.run(command, capture_output=True, check=False)
+
+    killed = run()
     assert killed.returncode == -9, killed.stderr.decode()
-    resumed = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
-    whole = Run()
-    whole.train(STEPS)
-    angles = [d.angle.hex() for d in whole.scheduler.history if d.angle is not None]
-    assert resumed.stdout.decode().strip() == f"{angles} {whole.scheduler.get_last_lr()}"
+    resumed, whole = run(), run("whole")
+    assert resumed.returncode == whole.returncode == 0, resumed.stderr + whole.stderr
+    assert resumed.stdout == whole.stdout
+    assert resumed.stdout.count(b"0x") > 3
 
 
 def test_state_is_plain_and_aliases_nothing() -> None:

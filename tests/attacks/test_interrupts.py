@@ -81,13 +81,27 @@ class Interrupter:
         return self._inside
 
     def _checked(self, code: CodeType) -> set[int]:
-        """Offsets of instructions before which signals are delivered."""
+        """Offsets of instructions before which signals are delivered.
+
+        A signal's exception belongs to the instruction that was just executed, that of a trace
+        function to the one that follows. Where a ``with`` block ends between the two, only the
+        first is inside it, so that the trace function would raise where no signal can.
+        """
         if code not in self._after:
             instructions = list(dis.get_instructions(code))
+            blocks = [  # Python 3.11 and later have a table; 3.10 has a stack, which is exact
+                (entry.start, entry.end, entry.target)
+                for entry in getattr(dis.Bytecode(code), "exception_entries", ())
+            ]
+
+            def handlers(offset: int) -> list[int]:
+                return [target for start, end, target in blocks if start <= offset < end]
+
             self._after[code] = {
                 following.offset
                 for one, following in zip(instructions, instructions[1:], strict=False)
                 if one.opname.startswith(CHECKED)
+                and handlers(one.offset) == handlers(following.offset)
             }
         return self._after[code]
 
@@ -118,11 +132,14 @@ def places(kind: str, call: int, few: int) -> list[int]:
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Any:
+def _as_before() -> Any:
+    """One thread; afterwards torch's own switches are as they were."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+    assert torch._C._is_torch_function_enabled()
+    assert torch.is_grad_enabled()
 
 
 def call_of(kind: str, moment: str) -> int:
