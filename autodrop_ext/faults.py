@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
 import sys
 import warnings
@@ -14,8 +15,10 @@ from .distributed.group import Alone, Group
 from .ops.device_sums import DeviceSums
 from .ops.interface import Sums
 from .ops.window_sums import WindowSums
+from .reading import Reading
 
 _STILL_WINDOWS = 5  # windows without displacement before a warning
+_UNKNOWN_ERRORS = 5  # angles in a row whose error a sample cannot tell, before a warning
 _PACKAGE = str(pathlib.Path(__file__).parent)
 
 
@@ -74,6 +77,7 @@ class Faults:
     def __init__(self) -> None:
         self.warnings = Warnings("AngularVelocity")
         self.still_windows = 0
+        self._unknown_errors = 0
 
     def parameters_changed(self, windows: int) -> None:
         """The tensors are not those that the plan was made of."""
@@ -163,6 +167,18 @@ class Faults:
             )
         if not self.warnings.said("half"):
             self._watch_half_precision(sums.devices)
+
+    def watch_certainty(self, reading: Reading) -> None:
+        """Look for a sample that holds too few moving parameters to know the angle's error."""
+        unknown = reading.angle is not None and math.isnan(reading.standard_error)
+        self._unknown_errors = self._unknown_errors + 1 if unknown else 0
+        if self._unknown_errors == _UNKNOWN_ERRORS:
+            self.warnings.once(
+                "certainty",
+                f"the standard error of the last {_UNKNOWN_ERRORS} angles is unknown, because too "
+                "few parameters of the sample moved; no learning rate is dropped on such an angle. "
+                "A larger sample= holds more of them, and sample=None all",
+            )
 
     def _watch_half_precision(self, devices: Sequence[DeviceSums]) -> None:
         lost = total = 0

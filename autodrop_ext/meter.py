@@ -230,7 +230,9 @@ class AngularVelocity(Windows):
         form = self._precision.choose(k, total.sums, error, elements)
         if form is not None:
             self._sums.convert(form, k)
-        return self._keep(self._reading(total.sums, error, numbers))
+        reading = self._reading(total.sums, error, numbers)
+        self._faults.watch_certainty(reading)
+        return self._keep(reading)
 
     def _reading(self, sums: Sums, rounding_error: float, numbers: list[float] | None) -> Reading:
         measured = angle.angle_of(sums.dot, sums.norm, sums.previous_norm)

@@ -401,6 +401,22 @@ def test_missing_memory_says_how_much_was_needed() -> None:
     assert "sample=" in done.stderr
 
 
+def test_no_memory_for_a_survey_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The allocator refuses the copy of 500,000 elements, whatever else it may give."""
+    meter = AngularVelocity([torch.zeros(500_000)], 1, sample=1 / 8)
+    real = torch.Tensor.clone
+
+    def clone(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.numel() == 500_000:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "clone", clone)
+    expected = "no memory on cpu: 2,000,000 bytes were needed; a survey of the parameters copies"
+    with pytest.raises(RuntimeError, match=expected):
+        meter.observe()
+
+
 def test_an_optimizer_without_its_hook_gets_it_back() -> None:
     run = Training()
     run.step(3)

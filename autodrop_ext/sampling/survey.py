@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..ops.memory import needing
 from ..ops.plan import Plan
 from .draw import UNIT, FloatArray, chunk_starts, num_chunks
 
@@ -22,6 +23,11 @@ LEAST_ELEMENTS = 1 << 20
 """Looked at in a window, so that small models are through soon: 4 MiB of float32."""
 
 _LARGEST = 1e30  # a chunk that moved farther belongs to training that diverges
+
+_ADVICE = (
+    "a survey of the parameters copies an eighth of them in each of its windows, so that a sample "
+    "can be drawn; params= watches fewer parameters"
+)
 
 _SLICE = 1 << 20  # elements compared at a time: 12 MiB of temporaries
 
@@ -90,7 +96,9 @@ class Survey:
         end = self._elements * (self._windows - max(self._left, 0)) // self._windows
         while self._left >= 0 and self._seen < end:
             piece = next(self._pieces)
-            copy = piece.flat[piece.starts[0] : piece.starts[-1]].clone()
+            part = piece.flat[piece.starts[0] : piece.starts[-1]]
+            with needing(part.numel(), part.dtype, part.device, _ADVICE):
+                copy = part.clone()
             self._copies.append((piece, copy))
             self._seen += copy.numel()
 

@@ -150,6 +150,7 @@ def call_of(kind: str, moment: str) -> int:
     return CALLS[moment] + (36 if kind == "sampled" and moment != "first" else 0)
 
 
+@pytest.mark.filterwarnings("ignore:AutoDrop. the standard error of the last 5 angles")
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_an_interrupt_nothing_is_wrong(kind: str) -> None:
     """The judge itself: it finds no fault where there is none, and one where an iterate is lost."""

@@ -181,6 +181,7 @@ def others(count: int) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore:AngularVelocity. no parameter of the sample moved")
+@pytest.mark.filterwarnings("ignore:AngularVelocity. the standard error of the last 5 angles")
 @pytest.mark.parametrize("dense", [False, True], ids=["alone", "with a dense part"])
 def test_few_other_rows_in_every_window_are_not_known(dense: bool) -> None:
     """Four rows of 6,400 in a window, in 4 of 400 chunks; an eighth of them holds one of those."""
@@ -212,15 +213,20 @@ def test_one_chunk_that_moves_is_no_certainty(step: float) -> None:
     """It is read for certain since the survey; that the others stand still is not known."""
     p = torch.zeros(400 * 1024)
     meter = AngularVelocity([p], 1, sample=1 / 8)
-    for i in range(12):
-        at = 5000 + (0 if step else i % 7)
-        p[at] += 1.0
-        reading = meter.observe()
+    with pytest.warns(RuntimeWarning) as warned:
+        for i in range(12):
+            at = 5000 + (0 if step else i % 7)
+            p[at] += 1.0
+            reading = meter.observe()
     assert reading is not None and reading.angle is not None
+    assert len(warned) == 1  # of eight angles
+    assert "the standard error of the last 5 angles is unknown" in str(warned[0].message)
+    assert warned[0].filename == __file__
     assert reading.angle == pytest.approx(0.0 if step else 90.0, abs=1e-3)
     assert math.isnan(reading.standard_error) and math.isnan(reading.margin)
 
 
+@pytest.mark.filterwarnings("ignore:AutoDrop. the standard error of the last 5 angles")
 def test_schedulers_do_not_decide_on_what_is_not_known() -> None:
     """The angle falls and falls, which would lower the rate; but it is one chunk that says so."""
     drops = {}
@@ -241,6 +247,7 @@ def test_schedulers_do_not_decide_on_what_is_not_known() -> None:
     assert drops[None] > 3 and drops[1 / 8] == 0
 
 
+@pytest.mark.filterwarnings("ignore:AngularVelocity. the standard error of the last 5 angles")
 def test_nothing_is_known_where_the_survey_saw_no_motion() -> None:
     p = torch.zeros(400 * 1024)
     meter = AngularVelocity([p], 1, sample=1 / 8)
