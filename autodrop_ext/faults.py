@@ -141,9 +141,15 @@ class Faults:
                     self.warnings.once("nonfinite", f"{segment.name}{where} {consequence}")
                     return
 
-    def watch_displacement(self, totals: Sums, sums: WindowSums) -> None:
-        """Look at a window's displacement for parameters that do not move."""
-        self.still_windows = self.still_windows + 1 if totals.norm == 0 else 0
+    def watch_displacement(self, totals: Sums, sums: WindowSums, *, first: bool) -> None:
+        """Look at a window's displacement for parameters that do not move.
+
+        Args:
+            first: whether there is no displacement before it.
+        """
+        # A displacement of denormal numbers may be lost where it becomes the previous one.
+        still = totals.norm == 0 or (totals.previous_norm == 0 and not first)
+        self.still_windows = self.still_windows + 1 if still else 0
         if self.still_windows == _STILL_WINDOWS and sums.fraction < 1:
             self.warnings.once(
                 "still",
@@ -151,7 +157,7 @@ class Faults:
                 "the angle is undefined and no learning rate is dropped; a larger sample= may hold "
                 "some that move",
             )
-        elif self.still_windows == _STILL_WINDOWS and totals.mean_norm == 0:
+        elif self.still_windows == _STILL_WINDOWS and (totals.mean_norm == 0 or totals.norm > 0):
             self.warnings.once(
                 "still",
                 f"the parameters were zero during the last {_STILL_WINDOWS} windows, or smaller "

@@ -222,12 +222,12 @@ class AngularVelocity(Windows):
             return self._keep(self._undefined())
         self.windows_since_restart = since
         if since >= 2:
-            self._faults.watch_displacement(total.sums, self._sums)
-        k, elements = self.snapshots_per_window, total.effective_elements
-        error = self._precision.close(k, total.sums, elements)
+            self._faults.watch_displacement(total.sums, self._sums, first=since == 2)
+        k, elements = self.snapshots_per_window, (total.elements, total.effective_elements)
+        error = self._precision.close(k, total.sums, *elements)
         if since < WINDOWS_FOR_ANGLE:
             return self._keep(self._undefined())
-        form = self._precision.choose(k, total.sums, error, elements)
+        form = self._precision.choose(k, total.sums, error, *elements)
         if form is not None:
             self._sums.convert(form, k)
         reading = self._reading(total.sums, error, numbers)

@@ -38,8 +38,7 @@ class Row(NamedTuple):
         num_stages: stages of the pipeline.
         numbers: how many numbers a rank has next to its row (error terms, sums of parts).
         elements: weighted number of the elements here.
-        spread: sum over the elements that are read of the squares of what each stands for; 0 where
-            every element is read.
+        concentration: weighted sum over the tensors of ``|s|^4`` over their elements.
         model_elements: elements of the whole model, or of this stage; NaN where the engine does not
             tell.
         replicated: sum of ``|m|^2`` over parameters of which every rank has all.
@@ -60,7 +59,7 @@ class Row(NamedTuple):
     num_stages: float
     numbers: float
     elements: float
-    spread: float
+    concentration: float
     model_elements: float
     replicated: float
     dot: float
@@ -84,7 +83,7 @@ class Agreement(NamedTuple):
     Attributes:
         sums: totals over all ranks, added in rank order.
         elements: elements that they run over.
-        effective_elements: as many equally weighted ones (Kish), for a sample.
+        effective_elements: as many as would carry the motion if each carried as much (Kish).
         restart: whether some rank cannot use this window, so that none does.
         not_finite: ranks whose sums are not finite.
     """
@@ -113,10 +112,20 @@ def agree(rows: Sequence[Row]) -> Agreement:
         _check_elements(rows)
         _check_replicas(rows)
     sums = Sums(*add_in_order([row[-4:] for row in rows]))
-    elements = effective = _in_order(row.elements for row in rows)
-    if spread := _in_order(row.spread for row in rows):
-        effective = min(elements, elements**2 / spread)
+    elements = _in_order(row.elements for row in rows)
+    effective = effective_elements(elements, sums, _in_order(row.concentration for row in rows))
     return Agreement(sums, elements, effective, restart, not_finite)
+
+
+def effective_elements(elements: float, sums: Sums, concentration: float) -> float:
+    """How many elements would carry the motion if each carried as much; all, where none moves.
+
+    Args:
+        elements: weighted number of all.
+        sums: their totals.
+        concentration: see :class:`Row`.
+    """
+    return min(elements, sums.norm**2 / concentration) if concentration > 0 else elements
 
 
 def facts_differ(rows: Sequence[Row]) -> bool:

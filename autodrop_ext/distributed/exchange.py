@@ -16,6 +16,7 @@ from .agreement import (
     add_in_order,
     agree,
     check_facts,
+    effective_elements,
     facts_differ,
 )
 from .group import Alone, Group
@@ -121,9 +122,8 @@ class Exchange:
         """
         numbers = [number for extra in extras for number in extra.local(sums)]
         if isinstance(self.group, Alone):
-            effective = elements = layout.elements
-            if spread := sums.spread():
-                effective = min(elements, elements**2 / spread)
+            elements = layout.elements
+            effective = effective_elements(elements, totals, self._concentration(sums, counts))
             bad = [] if all(map(math.isfinite, totals)) else [0]
             return Agreement(totals, elements, effective, counts.restart, bad), numbers
         row = self._row(counts, layout, sums, totals, facts, len(numbers))
@@ -144,6 +144,10 @@ class Exchange:
             return agreement, None
         self._numbers = len(numbers)
         return agreement, add_in_order(every) if len(every[0]) == len(numbers) else None
+
+    def _concentration(self, sums: WindowSums, counts: Counts) -> float:
+        """There are no sums of this window where it was not closed."""
+        return 0.0 if counts.restart or counts.windows_since_restart == 0 else sums.concentration()
 
     def _row(
         self,
@@ -166,7 +170,7 @@ class Exchange:
             num_stages=self.group.num_stages,
             numbers=numbers,
             elements=layout.elements,
-            spread=sums.spread(),
+            concentration=self._concentration(sums, counts),
             model_elements=layout.model_elements,
             replicated=layout.replicated(sums),
             **totals._asdict(),

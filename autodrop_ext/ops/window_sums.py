@@ -139,9 +139,22 @@ class WindowSums:
         """What this way to read adds to the totals."""
         return []
 
-    def spread(self) -> float:
-        """How unequally the elements that are read stand for others; 0 where all are read."""
-        return 0.0
+    def concentration(self) -> float:
+        """Weighted sum over the tensors of ``|s|^4 / n`` at the last close, for ``n`` elements.
+
+        ``|s|^4`` of all of them over this is as many elements as would carry the motion if each
+        carried as much (Kish): rounding errors average out over these, and not over elements that
+        stand still.
+        """
+        total = 0.0
+        for device in self.devices:
+            norm = device.per_tensor()[:, 1]
+            total += float(device.plan.tensor_weights @ (norm**2 / self._counted(device)))
+        return total
+
+    def _counted(self, device: DeviceSums) -> FloatArray:
+        """How many elements the sums of each tensor are worth, at least 1."""
+        return np.array([max(s.flat.numel(), 1) for s in device.plan.segments], np.float64)
 
     # ---- a window ---------------------------------------------------------------------------
 

@@ -96,13 +96,13 @@ class SampledSums(WindowSums):
         """The error of the angle."""
         return [SamplingError()]
 
-    def spread(self) -> float:
-        """Sum over the elements that are read of the squares of what each stands for, weighted."""
-        total = 0.0
-        for device, drawn in zip(self.devices, self._drawn, strict=True):
-            stands_for = drawn.expansion**2 * drawn.length
-            total += float(device.plan.tensor_weights[drawn.tensor] @ stands_for)
-        return total
+    def _counted(self, device: DeviceSums) -> FloatArray:
+        """Equally weighted elements that are worth as much as those that are read (Kish)."""
+        drawn, count = self._drawn[self.devices.index(device)], len(device.plan.segments)
+        all_of_them = np.bincount(drawn.tensor, drawn.expansion * drawn.length, count)
+        squares = np.bincount(drawn.tensor, drawn.expansion**2 * drawn.length, count)
+        worth: FloatArray = np.maximum(all_of_them**2 / np.maximum(squares, 1.0), 1.0)
+        return worth
 
     def errors(self) -> Iterator[tuple[FloatArray, FloatArray, FloatArray]]:
         """For each device, what the error of the angle is made of.

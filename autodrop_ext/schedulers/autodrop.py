@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,7 +15,7 @@ from ..meter import AngularVelocity
 from ..reading import Decision, Reading
 from ..saved import Entries
 from .auto_window import window_for
-from .base import Changes, check_optimizer
+from .base import Changes, check_optimizer, count_of_drops
 from .drop import DropScheduler
 from .saturation import Kernel, SaturationDetector, Verdict, check_kernel
 
@@ -296,7 +297,7 @@ class AutoDrop(DropScheduler):
         detectors, drops = [detector.restored(state.inner("detector"))], []
         if settings["per_group"]:
             groups = state.inner("groups")
-            drops = groups.list("drops", lambda name, value: checks.count(name, value, 0))
+            drops = groups.list("drops", functools.partial(count_of_drops, state))
             detectors = [detector.restored(groups, of=g) for g in range(len(drops))] or [detector]
         return {
             **super()._read_progress(state, settings),
@@ -304,15 +305,9 @@ class AutoDrop(DropScheduler):
             "group_drops": drops,
         }
 
+    def _saved_window(self, state: Entries) -> int:
+        return state.inner("settings").count("window", 1)
+
     def _load_meter(self, state: Entries) -> None:
-        window, ours = (
-            state.inner("meter").count("window", 1),
-            state.inner("settings").value("window"),
-        )
-        if window != ours:
-            raise ValueError(
-                f"{state.inner('meter').name('window')}: expected the settings' window={ours}, got "
-                f"{window}"
-            )
         super()._load_meter(state)
         self.meter.per_group = "per_group" in (s := state.inner("settings")) and s.flag("per_group")

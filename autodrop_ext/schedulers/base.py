@@ -266,7 +266,7 @@ class StepScheduler(LRScheduler):
             "base_lrs": state.list("base_lrs", checks.at_least_zero),
             "_last_lr": state.list("last_lr", checks.at_least_zero),
             "_optimizer_steps": state.count("optimizer_steps"),
-            "num_drops": state.count("num_drops"),
+            "num_drops": state.read("num_drops", functools.partial(count_of_drops, state)),
             "history": from_columns(state.inner("history"), self._record_type),
             **self._read_progress(state, settings),
         }
@@ -374,3 +374,11 @@ def _write(group: dict[str, Any], lr: float) -> functools.partial[Any]:
 def as_floats(lrs: Iterable[float | Tensor]) -> list[float]:
     """Learning rates as plain floats, for logs and checkpoints."""
     return [float(lr) for lr in lrs]
+
+
+def count_of_drops(state: Entries, name: str, value: Any) -> int:
+    """A saved number of drops, each of which took an optimizer step at least."""
+    drops, steps = checks.count(name, value, 0), state.count("optimizer_steps")
+    if drops > steps:
+        raise ValueError(f"{name}: expected at most optimizer_steps={steps}, got {drops}")
+    return drops

@@ -153,7 +153,9 @@ class DropScheduler(StepScheduler):
         lrs = self._warmed(self.base_lrs)
         for g, floor in enumerate(lower_bounds(self.min_lrs, len(lrs))):
             for _ in range(drops(g)):
-                lrs[g] = min(lrs[g], max(floor, factor * lrs[g]))
+                before, lrs[g] = lrs[g], min(lrs[g], max(floor, factor * lrs[g]))
+                if lrs[g] == before:  # it stays at its floor
+                    break
         return lrs
 
     # ---- averages and cooldown --------------------------------------------------------------
@@ -243,7 +245,16 @@ class DropScheduler(StepScheduler):
         return {**super().state_dict(), "cooldown": cooldown, "meter": meter}
 
     def _load_meter(self, state: Entries) -> None:
+        expected, meter = self._saved_window(state), state.inner("meter")
+        if expected is not None and (window := meter.count("window", 1)) != expected:
+            raise ValueError(
+                f"{meter.name('window')}: expected this scheduler's window={expected}, got {window}"
+            )
         self.meter.load_state_dict(state.value("meter"), name=state.name("meter"))
+
+    def _saved_window(self, state: Entries) -> int | None:
+        """The window that the meter in a saved state must have; None where it may be any."""
+        return None
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue where :meth:`state_dict` was taken. Settings are restored too, as in torch.

@@ -375,6 +375,9 @@ class EpochAutoDrop(DropScheduler):
             "_saved_real_steps": state.count("real_steps"),
         }
 
+    def _saved_window(self, state: Entries) -> int:
+        return 1
+
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue where :meth:`state_dict` was taken. Settings are restored too, as in torch.
 

@@ -65,7 +65,7 @@ def row(rank: int, ranks: int, stages: int, held: int) -> Row:
         num_stages=float(stages),
         numbers=0.0,
         elements=2.0**33 / stages / members,
-        spread=0.0,
+        concentration=0.0,
         model_elements=2.0**33 / stages,
         replicated=0.0,
         dot=0.123456789 / ranks,

@@ -134,6 +134,8 @@ def check(
         if event == "swap":
             tensor = case.choose.choice(case.tensors)
             tensor.data = tensor.data.clone()
+            if not (tensor.requires_grad and tensor.numel()):
+                event = None  # nobody watches it, or there is nothing to watch
         elif event == "freeze":
             tensor = case.choose.choice(case.tensors)
             if len(case.watched()) > 1 or not tensor.requires_grad:
@@ -211,7 +213,9 @@ def test_angles_near_0_and_180_degrees() -> None:
         case.scale = 10.0 ** -case.choose.uniform(1, 7)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
-            found, compared = check(case, 7 * case.window, {})
+            # Sums of float32 numbers do not resolve such steps, and this form was asked for.
+            too_small = case.settings["form"] == "sum" and case.scale < 1e-6
+            found, compared = check(case, 7 * case.window, {}, may_be_undefined=too_small)
         wrong += [f"seed {seed}: {w}" for w in found]
         angles += compared
     assert angles > count(60, 400)
@@ -252,8 +256,8 @@ def test_float64_values_outside_the_range_of_float32(magnitude: float) -> None:
                     readings.append(reading)
                     assert is_right(reading, witness.angle(case.window)), (seed, reading)
         said = [str(w.message) for w in caught]
-        assert all(r.angle is not None for r in readings) or any("float32" in s for s in said), (
-            seed,
-            said,
-        )
+        # It is said after five windows in a row; a slow drift may come into the range before.
+        undefined = [r.angle is None for r in readings]
+        in_a_row = any(all(undefined[i : i + 5]) for i in range(len(undefined) - 4))
+        assert not in_a_row or any("float32" in s for s in said), (seed, said)
         assert not any("NaN" in s or "no parameter moved" in s for s in said), (seed, said)

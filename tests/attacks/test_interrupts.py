@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dis
+import gc
 import math
 import pathlib
 import random
@@ -108,6 +109,7 @@ class Interrupter:
 
 def interrupted(kind: str, call: int, at: int | None) -> tuple[Trial, Interrupter, list[str]]:
     """A run whose given call was interrupted, and what it had said until then."""
+    gc.collect(1)  # a run and its scheduler refer to each other, and keep up to 50 MB of iterates
     trial = Trial(kind)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -7,6 +7,7 @@ import math
 import pathlib
 import statistics
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -60,6 +61,31 @@ def test_averaged_and_last_parameters_are_both_read() -> None:
 def test_the_other_tasks(task: str) -> None:
     for schedule in ("anytime", "schedule-free", "cosine"):
         assert math.isfinite(rows_of(schedule, 0, task)[-1]["value"])
+
+
+def test_statistics_come_from_all_classes(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder of images is read class by class, so that its first images are of one class."""
+    grey = torch.arange(10, dtype=torch.uint8).repeat_interleave(120) * 25
+    images = grey.view(-1, 1, 1, 1).expand(-1, 3, 32, 32)
+    labels = torch.arange(10).repeat_interleave(120)
+    data = SimpleNamespace(
+        train_images=images, train_labels=labels, test_images=images, test_labels=labels
+    )
+    monkeypatch.setenv("CIFAR10", str(tmp_path))
+    monkeypatch.setattr(lengths, "load_cifar", lambda *arguments: data)
+    torch.manual_seed(0)
+    task = lengths.SmallCifar()
+    model = task.model()
+    convolution, norm = model[0], model[1]
+    before = norm.running_mean.clone()
+    with task.statistics(model), torch.no_grad():
+        normalised = (images.float() - images.float().mean()) / images.float().std()
+        expected = convolution(normalised).mean((0, 2, 3))
+        # One image in 12 stands for all, and each class has ten of its 120.
+        torch.testing.assert_close(norm.running_mean, expected, rtol=1e-4, atol=1e-6)
+    assert torch.equal(norm.running_mean, before)
 
 
 def test_what_is_missing_is_trained_and_rows_stay(tmp_path: pathlib.Path) -> None:

@@ -25,7 +25,7 @@ ROW = Row(
     num_stages=1,
     numbers=0,
     elements=5,
-    spread=0,
+    concentration=0,
     model_elements=10,
     replicated=0,
     dot=1,
@@ -102,11 +102,17 @@ def test_thousands_of_ranks_are_not_all_listed() -> None:
         agree([*[ROW] * 9_999, ROW._replace(window=8)])
 
 
-def test_samples_count_as_fewer_elements() -> None:
-    """As Kish counts unequal weights: 10 elements, each of the 5 that are read stands for 2."""
-    assert agree([ROW._replace(spread=10.0)] * 2).effective_elements == 5
-    # Weights can only lower the number.
-    assert agree([ROW._replace(spread=1.0)] * 2).effective_elements == 10
+def test_elements_count_by_their_share_of_the_motion() -> None:
+    """As Kish counts unequal weights: 5 elements on each of two ranks."""
+    ranks = [ROW._replace(norm=3.0), ROW._replace(norm=1.0, held=19)]
+    assert agree(ranks).effective_elements == 10  # nothing is known
+    equal = [row._replace(norm=3.0, concentration=3.0**2 / 5) for row in ranks]
+    assert agree(equal).effective_elements == pytest.approx(10)
+    one = [ranks[0]._replace(concentration=3.0**2 / 1), ranks[1]._replace(norm=0.0)]
+    assert agree(one).effective_elements == pytest.approx(1)  # one element moves
+    # More than there are cannot carry it.
+    many = [row._replace(concentration=1e-9) for row in ranks]
+    assert agree(many).effective_elements == 10
 
 
 def test_settings_are_compared_on_all_ranks_and_rates_within_a_stage() -> None:

@@ -7,7 +7,7 @@ import gc
 import pickle
 from collections.abc import Callable, Iterator
 from multiprocessing.reduction import ForkingPickler
-from types import SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -245,12 +245,10 @@ def test_what_the_core_refuses_is_compared_in_python(monkeypatch: pytest.MonkeyP
 
     core = native.core
     assert core is not None
-    partly = SimpleNamespace(
-        WatchedMemory=core.WatchedMemory,
-        ParameterReader=core.ParameterReader,
-        WatchedParameters=refuse,
-    )
-    monkeypatch.setattr(module, "SYMBOLS", (*module.SYMBOLS, module.SYMBOLS[0]))  # a new look-up
+    partly = ModuleType("partly")
+    partly.WatchedMemory = core.WatchedMemory  # type: ignore[attr-defined]
+    partly.ParameterReader = core.ParameterReader  # type: ignore[attr-defined]
+    partly.WatchedParameters = refuse  # type: ignore[attr-defined]
     monkeypatch.setattr(native, "core", partly)
     watched = Watched()
     assert "an unknown layout" in watched.watch.why_slow
