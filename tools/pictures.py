@@ -1,9 +1,10 @@
-"""Makes the pictures of the documents from the demo's first seed, in half a minute.
+"""Makes the pictures of the documents out of the demo's runs, in a minute.
 
     python tools/pictures.py [--to docs/images]
 
-``digits.png`` and ``digits-dark.png`` are the demo's picture for light and dark pages.
-``watch.svg`` is a film of ``autodrop watch`` over the same run, recorded by rich.
+``lengths.png`` is the demo's picture, ``digits.png`` the plot of its first AutoDrop run, each with
+a ``-dark`` one for dark pages. ``watch.svg`` is a film of ``autodrop watch`` over that run,
+recorded by rich.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ from PIL import Image
 from rich.console import Console
 
 from autodrop_ext import JsonLinesLog
+from autodrop_ext.cli.demo.command import lengths_picture, read_at
 from autodrop_ext.cli.demo.digits import Digits
-from autodrop_ext.cli.demo.training import SCHEDULES, train
+from autodrop_ext.cli.demo.training import SCHEDULES, SET_FOR_A_LENGTH, train
 from autodrop_ext.cli.watch import render
 from autodrop_ext.log import LogReader
-from autodrop_ext.plotting.run import plot_comparison
+from autodrop_ext.plotting.run import plot_run
 
 SEED = 0
 WIDTH = 84  # columns of the terminal
@@ -45,24 +47,38 @@ def main() -> None:
     parser.add_argument("--to", type=pathlib.Path, default=pathlib.Path("docs/images"))
     to = parser.parse_args().to
     task = Digits()
+    lengths = (task.steps // 10, 3 * task.steps // 10, task.steps)
+    settings = {"reads": read_at(lengths), "window": task.window}
     with tempfile.TemporaryDirectory() as folder:
         log = JsonLinesLog(pathlib.Path(folder) / "digits.jsonl")
-        settings = {"steps": task.steps, "window": task.window}
         runs = {
-            name: train(task, name, SEED, **settings, log=log if name == "AutoDrop" else None)
+            name: [
+                train(
+                    task,
+                    name,
+                    seed,
+                    steps=steps,
+                    log=log if (name, seed) == ("AutoDrop", SEED) else None,
+                    **settings,
+                )
+                for seed in range(SEED, SEED + task.seeds)
+                for steps in (lengths if name in SET_FOR_A_LENGTH else lengths[-1:])
+            ]
             for name in SCHEDULES
         }
         reader = LogReader(log.path).read_all()
-    figure = plot_comparison(
-        runs["AutoDrop"].readings,
-        {name: run.metrics for name, run in runs.items()},
-        threshold=0.1,
-        title=f"{task.name}, seed {SEED}, window {task.window}: {task.description}",
-    )
-    save(figure, to / "digits.png")
-    darken(figure)
-    save(figure, to / "digits-dark.png")
+    in_both(lengths_picture(task, runs), to / "lengths.png")
+    title = f"AutoDrop on {task.name}, seed {SEED}, window {task.window}: {task.description}"
+    figure = plot_run(reader.readings, reader.metrics, threshold=0.1, title=title)
+    in_both(figure, to / "digits.png")
     (to / "watch.svg").write_text(film(reader), encoding="utf-8")
+
+
+def in_both(figure: Figure, path: pathlib.Path) -> None:
+    """Save a picture for light pages, and one for dark ones next to it."""
+    save(figure, path)
+    darken(figure)
+    save(figure, path.with_stem(f"{path.stem}-dark"))
 
 
 def save(figure: Figure, path: pathlib.Path) -> None:

@@ -15,6 +15,7 @@ from .panels import (
     finish,
     line_style,
     log_if_wide,
+    log_steps,
     make_panels,
     mean,
     name_panel,
@@ -79,7 +80,7 @@ def plot_anytime(
     power.set_ylim(bottom=0)
     draw_rates(rate, steps, decisions)
     _mark_doublings(panels, steps, column(decisions, "window_steps"))
-    _steps_axis(rate)
+    log_steps(rate)
     return finish(figure, panels, path, title)
 
 
@@ -113,11 +114,3 @@ def _mark_doublings(
     if at:
         note = f"window doubles, from {lengths[0]:,.0f} to {lengths[at[-1]]:,.0f} steps"
         panels[-1].plot([], [], color=RAW, linewidth=1, linestyle=":", label=note)
-
-
-def _steps_axis(axes: Axes) -> None:
-    from matplotlib.ticker import FuncFormatter, NullFormatter
-
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())

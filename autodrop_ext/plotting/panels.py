@@ -178,6 +178,15 @@ def log_scale(axes: Axes, lowest: float, highest: float) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
+def log_steps(axes: Axes) -> None:
+    """Make the x-axis a logarithmic one of steps."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
 def draw_losses(
     axes: Axes,
     losses: Mapping[str, Sequence[Record]],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from .anytime import plot_anytime
@@ -63,65 +63,21 @@ def plot_run(
     """
     if any("power" in reading for reading in readings):
         return plot_anytime(readings, metrics, path=path, title=title)
-    losses = {"loss": metrics} if any(m.get("loss") is not None for m in metrics) else {}
-    return _draw(readings, losses, {}, threshold, path, title)
-
-
-def plot_comparison(
-    readings: Sequence[Record],
-    runs: Mapping[str, Sequence[Record]],
-    *,
-    own: str = "AutoDrop",
-    threshold: float | None = None,
-    path: str | Path | None = None,
-    title: str | None = None,
-) -> Figure:
-    """Draw a run as :func:`plot_run` does, with the losses and rates of other schedules in it.
-
-    Args:
-        readings: The readings of the AutoDrop run.
-        runs: The metrics of each schedule by name: dicts with ``step``, ``loss`` and ``lr``.
-        own: The name in ``runs`` of the run that the readings belong to.
-        threshold: As for :func:`plot_run`.
-        path: The picture; its ending gives the format.
-        title: The text above the picture.
-
-    Raises:
-        ImportError: matplotlib is not installed; it comes with ``autodrop_ext[plot]``.
-        ValueError: There are no readings, or ``own`` is not among the runs.
-    """
-    if own not in runs:
-        raise ValueError(f"own: expected one of {sorted(runs)}, got {own!r}")
-    losses = {own: runs[own]} | dict(runs)
-    rates = {name: metrics for name, metrics in runs.items() if name != own}
-    return _draw(readings, losses, rates, threshold, path, title)
-
-
-def _draw(
-    readings: Sequence[Record],
-    losses: Mapping[str, Sequence[Record]],
-    rates: Mapping[str, Sequence[Record]],
-    threshold: float | None,
-    path: str | Path | None,
-    title: str | None,
-) -> Figure:
     if not readings:
         raise ValueError(
             "readings: expected at least one, got none; the first comes at the end of the third "
             "window"
         )
-    figure, panels = make_panels([1.2, 1.2, 1.2, 1.0] if losses else [1.2, 1.2, 1.0])
+    has_loss = any(m.get("loss") is not None for m in metrics)
+    figure, panels = make_panels([1.2, 1.2, 1.2, 1.0] if has_loss else [1.2, 1.2, 1.0])
     angle, rise, rate = panels[-3:]
-    styles = {name: line_style(i) for i, name in enumerate(losses)}
-    if losses:
-        draw_losses(panels[0], losses, styles)
+    if has_loss:
+        draw_losses(panels[0], {"loss": metrics}, {"loss": line_style(0)})
     groups = _by_group(readings)
     _draw_angle(angle, readings, groups)
     _draw_rise(rise, [r for g in groups for r in g] if groups else readings, threshold)
     steps = column(readings, "step")
-    draw_rates(rate, steps, readings, "AutoDrop" if rates else None)
-    for name, metrics in rates.items():
-        rate.plot(column(metrics, "step"), column(metrics, "lr"), **styles[name], label=name)
+    draw_rates(rate, steps, readings)
     mark_drops(panels, [s for s, r in zip(steps, readings, strict=True) if r.get("dropped")])
     return finish(figure, panels, path, title)
 

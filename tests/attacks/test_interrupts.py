@@ -109,7 +109,7 @@ class Interrupter:
 
 def interrupted(kind: str, call: int, at: int | None) -> tuple[Trial, Interrupter, list[str]]:
     """A run whose given call was interrupted, and what it had said until then."""
-    gc.collect(1)  # a run and its scheduler refer to each other, and keep up to 50 MB of iterates
+    gc.collect()  # a run and its scheduler refer to each other, and keep up to 50 MB of iterates
     trial = Trial(kind)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -125,12 +125,11 @@ def interrupted(kind: str, call: int, at: int | None) -> tuple[Trial, Interrupte
 
 
 def places(kind: str, call: int, few: int) -> list[int]:
-    """Numbers of the places to try: all in large, otherwise a seeded choice."""
+    """Numbers of the places to try: a seeded choice of some, in large of six times as many."""
     total = interrupted(kind, call, None)[1].places
     assert total > 10
-    if LARGE or total <= few:
-        return list(range(total))
-    return sorted(random.Random(f"{kind} {call}").sample(range(total), few))
+    chosen = min(total, few * (6 if LARGE else 1))
+    return sorted(random.Random(f"{kind} {call}").sample(range(total), chosen))
 
 
 @pytest.fixture(autouse=True)
@@ -138,7 +137,9 @@ def _as_before() -> Any:
     """One thread; afterwards torch's own switches are as they were."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    gc.freeze()  # collections between the runs skip what was there before them
     yield
+    gc.unfreeze()
     torch.set_num_threads(threads)
     assert torch._C._is_torch_function_enabled()
     assert torch.is_grad_enabled()

@@ -16,7 +16,9 @@ import autodrop_ext
 from autodrop_ext import AngularVelocity
 from autodrop_ext.cli import doctor as doctor_module
 from autodrop_ext.cli.app import autodrop
-from autodrop_ext.cli.demo.training import SCHEDULES
+from autodrop_ext.cli.demo.command import read, read_at
+from autodrop_ext.cli.demo.digits import Digits
+from autodrop_ext.cli.demo.training import SCHEDULES, train
 from autodrop_ext.cli.doctor import LIMIT, largest_error
 
 
@@ -49,18 +51,20 @@ def test_demo_prints_a_row_for_every_schedule(small_demo):
     rows = [line.split("│")[1:-1] for line in result.output.splitlines() if line.startswith("│")]
     assert [row[0].strip() for row in rows] == list(SCHEDULES)
     assert {"digits": "test error %", "bytes": "bits per byte"}[task] in result.output
-    for name, quality, loss, drops, rate, share in ([c.strip() for c in row] for row in rows):
-        assert 0 < float(quality) < 100
-        assert 0 < float(loss) < 10
-        assert (drops == "-") == (name != "AutoDrop")
-        assert (float(rate) == 0) == (name == "cosine")
+    for name, *qualities, share in ([c.strip() for c in row] for row in rows):
+        assert len(qualities) == 3
+        assert all(0 < float(quality) < 100 for quality in qualities)
+        # A constant rate and AutoDrop before its first drop are the same run.
+        assert (qualities == [c.strip() for c in rows[-1][1:-1]]) == (
+            name in ("AutoDrop", "constant")
+        )
         assert share.endswith(" %")
     assert all(len(line) <= 80 for line in result.output.splitlines() if str(folder) not in line)
 
 
-def test_demo_writes_picture_and_log(small_demo):
+def test_demo_writes_picture_and_logs(small_demo):
     task, folder, result = small_demo
-    log = folder / f"{task}.jsonl"
+    log = folder / f"{task}-autodrop.jsonl"
     picture = folder / f"{task}.png"
     readings, metrics = autodrop_ext.read_log(log)
     assert len(readings) == 40 // {"digits": 3, "bytes": 2}[task] - 2
@@ -70,20 +74,52 @@ def test_demo_writes_picture_and_log(small_demo):
     assert picture.stat().st_size > 10_000
     assert f"autodrop plot {log}" in result.output
     assert str(picture) in result.output
+    # The first window of AnytimeAutoDrop ends later, so that there is nothing to draw yet.
+    other = folder / f"{task}-anytimeautodrop.jsonl"
+    assert str(other) not in result.output
+    assert len(autodrop_ext.read_log(other)[1]) == 40
 
 
 def test_demo_replaces_the_log_of_an_earlier_run_and_repeats_it(tmp_path):
     def lines():
-        result = run("demo", "--seeds", 1, "--steps", 40, "--window", 2, "--output", tmp_path)
+        result = run("demo", "--seeds", 1, "--steps", 60, "--window", 2, "--output", tmp_path)
         assert result.exit_code == 0
-        return (tmp_path / "digits.jsonl").read_text()
+        assert "autodrop plot" in result.output
+        return [path.read_text() for path in sorted(tmp_path.glob("*.jsonl"))]
 
     assert lines() == lines()
+    assert len(lines()) == 2
+
+
+def test_cosine_is_trained_for_each_length_and_read_at_its_end():
+    task = Digits()
+    settings = {"reads": (4, 12), "window": 3}
+    once = train(task, "cosine", 0, steps=12, **settings)
+    short = train(task, "cosine", 0, steps=4, **settings)
+    other = train(task, "constant", 0, steps=12, **settings)
+    assert [p["step"] for p in once.points] == [4, 12]
+    assert [p["step"] for p in short.points] == [4]
+    assert short.points[-1]["lr"] == once.points[-1]["lr"] == 0
+    runs = {"cosine": [short, once], "constant": [other]}
+    assert read(runs, "cosine", 4) == {0: short.quality(4)}
+    assert read(runs, "cosine", 12) == {0: once.quality(12)}
+    assert read(runs, "constant", 4) == {0: other.quality(4)}
+    assert short.quality(4) != once.quality(4)
+
+
+def test_steps_at_which_runs_are_read():
+    steps = read_at((300, 900, 3000))
+    assert steps == sorted(set(steps))
+    assert {300, 900, 3000} <= set(steps)
+    assert steps[0] == 100
+    assert steps[-1] == 3000
+    assert all(1.1 < b / a < 1.6 for a, b in zip(steps, steps[1:], strict=False))
+    assert read_at((1, 5)) == [1, 2, 3, 4, 5]
 
 
 def test_demo_says_how_much_the_filter_moves_angles(tmp_path):
     result = run("demo", "--seeds", 1, "--steps", 90, "--kernel", "time", "--output", tmp_path)
-    readings, _ = autodrop_ext.read_log(tmp_path / "digits.jsonl")
+    readings, _ = autodrop_ext.read_log(tmp_path / "digits-autodrop.jsonl")
     moved = [abs(r["smoothed"] - r["angle"]) for r in readings if r["smoothed"] is not None]
     text = " ".join(result.output.split())
     assert "(kernel='time'): ten angles in a row scatter by" in text
@@ -92,12 +128,12 @@ def test_demo_says_how_much_the_filter_moves_angles(tmp_path):
     assert "--kernel: expected none with --task nqm" in refused
 
 
-def test_demo_that_ends_before_the_first_reading_says_so(tmp_path):
+def test_demo_that_ends_before_the_first_reading_draws_no_log(tmp_path):
     result = run("demo", "--seeds", 2, "--steps", 5, "--output", tmp_path)
     assert result.exit_code == 0
-    assert "No picture" in result.output
-    assert "digits.jsonl" not in result.output
-    assert "seeds 0 to 1, mean ± std" in result.output
+    assert (tmp_path / "digits.png").is_file()
+    assert ".jsonl" not in result.output
+    assert "mean of seeds 0 to 1" in result.output
 
 
 @pytest.mark.parametrize("option", [("--steps", 0), ("--seeds", 0), ("--task", "mnist")])

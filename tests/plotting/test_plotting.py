@@ -9,8 +9,9 @@ import pytest
 
 from autodrop_ext.plotting.anytime import plot_anytime
 from autodrop_ext.plotting.compare import plot_runs
+from autodrop_ext.plotting.lengths import plot_lengths
 from autodrop_ext.plotting.panels import running_mean
-from autodrop_ext.plotting.run import plot_comparison, plot_run
+from autodrop_ext.plotting.run import plot_run
 
 
 def reading(window: int, **values):
@@ -191,18 +192,6 @@ def test_rates_of_several_groups_and_of_zero(tmp_path):
     assert legend(axes)[:2] == ["param group 0", "param group 1"]
 
 
-def test_comparison_shows_the_other_schedules(tmp_path):
-    cosine = [{"step": s, "loss": 2 / s, "lr": max(0.0, 0.1 - s / 500)} for s in range(1, 60, 3)]
-    runs = {"AutoDrop": METRICS, "cosine": cosine}
-    path = tmp_path / "a.png"
-    figure = plot_comparison(readings(3), runs, threshold=0.1, path=path)
-    assert legend(figure.axes[0]) == ["AutoDrop", "cosine"]
-    assert legend(figure.axes[-1])[:2] == ["AutoDrop", "cosine"]
-    assert path.stat().st_size > 10_000
-    with pytest.raises(ValueError, match=r"own: expected one of \['AutoDrop', 'cosine'\]"):
-        plot_comparison(readings(3), runs, own="other")
-
-
 def test_no_pyplot_and_no_global_state(monkeypatch, tmp_path):
     import matplotlib
 
@@ -224,3 +213,32 @@ def test_missing_matplotlib_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install 'autodrop_ext\[plot\]'"):
         plot_run(readings(1))
+
+
+# ---- one run read at many lengths -------------------------------------------------------------
+
+
+def points(steps, quality, lr):
+    return [{"step": s, "quality": q, "lr": r} for s, q, r in zip(steps, quality, lr, strict=True)]
+
+
+def test_runs_set_for_a_length_end_in_a_ring(tmp_path):
+    path = tmp_path / "lengths.png"
+    whole = points([10, 30, 100], [8.0, 4.0, 2.0], [0.1, 0.1, 0.05])
+    short = points([10, 30], [6.0, 5.0], [0.05, 0.0])
+    long = points([10, 30, 100], [9.0, 7.0, 3.0], [0.1, 0.08, 0.0])
+    figure = plot_lengths({"own": whole}, {"cosine": [short, long]}, "test error %", path=path)
+    quality, rate = figure.axes
+    assert path.read_bytes().startswith(b"\x89PNG")
+    names = [text.get_text() for text in quality.get_legend().get_texts()]
+    assert names == ["own", "cosine, set for this length"]
+    rings = [line for line in quality.lines if line.get_marker() == "o"]
+    assert [(*map(float, r.get_xdata()), *map(float, r.get_ydata())) for r in rings] == [
+        (30.0, 5.0),
+        (100.0, 3.0),
+    ]
+    assert len(rate.lines) == 3
+    assert rate.get_ylim()[0] > 0.01  # and not the zero at which cosine ends
+    assert quality.get_xscale() == "log"
+    with pytest.raises(ValueError, match="expected at least one run, got none"):
+        plot_lengths({}, {}, "test error %")

@@ -1,13 +1,14 @@
-"""``autodrop demo``: AutoDrop beside a constant rate and cosine annealing, on real data."""
+"""``autodrop demo``: one run read at three lengths, next to cosine set for each, on real data."""
 
 from __future__ import annotations
 
 import importlib.util
+import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 from rich.console import Console
@@ -16,13 +17,16 @@ from rich.table import Table
 from rich.text import Text
 
 from ...log import JsonLinesLog
-from ...plotting.run import plot_comparison
+from ...plotting.lengths import plot_lengths
 from ...schedulers.saturation import Kernel
 from ..plot import printable
 from .digits import Digits
 from .text import Bytes
 from .theory import ALGORITHM_ITERATIONS, NQM_ITERATIONS, NQM_LEAST, NQM_SEEDS, nqm, theory
-from .training import SCHEDULES, Run, Task, train
+from .training import SCHEDULES, SET_FOR_A_LENGTH, Run, Task, train
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _TASKS: dict[str, type[Digits] | type[Bytes]] = {"digits": Digits, "bytes": Bytes}
 _NEEDS = {
@@ -33,7 +37,7 @@ _NEEDS = {
 }
 _FACTOR = 0.95  # AutoDrop's defaults, for the note below the table
 _WINDOWS_PER_DROP = 11
-_THRESHOLD = 0.1
+_POINTS = 15  # of a curve in the picture
 
 
 @click.command()
@@ -59,7 +63,8 @@ _THRESHOLD = 0.1
 @click.option(
     "--steps",
     type=click.IntRange(1),
-    help="Optimizer steps.  [default: digits 3000, bytes 1500, nqm 4000, theory 1000]",
+    help="Optimizer steps of the longest run.  [default: digits 3000, bytes 1500, nqm 4000, "
+    "theory 1000]",
 )
 @click.option(
     "--window",
@@ -77,7 +82,7 @@ _THRESHOLD = 0.1
     type=click.Path(path_type=Path),
     default="demo-output",
     show_default=True,
-    help="Folder of the picture and the log.",
+    help="Folder of the picture and the logs.",
 )
 def demo(
     name: str,
@@ -88,7 +93,10 @@ def demo(
     kernel: Kernel | None,
     output: Path,
 ) -> None:
-    """Train under AutoDrop, a constant rate and cosine annealing, and compare.
+    """Train under AnytimeAutoDrop, cosine, AutoDrop and a constant rate, and compare.
+
+    Every schedule is read at three lengths: a tenth, three tenths and all of the steps. Cosine,
+    which must know its length, is trained once for each; the others are one run.
 
     The tasks nqm and theory draw the papers' figures instead.
 
@@ -108,6 +116,7 @@ def demo(
     seeds = seeds or task.seeds
     steps = steps or task.steps
     window = window or task.window
+    lengths = sorted({max(1, steps // 10), max(1, 3 * steps // 10), steps})
     _make(output)
     console = Console()
     console.print(f"Training {task.description}:")
@@ -116,23 +125,21 @@ def demo(
     )
 
     start = time.perf_counter()
-    log = output / f"{name}.jsonl"
-    log.unlink(missing_ok=True)  # a log appends; this is a new run
     kernel = kernel or "value"
     runs = _train_all(
         console,
         task,
         range(first_seed, first_seed + seeds),
-        steps=steps,
+        lengths=lengths,
         window=window,
         kernel=kernel,
-        log=log,
+        output=output,
     )
     console.print()
-    console.print(_table(task, runs))
-    _explain(console, task, runs, steps, window, kernel)
+    console.print(_table(task, runs, lengths))
+    _explain(console, task, runs, lengths, window, kernel)
     console.print(f"Took {time.perf_counter() - start:.0f} s.")
-    _write_picture(console, output / f"{name}.png", task, runs, window, log)
+    _write_picture(console, output, task, runs)
 
 
 def _without_data(
@@ -174,80 +181,106 @@ def _train_all(
     task: Task,
     seeds: range,
     *,
-    steps: int,
+    lengths: Sequence[int],
     window: int,
     kernel: Kernel,
-    log: Path,
+    output: Path,
 ) -> dict[str, list[Run]]:
+    """All runs of each schedule; the first seed's readings go to logs."""
     runs: dict[str, list[Run]] = {schedule: [] for schedule in SCHEDULES}
+    of_schedule = {s: lengths if s in SET_FOR_A_LENGTH else lengths[-1:] for s in SCHEDULES}
     columns = (
-        TextColumn("{task.description:<18}"),
+        TextColumn("{task.description:<25}"),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f}%"),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task("", total=steps * len(SCHEDULES) * len(seeds))
+        bar = progress.add_task("", total=len(seeds) * sum(map(sum, of_schedule.values())))
         for seed in seeds:
             for schedule in SCHEDULES:
                 progress.update(bar, description=f"{schedule}, seed {seed}")
-                logged = schedule == "AutoDrop" and seed == seeds[0]
-                lines = JsonLinesLog(log) if logged else None
-                run = train(
-                    task,
-                    schedule,
-                    seed,
-                    steps=steps,
-                    window=window,
-                    kernel=kernel,
-                    log=lines,
-                    on_step=lambda: progress.advance(bar),
-                )
-                if lines is not None:
-                    lines.close()
-                runs[schedule].append(run)
+                logged = seed == seeds[0] and schedule.endswith("AutoDrop")
+                log = _new_log(output, task, schedule) if logged else None
+                for steps in of_schedule[schedule]:
+                    run = train(
+                        task,
+                        schedule,
+                        seed,
+                        steps=steps,
+                        reads=read_at(lengths),
+                        window=window,
+                        kernel=kernel,
+                        log=log,
+                        on_step=lambda: progress.advance(bar),
+                    )
+                    runs[schedule].append(run)
+                if log is not None:
+                    log.close()
     return runs
 
 
-def _table(task: Task, runs: dict[str, list[Run]]) -> Table:
-    seeds = [run.seed for run in runs["AutoDrop"]]
-    among = (
-        f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}, mean ± std"
-    )
-    table = Table(title=f"{task.name}: {among}", title_justify="left", title_style="bold")
-    table.add_column("schedule")
-    heads = (task.measure, "train loss", "drops", "final rate", "in step()")
-    for head in heads:
-        table.add_column(head, justify="right", no_wrap=True)
+def read_at(lengths: Sequence[int]) -> list[int]:
+    """The lengths and, for the picture, steps in between, at equal distances of their logarithm.
+
+    Two steps next to each other would draw a jag, so that none of these is close to a length.
+    """
+    first, last = max(1, lengths[0] / 3), lengths[-1]
+    ratio = math.log(last / first) / (_POINTS - 1)
+    between = {round(first * math.exp(ratio * i)) for i in range(_POINTS)}
+    return sorted({*lengths, *(b for b in between if all(abs(b / of - 1) > 0.1 for of in lengths))})
+
+
+def _new_log(output: Path, task: Task, schedule: str) -> JsonLinesLog:
+    path = _log_path(output, task, schedule)
+    path.unlink(missing_ok=True)  # a log appends; this is a new run
+    return JsonLinesLog(path)
+
+
+def _log_path(output: Path, task: Task, schedule: str) -> Path:
+    return output / f"{task.name}-{schedule.lower()}.jsonl"
+
+
+def _table(task: Task, runs: dict[str, list[Run]], lengths: Sequence[int]) -> Table:
+    title = f"{task.measure}, {_seeds(runs)}; lower is better"
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("schedule", no_wrap=True)
+    for length in lengths:
+        table.add_column(f"{length:,} steps", justify="right", no_wrap=True)
+    table.add_column("in step()", justify="right", no_wrap=True)
     digits = 2 if task.measure.endswith("%") else 3
     for schedule, group in runs.items():
-        drops = [run.drops for run in group if run.drops is not None]
+        longest = [run for run in group if run.steps == lengths[-1]]
         table.add_row(
             schedule,
-            _mean([run.quality for run in group], digits),
-            _mean([run.loss for run in group], 3),
-            f"{statistics.fmean(drops):.0f}" if drops else "-",
-            f"{statistics.fmean(run.lr for run in group):.1e}",
-            f"{100 * statistics.fmean(run.share for run in group):.1f} %",
+            *(_mean([*read(runs, schedule, length).values()], digits) for length in lengths),
+            f"{100 * statistics.fmean(run.share for run in longest):.1f} %",
         )
     return table
+
+
+def read(runs: Mapping[str, Sequence[Run]], schedule: str, length: int) -> dict[int, float]:
+    """The quality of a schedule at a length, by seed."""
+    whole = schedule not in SET_FOR_A_LENGTH
+    return {run.seed: run.quality(length) for run in runs[schedule] if whole or run.steps == length}
 
 
 def _explain(
     console: Console,
     task: Task,
     runs: dict[str, list[Run]],
-    steps: int,
+    lengths: Sequence[int],
     window: int,
     kernel: Kernel,
 ) -> None:
+    steps = lengths[-1]
     most = steps // (_WINDOWS_PER_DROP * window)
-    quality = {name: statistics.fmean(run.quality for run in g) for name, g in runs.items()}
-    best = min(quality, key=lambda name: quality[name])
     console.print(
-        f"{task.measure}: lower is better; lowest here: {best}. train loss: mean over the last "
-        f"twentieth of the run. in step(): share of the training time spent in scheduler.step()."
+        "Cosine is trained once for every length, the others are one run that is read on the way; "
+        "AnytimeAutoDrop with averaged parameters. ±: standard deviation. in step(): share of the "
+        "training time spent in scheduler.step()."
     )
+    console.print(f"AnytimeAutoDrop minus cosine, paired over the seeds: {_paired(runs, lengths)}.")
     console.print(
         f"AutoDrop ran with window={window} because the run is short: the rate falls by "
         f"{_FACTOR} at most once in {_WINDOWS_PER_DROP} windows, so {steps} steps allow at most "
@@ -265,6 +298,19 @@ def _explain(
         console.print(smoothing)
     if task.steps == steps:
         console.print(task.note)
+
+
+def _paired(runs: Mapping[str, Sequence[Run]], lengths: Sequence[int]) -> str:
+    """Mean difference at each length, with its standard error where there are several seeds."""
+    texts = []
+    for length in lengths:
+        cosine = read(runs, "cosine", length)
+        differences = [v - cosine[s] for s, v in read(runs, "AnytimeAutoDrop", length).items()]
+        text = f"{statistics.fmean(differences):+.2f}"
+        if len(differences) > 1:
+            text += f" ± {statistics.stdev(differences) / math.sqrt(len(differences)):.2f}"
+        texts.append(f"{text} at {length:,}")
+    return ", ".join(texts) + (" (± standard error)" if "±" in texts[0] else "")
 
 
 def _smoothing(readings: Sequence[Mapping[str, Any]], kernel: Kernel) -> str:
@@ -285,26 +331,49 @@ def _smoothing(readings: Sequence[Mapping[str, Any]], kernel: Kernel) -> str:
     return text
 
 
-def _write_picture(
-    console: Console, path: Path, task: Task, runs: dict[str, list[Run]], window: int, log: Path
-) -> None:
-    first = runs["AutoDrop"][0]
-    if not first.readings:
-        console.print(
-            "No picture: the run ended before AutoDrop's first reading, at the end of the third "
-            "window."
-        )
-        return
-    plot_comparison(
-        first.readings,
-        {schedule: group[0].metrics for schedule, group in runs.items()},
-        threshold=_THRESHOLD,
-        path=path,
-        title=f"{task.name}, seed {first.seed}, window {window}: {task.description}",
-    )
+def _write_picture(console: Console, output: Path, task: Task, runs: dict[str, list[Run]]) -> None:
+    path = output / f"{task.name}.png"
+    lengths_picture(task, runs, path)
+    lines = ["", f"Picture: {path}"]
+    for schedule in runs:
+        if runs[schedule][0].readings:
+            log = _log_path(output, task, schedule)
+            lines += [f"Log:     {log}", f"Draw it: autodrop plot {log}"]
     # soft_wrap: a path or command that is broken over lines cannot be copied.
-    for line in ("", f"Picture: {path}", f"Log:     {log}", f"Draw it: autodrop plot {log}"):
+    for line in lines:
         console.print(Text(printable(line)), soft_wrap=True)
+
+
+def lengths_picture(
+    task: Task, runs: Mapping[str, Sequence[Run]], path: Path | None = None
+) -> Figure:
+    """Draw the means over the seeds; ``runs`` has those of all seeds, schedule by schedule."""
+    lengths = {
+        name: [
+            _mean_points([run.points for run in group if run.steps == steps])
+            for steps in sorted({run.steps for run in group})
+        ]
+        for name, group in runs.items()
+    }
+    return plot_lengths(
+        {name: points[0] for name, points in lengths.items() if name not in SET_FOR_A_LENGTH},
+        {name: points for name, points in lengths.items() if name in SET_FOR_A_LENGTH},
+        task.measure,
+        path=path,
+        title=f"{task.name}, {_seeds(runs)}: {task.description}",
+    )
+
+
+def _mean_points(of_seeds: Sequence[Sequence[Mapping[str, float]]]) -> list[dict[str, float]]:
+    return [
+        {key: statistics.fmean(point[key] for point in points) for key in points[0]}
+        for points in zip(*of_seeds, strict=True)
+    ]
+
+
+def _seeds(runs: Mapping[str, Sequence[Run]]) -> str:
+    seeds = sorted({run.seed for run in runs["AutoDrop"]})
+    return f"seed {seeds[0]}" if len(seeds) == 1 else f"mean of seeds {seeds[0]} to {seeds[-1]}"
 
 
 def _mean(values: list[float], digits: int) -> str:

@@ -1,27 +1,28 @@
-"""The demo's training loop: one task, one schedule, one seed."""
+"""The demo's training loop: one task, one schedule, one seed, read at several lengths."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler
+from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR
 
 from ...log import JsonLinesLog
-from ...schedulers import AutoDrop
+from ...schedulers import AnytimeAutoDrop, AutoDrop
 from ...schedulers.saturation import Kernel
 
-SCHEDULES = ("AutoDrop", "constant", "cosine")
+SCHEDULES = ("AnytimeAutoDrop", "cosine", "AutoDrop", "constant")
+SET_FOR_A_LENGTH = ("cosine",)
+"""Schedules that need a run for every length; the others are read on the way."""
 
-_POINTS = 150  # of a loss curve: the mean loss of each 150th part of the run
-_LAST = 0.05  # part of the run over which the final training loss is averaged
+_LOSSES = 150  # in the log: the mean loss of each 150th part of the run
 
 
 class Task(Protocol):
@@ -58,17 +59,18 @@ class Run:
 
     schedule: str
     seed: int
-    quality: float = math.nan
-    loss: float = math.nan
-    """Mean over the last twentieth of the run."""
-    lr: float = math.nan
+    steps: int
+    points: list[dict[str, float]] = field(default_factory=list)
+    """``step``, ``quality`` and ``lr`` where the run was read."""
     drops: int | None = None
     """None for schedules that do not drop."""
     share: float = math.nan
     """Part of the training time that was spent in ``scheduler.step()``."""
     readings: list[dict[str, Any]] = field(default_factory=list)
-    metrics: list[dict[str, Any]] = field(default_factory=list)
-    """``step``, ``loss`` and ``lr``, for the picture."""
+
+    def quality(self, step: int) -> float:
+        """As it was read at a step."""
+        return next(point["quality"] for point in self.points if point["step"] == step)
 
 
 def train(
@@ -77,6 +79,7 @@ def train(
     seed: int,
     *,
     steps: int,
+    reads: Sequence[int],
     window: int,
     kernel: Kernel = "value",
     log: JsonLinesLog | None = None,
@@ -92,12 +95,13 @@ def train(
         schedule: one of :data:`SCHEDULES`.
         seed: of parameters and batches.
         steps: optimizer steps.
+        reads: steps at which the quality is measured; later ones than ``steps`` are left out.
         window: of AutoDrop, optimizer steps.
         kernel: of AutoDrop's Gaussian filter.
-        log: takes AutoDrop's readings and every schedule's metrics.
+        log: takes the readings of our schedulers and every schedule's losses.
         on_step: called after every step.
     """
-    run = Run(schedule, seed)
+    run = Run(schedule, seed, steps)
     with torch.random.fork_rng(devices=[]), single_thread():
         torch.manual_seed(seed)
         model = task.model()
@@ -105,10 +109,10 @@ def train(
         scheduler = _scheduler(schedule, optimizer, steps, window, kernel, log)
         random = Generator().manual_seed(seed)
         losses: list[float] = []
-        in_step = 0.0  # seconds
-        every = max(1, steps // _POINTS)
-        start = time.perf_counter()
+        in_step = training = 0.0  # seconds
+        every = max(1, steps // _LOSSES)
         for step in range(1, steps + 1):
+            start = time.perf_counter()
             loss = task.loss(model, random)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
@@ -116,20 +120,19 @@ def train(
             losses.append(loss.item())
             before = time.perf_counter()
             scheduler.step()
-            in_step += time.perf_counter() - before
-            if step % every == 0:
+            end = time.perf_counter()
+            in_step, training = in_step + end - before, training + end - start
+            if step % every == 0 and log is not None:
+                log.metrics(step, loss=math.fsum(losses[-every:]) / every)
+            if step in reads:
+                averaged = isinstance(scheduler, AnytimeAutoDrop)
+                with scheduler.averaged_parameters() if averaged else nullcontext():
+                    quality = task.quality(model)
                 lr = float(optimizer.param_groups[0]["lr"])
-                mean = math.fsum(losses[-every:]) / every
-                run.metrics.append({"step": step, "loss": mean, "lr": lr})
-                if log is not None:
-                    log.metrics(step, loss=mean)
+                run.points.append({"step": step, "quality": quality, "lr": lr})
             on_step()
-        run.share = in_step / (time.perf_counter() - start)
-        run.quality = task.quality(model)
-    last = losses[-max(1, round(_LAST * steps)) :]
-    run.loss = math.fsum(last) / len(last)
-    run.lr = float(optimizer.param_groups[0]["lr"])
-    if isinstance(scheduler, AutoDrop):
+    run.share = in_step / training
+    if isinstance(scheduler, (AnytimeAutoDrop, AutoDrop)):
         run.drops = scheduler.num_drops
         run.readings = [decision.as_dict() for decision in scheduler.history]
         scheduler.close()
@@ -143,7 +146,9 @@ def _scheduler(
     window: int,
     kernel: Kernel,
     log: JsonLinesLog | None,
-) -> LRScheduler:
+) -> Any:
+    if schedule == "AnytimeAutoDrop":
+        return AnytimeAutoDrop(optimizer, on_reading=log)
     if schedule == "AutoDrop":
         return AutoDrop(optimizer, window=window, kernel=kernel, on_reading=log)
     if schedule == "constant":
