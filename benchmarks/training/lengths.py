@@ -10,8 +10,9 @@ rate and seed start from the same parameters and see the same batches, so that d
 are paired over seeds.
 
 Nothing is tuned here: the constants of ``AnytimeAutoDrop`` are its defaults, ``AutoDrop`` has the
-papers' (k = 64, factor 0.95), exponential falls to 1/100, warmup-stable-decay falls linearly over
-the last fifth, schedule-free follows its authors (with SGD at ten times the rate, no warm-up). Rows
+papers' (k = 64, factor 0.95), exponential falls to 1/100 (on the noisy quadratic, where a fast one
+is the best schedule, also further), warmup-stable-decay falls linearly over the last fifth,
+schedule-free follows its authors (with SGD at ten times the rate, no warm-up). Rows
 are written as they come, and a run that was killed goes on with those that are missing.
 """
 
@@ -54,6 +55,8 @@ NAMES = {
     "cosine": "cosine, set for each",
     "linear": "linear, set for each",
     "exponential": "exponential to 1/100, set for each",
+    "exponential, 1/1000": "exponential to 1/1,000, set for each",
+    "exponential, 1/10000": "exponential to 1/10,000, set for each",
     "wsd": "warmup-stable-decay, set for each",
 }
 
@@ -160,17 +163,24 @@ class Study:
         lengths: optimizer steps at which runs are read.
         seeds: number of seeds by initial rate.
         optimizer: "sgd" or "adamw".
+        also: more schedules that are set for each length.
     """
 
     make: Callable[[], Any]
     lengths: tuple[int, ...]
     seeds: dict[float, int]
     optimizer: str = "sgd"
+    also: tuple[str, ...] = ()
 
 
 STUDIES = {
     "digits": Study(Digits, (300, 1_000, 3_000, 10_000, 30_000), {0.04: 6, 0.02: 3, 0.01: 3}),
-    "quadratic": Study(Quadratic, (1_000, 3_000, 10_000, 30_000), {0.06: 3, 0.03: 3, 0.015: 3}),
+    "quadratic": Study(
+        Quadratic,
+        (1_000, 3_000, 10_000, 30_000),
+        {0.06: 3, 0.03: 3, 0.015: 3},
+        also=("exponential, 1/1000", "exponential, 1/10000"),
+    ),
     "bytes": Study(Bytes, (640, 1_920), {0.006: 3, 0.003: 3, 0.0015: 3}, "adamw"),
     "cifar": Study(SmallCifar, (600, 2_000), {0.05: 3, 0.025: 3, 0.0125: 3}),
 }
@@ -240,6 +250,8 @@ def _build(task: str, schedule: str, model: nn.Module, rate: float, steps: int) 
         "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
         "linear": lambda x: 1 - x,
         "exponential": lambda x: 0.01**x,
+        "exponential, 1/1000": lambda x: 0.001**x,
+        "exponential, 1/10000": lambda x: 0.0001**x,
         "wsd": lambda x: min(1.0, (1 - x) / 0.2),
     }[schedule]
     return optimizer, lr_scheduler.LambdaLR(optimizer, lambda t: share(min(t / steps, 1.0)))
@@ -270,9 +282,9 @@ def runs(tasks: list[str]) -> list[tuple[str, str, float, int, tuple[int, ...]]]
         study = STUDIES[task]
         for order, (rate, seeds) in enumerate(study.seeds.items()):
             for seed in range(seeds):
-                for schedule in (*OPEN, *KNOWN):
+                for schedule in (*OPEN, *KNOWN, *study.also):
                     lengths = [study.lengths]
-                    if schedule in KNOWN:
+                    if schedule not in OPEN:
                         lengths = [(length,) for length in study.lengths]
                     for of_run in lengths:
                         late = of_run[-1] > 10_000
@@ -321,7 +333,7 @@ def read(folder: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def report(folder: pathlib.Path, to: pathlib.Path) -> None:
-    """Tables as Markdown, and a picture of each task and rate."""
+    """Tables as Markdown and a picture, the tasks and rates in the order of :data:`STUDIES`."""
     to.mkdir(parents=True, exist_ok=True)
     values: dict[tuple[str, float], dict[str, dict[int, dict[int, float]]]] = {}
     for r in read(folder):
@@ -331,8 +343,10 @@ def report(folder: pathlib.Path, to: pathlib.Path) -> None:
         "Mean over seeds; in brackets the paired difference to cosine with its standard error, and",
         "the number of seeds. Lower is better. `python benchmarks/training/lengths.py`.",
     ]
-    for (task, rate), schedules in sorted(values.items(), key=lambda item: item[0]):
-        study = STUDIES[task]
+    for task, rate in ((name, rate) for name in STUDIES for rate in STUDIES[name].seeds):
+        if (task, rate) not in values:
+            continue
+        study, schedules = STUDIES[task], values[task, rate]
         lines += ["", f"## {task}, {study.make.measure}, initial rate {rate:g}", ""]  # type: ignore[attr-defined]
         lines.append("| schedule | " + " | ".join(f"{n:,} steps" for n in study.lengths) + " |")
         lines.append("|:--|" + "--:|" * len(study.lengths))
@@ -349,13 +363,17 @@ def _cell(schedules: dict[str, dict[int, dict[int, float]]], name: str, steps: i
     of_seed = schedules[name].get(steps, {})
     if not of_seed:
         return ""
-    text = f"{statistics.mean(of_seed.values()):.3g}"
+    text = _three_digits(statistics.mean(of_seed.values()))
     cosine = schedules.get("cosine", {}).get(steps, {})
     pairs = [of_seed[seed] - cosine[seed] for seed in of_seed if seed in cosine]
     if name == "cosine" or len(pairs) < 2:
         return f"{text} ({len(of_seed)})"
     error = statistics.stdev(pairs) / math.sqrt(len(pairs))
     return f"{text} ({statistics.mean(pairs):+.2g} ± {error:.2g}, {len(pairs)})"
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:#.3g}".rstrip(".")
 
 
 def _draw(
@@ -377,7 +395,7 @@ def _draw(
                 points = sorted(values[task, rate].get(name, {}).items())
                 if points:
                     means = [statistics.mean(of_seed.values()) for _, of_seed in points]
-                    style = "-o" if name.startswith("anytime") else "--." if name in KNOWN else "-."
+                    style = "-o" if name.startswith("anytime") else "-." if name in OPEN else "--."
                     (handles[NAMES[name]],) = ax.plot(
                         [n for n, _ in points], means, style, color=f"C{i}", linewidth=1.5
                     )

@@ -111,7 +111,7 @@ def test_the_report_pairs_seeds(tmp_path: pathlib.Path) -> None:
     table = (tmp_path / "to" / "lengths.md").read_text()
     pairs = [a - c for a, c in zip(anytime, cosine, strict=True)]
     error = statistics.stdev(pairs) / math.sqrt(3)
-    assert f"| AnytimeAutoDrop | 4 ({statistics.mean(pairs):+.2g} ± {error:.2g}, 3) |" in table
+    assert f"| AnytimeAutoDrop | 4.00 ({statistics.mean(pairs):+.2g} ± {error:.2g}, 3) |" in table
     assert "| cosine, set for each | 5.17 (3) |" in table
     assert (tmp_path / "to" / "lengths.png").stat().st_size > 10_000
     assert (tmp_path / "to" / "rows.jsonl").read_text() == (tmp_path / "rows.jsonl").read_text()
