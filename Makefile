@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CPP := $(shell find csrc -name '*.h' -o -name '*.cpp')
 
-.PHONY: demo test test-slow attacks check docs packages import-time compatibility bench accuracy train-table lengths ablations paper cifar cifar-part gpu gpu-build gpu-test gpu-sanitize gpu-bench pictures clean
+.PHONY: demo test test-slow attacks check docs packages import-time compatibility bench bench-anytime accuracy train-table lengths ablations paper cifar cifar-part gpu gpu-build gpu-test gpu-sanitize gpu-bench pictures clean
 .DELETE_ON_ERROR:
 
 # torch first and by itself: with it there, the package's own requirement brings no other build of it.
@@ -59,6 +59,11 @@ compatibility:   ## docs/compatibility.md: many versions of torch and others; an
 bench: $(VENV)/.test   ## throughput next to torch's own operations; see benchmarks/README.md
 	$(BIN)/python -m pytest benchmarks/speed/bench_throughput.py -o addopts= --benchmark-json benchmark.json
 	$(BIN)/python benchmarks/speed/report.py benchmark.json
+
+bench-anytime: $(VENV)/.test   ## what AnytimeAutoDrop's meter costs over a run; a quarter of an hour
+	$(BIN)/python benchmarks/speed/anytime.py counts
+	$(BIN)/python benchmarks/speed/anytime.py window
+	$(BIN)/python benchmarks/speed/anytime.py run --steps 1000 10000
 
 accuracy: $(VENV)/.test   ## the accuracy contract as a table
 	$(BIN)/python benchmarks/accuracy/rounding.py
