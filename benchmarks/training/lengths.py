@@ -380,6 +380,7 @@ def _draw(
     values: dict[tuple[str, float], dict[str, dict[int, dict[int, float]]]], path: pathlib.Path
 ) -> None:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter
 
     columns = max(sum(1 for t, _ in values if t == task) for task in {t for t, _ in values})
     tasks = [task for task in STUDIES if any(t == task for t, _ in values)]
@@ -400,6 +401,15 @@ def _draw(
                         [n for n, _ in points], means, style, color=f"C{i}", linewidth=1.5
                     )
             ax.set(xscale="log", yscale="log", title=f"{task}, initial rate {rate:g}")
+            ax.xaxis.set_major_locator(FixedLocator(STUDIES[task].lengths))
+            ax.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+            low, high = ax.get_ylim()
+            ax.yaxis.set_major_locator(
+                LogLocator(subs=range(1, 10) if high < 4 * low else (1, 2, 5))
+            )
+            ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            ax.xaxis.set_minor_formatter(NullFormatter())
+            ax.yaxis.set_minor_formatter(NullFormatter())
             ax.set_xlabel("optimizer steps")
         row[0].set_ylabel(STUDIES[task].make.measure)  # type: ignore[attr-defined]
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
