@@ -85,7 +85,7 @@ class ParameterSource:
     def watch(self, shards: Sequence[LocalShard]) -> None:
         """Remember the parameters as they are, for :meth:`moved` and :meth:`unchanged`."""
         aliases = [shard.tensor for shard in shards]
-        self._watch = MemoryWatch(self._now(), aliases, frozen=self._frozen, local=local_tensor)
+        self._watch = MemoryWatch(self._now(), aliases, frozen=self._is_frozen, local=local_tensor)
 
     def moved(self) -> bool:
         """Whether memory of the watched shards is elsewhere; cheap enough for every step."""
@@ -108,7 +108,8 @@ class ParameterSource:
         return {**self.__dict__, "_zero": None, "_watch": None}
 
     def _trainable(self) -> list[Named]:
-        return [(name, p) for name, p in self._all() if not self._frozen(p)]
+        is_frozen = self._is_frozen
+        return [(name, p) for name, p in self._all() if not is_frozen(p)]
 
     def _all(self) -> list[Named]:
         if self._optimizer is not None:
@@ -125,10 +126,19 @@ class ParameterSource:
         groups = enumerate(self._groups())
         return {id(p): g for g, group in groups for p in reversed(group["params"])}
 
-    def _frozen(self, parameter: Tensor) -> bool:
+    @property
+    def _is_frozen(self) -> Callable[[Tensor], bool]:
+        # No method: the compiled watch keeps it, and the garbage collector does not see through it.
         # A plain tensor given by hand, such as a master weight, need not require gradients.
-        by_optimizer = self._optimizer is not None
-        return not parameter.requires_grad and (by_optimizer or isinstance(parameter, nn.Parameter))
+        return _requires_no_gradient if self._optimizer is not None else _is_frozen_parameter
+
+
+def _requires_no_gradient(tensor: Tensor) -> bool:
+    return not tensor.requires_grad
+
+
+def _is_frozen_parameter(tensor: Tensor) -> bool:
+    return not tensor.requires_grad and isinstance(tensor, nn.Parameter)
 
 
 def _dicts(params: Iterable[Any]) -> list[dict[str, Any]]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import subprocess
 import sys
 import textwrap
+import weakref
 from pathlib import Path
+from typing import Any
 
 import independent
 import numpy as np
@@ -209,3 +212,18 @@ def test_element_types_may_be_mixed() -> None:
             t += torch.randn(5).to(t.dtype)
         reading = meter.observe()
     assert reading is not None and reading.angle is not None
+
+
+@pytest.mark.parametrize("source", [list, lambda params: lambda: params, torch.optim.SGD])
+def test_parameters_are_freed_with_their_meter(source: Any) -> None:
+    """What the compiled core keeps must lead back to no Python object that keeps it."""
+    parameter = torch.nn.Parameter(torch.randn(8))
+    meter = AngularVelocity(source([parameter]), window=2)
+    for _ in range(5):
+        with torch.no_grad():
+            parameter.add_(torch.randn(8))
+        meter.observe()
+    gone = weakref.ref(parameter)
+    del parameter, meter
+    gc.collect()
+    assert gone() is None

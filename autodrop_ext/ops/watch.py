@@ -59,7 +59,9 @@ class MemoryWatch:
             parameter. They must be plain tensors with memory. The watch keeps them alive, and with
             them their storages, as the plan does.
         frozen: called with each parameter that does not require gradients; parameters for which it
-            returns True are not watched. None if all of those are frozen.
+            returns True are not watched. None if all of those are frozen. The compiled watch keeps
+            it, and the garbage collector does not see through that: it must not lead to the object
+            that holds the watch.
         local: called with each parameter that is neither a ``torch.Tensor`` nor an
             ``nn.Parameter`` but an instance of a subclass; returns the plain tensor that holds its
             elements, for example ``DTensor.to_local()``. None if the parameters do so themselves.

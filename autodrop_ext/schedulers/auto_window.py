@@ -1,10 +1,15 @@
-"""``window="auto"``: the window from the length of the run."""
+"""The window from the length of the run, for ``window="auto"``."""
 
 from __future__ import annotations
 
 import math
 
 from .. import checks
+
+LEAST_WINDOW = 16
+"""What ``window="auto"`` never goes below: half more than the 10 steps that momentum 0.9 remembers.
+In shorter windows successive displacements are alike because of the optimizer, and angles are noise
+otherwise."""
 
 
 def window_for(
@@ -23,7 +28,8 @@ def window_for(
         min_samples: angles since the last drop before smoothing starts.
         total_decay: in (0, 1).
 
-    This is the package's only rule; the benchmarks use it too.
+    This is the package's only rule; the benchmarks use it too, without the floor of
+    :data:`LEAST_WINDOW` steps that ``AutoDrop(window="auto")`` adds.
 
     Returns:
         Optimizer steps, at least 1.

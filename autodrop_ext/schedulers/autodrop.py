@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch.optim import Optimizer
 
 from .. import checks
+from ..faults import Warnings
 from ..meter import AngularVelocity
 from ..reading import Decision, Reading
 from ..saved import Entries
-from .auto_window import window_for
+from .auto_window import LEAST_WINDOW, window_for
 from .base import Changes, check_optimizer, count_of_drops
 from .drop import DropScheduler
 from .saturation import Kernel, SaturationDetector, Verdict, check_kernel
@@ -37,7 +38,7 @@ class AutoDrop(DropScheduler):
         window: ``k``, optimizer steps per window. The rate can fall by ``factor`` once in 11
             windows, so that short runs need short windows; the paper takes 64 for CIFAR and 640 for
             ImageNet. "auto": from ``num_steps``, see
-            :func:`~autodrop_ext.schedulers.auto_window.window_for`.
+            :func:`~autodrop_ext.schedulers.auto_window.window_for`, and at least 16.
         factor: ``rho``, in (0, 1).
         threshold: degrees per window.
         buffer_size: ``m``, angles that are smoothed over.
@@ -118,6 +119,14 @@ class AutoDrop(DropScheduler):
                 min_samples=min_samples,
                 total_decay=total_decay,
             )
+            if window < LEAST_WINDOW:
+                Warnings(type(self).__name__).warn(
+                    f"window='auto' would take {window} of num_steps={num_steps} for a window; "
+                    "that is shorter than a few times the optimizer's memory, and angles would be "
+                    f"noise. It takes {LEAST_WINDOW}, and this run is too short for the rate to "
+                    "fall far; AnytimeAutoDrop needs no window"
+                )
+                window = LEAST_WINDOW
         elif num_steps is not None:
             raise ValueError(f"num_steps: expected window='auto' with it, got window={window!r}")
         meter = AngularVelocity(

@@ -75,11 +75,19 @@ class StepScheduler(LRScheduler):
         """Call after every ``optimizer.step()``; of an ``EpochAutoDrop``, at the end of each epoch.
 
         Args:
-            epoch: torch's deprecated argument; sets ``last_epoch`` and has no other effect.
+            epoch: torch's deprecated argument. It sets ``last_epoch``, has no other effect, and
+                warns.
         """
         if epoch == 0 and _MILESTONES_CALL_STEP:
             self._update_lr(0)
             return
+        if epoch is not None:
+            self._warnings.once(
+                "epoch",
+                f"step(epoch={epoch}) sets last_epoch and has no other effect on a schedule that "
+                "is measured; call step() without an argument (torch's own schedulers deprecate "
+                "it)",
+            )
         if self._stepping:
             self._recover()
         self._stepping = True
@@ -200,11 +208,23 @@ class StepScheduler(LRScheduler):
         return [float(lr) * share for lr in lrs]
 
     def get_lr(self) -> list[float | Tensor]:
-        """Current rates; they change at the end of a window, in place, and not here."""
+        """Present rates. Use ``get_last_lr()``: as with torch's schedulers, this one warns.
+
+        torch calls this method within ``step()`` to compute new rates. Here rates change in place
+        at the end of a window, and nothing calls it.
+        """
+        self._warnings.once(
+            "get_lr",
+            "get_lr() computes nothing outside of step(); to get the last learning rate computed "
+            "by the scheduler, use get_last_lr()",
+        )
+        return self._rates()
+
+    def _rates(self) -> list[float | Tensor]:
         return [group["lr"] for group in self.optimizer.param_groups]
 
     def _lrs(self) -> list[float | Tensor]:
-        return [lr.clone() if isinstance(lr, Tensor) else lr for lr in self.get_lr()]
+        return [lr.clone() if isinstance(lr, Tensor) else lr for lr in self._rates()]
 
     def _set_lrs(self, lrs: Iterable[float]) -> None:
         # add_param_group may have brought more groups than there are base rates.

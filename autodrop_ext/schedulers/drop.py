@@ -119,7 +119,7 @@ class DropScheduler(StepScheduler):
 
         During a cooldown all of them do.
         """
-        lrs = self.get_lr()
+        lrs = self._rates()
         bounds = lower_bounds(self.min_lrs, len(lrs))
         chosen = set(groups) if self._cooldown is None else set()
         return [
@@ -129,19 +129,19 @@ class DropScheduler(StepScheduler):
 
     def _lrs_after(self, lower: Iterable[float | None]) -> tuple[float, ...]:
         """Rates of all param groups once some are lowered."""
-        pairs = zip(as_floats(self.get_lr()), lower, strict=True)
+        pairs = zip(as_floats(self._rates()), lower, strict=True)
         return tuple(lr if new is None else new for lr, new in pairs)
 
     def _carry_out(self, changes: Changes) -> None:
-        before = as_floats(self.get_lr())
+        before = as_floats(self._rates())
         super()._carry_out(changes)
         if any(lr is not None for lr in changes.lrs):
-            self._dropped_from = list(zip(before, as_floats(self.get_lr()), strict=True))
+            self._dropped_from = list(zip(before, as_floats(self._rates()), strict=True))
 
     def _facts(self) -> dict[str, Any]:
         """What decisions depend on; equal on all ranks."""
         cooldown = Cooldown.saved(self._cooldown)
-        lr = as_floats(self.get_lr())
+        lr = as_floats(self._rates())
         return {**self._settings(), **self._decision_state(), "cooldown": cooldown, "lr": lr}
 
     def _decision_state(self) -> dict[str, Any]:
@@ -206,12 +206,12 @@ class DropScheduler(StepScheduler):
             self._optimizer_steps,
             checks.count("num_steps", num_steps, 1),
             checks.one_of("shape", shape, SHAPES),
-            as_floats(self.get_lr()),
+            as_floats(self._rates()),
         )
 
     def _cool(self) -> None:
         if self._cooldown is not None:
-            now = as_floats(self.get_lr())
+            now = as_floats(self._rates())
             lower = self._cooldown.lrs_at(self._optimizer_steps, self.min_lrs)
             self._set_lrs(map(min, now, lower))
 

@@ -22,12 +22,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from training.ablations import VARIED, ablation_specs
 from training.exhibits import EXHIBITS
-from training.loop import RunSpec
 from training.paper import Options, list_exhibits, make_exhibit
 from training.parallel import train_all
 from training.ranks import Ranks, start_ranks
 from training.recipes import RECIPES
 from training.report import write_report
+from training.run import RunSpec
 from training.schedules import SCHEDULES, window_for
 from training.sources import SOURCES
 from training.table import compare, recipe_of

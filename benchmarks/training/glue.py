@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,10 +19,8 @@ from autodrop_ext import JsonLinesLog
 from .baselines import HypergradientAdamW, TrainableLearningRate
 from .ranks import Ranks
 from .recipes import RECIPES
+from .run import LOG, RESULT, RunSpec, check_same, machine, replace_file
 from .schedules import Setup
-
-if TYPE_CHECKING:
-    from .loop import RunSpec
 
 SCHEDULES_HERE = ("autodrop", "linear", "constant", "hd", "tlr")
 _MOST_TOKENS = 128  # of an example, Devlin et al. 2018 for GLUE
@@ -148,8 +146,6 @@ def train_glue(
             "GLUE needs transformers: pip install 'autodrop_ext[bench]'", name="transformers"
         ) from error
     from autodrop_ext.integrations.transformers import AutoDropCallback
-
-    from .loop import LOG, RESULT, check_same, machine, replace_file
 
     if spec.schedule not in SCHEDULES_HERE:
         raise ValueError(
@@ -281,7 +277,7 @@ def _data(spec: RunSpec, tokenizer: Any) -> tuple[_Encoded, _Encoded]:
     order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(0)).tolist()
     chosen = order[: spec.subset]
     if spec.validation:
-        from .tasks import VALIDATION
+        from .task import VALIDATION
 
         cut = max(1, len(chosen) // VALIDATION)
         test, chosen = _part(train, chosen[:cut]), chosen[cut:]

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .ranks import Ranks
 from .recipe import PaperRecipe
-from .tasks import VALIDATION, Scores
+from .task import VALIDATION, Scores
 
 SIDE = 224
 _SHORTER = 256  # side to which test images are scaled before their centre is cut out

@@ -14,9 +14,9 @@ from typing import Any
 
 from .curves import draw_bars, draw_curves, draw_rates
 from .exhibits import EXHIBITS, Entry, Exhibit, PaperRun
-from .loop import RESULT, RunSpec, check_same, machine
 from .recipes import RECIPES
 from .report import markdown_table, mean_and_std
+from .run import RESULT, RunSpec, check_same, machine
 from .sources import SOURCES
 from .table import candidates, chosen
 from .timing import MODELS, PRINTED, SCHEDULES_TIMED, describe, time_steps

@@ -12,7 +12,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from .loop import RunSpec, train
+from .loop import train
+from .run import RunSpec
 
 
 def train_all(

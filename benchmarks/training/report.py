@@ -11,7 +11,7 @@ from typing import Any
 
 from .ablations import VARIED, runs_of
 from .curves import draw_curves
-from .loop import RESULT
+from .run import RESULT
 from .schedules import SCHEDULES
 
 Result = dict[str, Any]

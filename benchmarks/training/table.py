@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from .loop import RunSpec
 from .recipe import Recipe
 from .recipes import RECIPES
+from .run import RunSpec
 from .schedules import SCHEDULES
 from .tasks import ByteTransformer, DigitsConvnet
 

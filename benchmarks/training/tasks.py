@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple, Protocol
 
 import torch
 from torch import Generator, Tensor, nn
@@ -18,51 +17,13 @@ from .cifar import SIDE, Cifar, load_cifar
 from .ranks import Ranks
 from .recipe import Recipe
 from .recipes import RECIPES
+from .task import VALIDATION, Scores, Task
 
 # Of the training pixels, per channel, by the number of classes.
 _MEAN = {10: (0.4914, 0.4822, 0.4465), 100: (0.5071, 0.4865, 0.4409)}
 _STD = {10: (0.2470, 0.2435, 0.2616), 100: (0.2673, 0.2564, 0.2762)}
 _PADDING = 4  # pixels by which an image may move, He et al. 2016
 _EVALUATED = 1000  # images at a time
-VALIDATION = 5  # one part in five of the training data is held out to choose settings
-
-
-class Scores(NamedTuple):
-    """What an evaluation measures; None where it was left out.
-
-    Attributes:
-        error: in the task's measure, lower is better.
-        test_loss: mean over the test data.
-    """
-
-    error: float | None
-    test_loss: float | None
-
-
-class Task(Protocol):
-    """A model and its data."""
-
-    recipe: Recipe
-    measure: str
-    """Of the error, with its unit."""
-    steps_per_epoch: int
-    evaluate_every: int
-    """Epochs."""
-
-    def model(self) -> nn.Module:
-        """A new model, from torch's global random state."""
-
-    def start_epoch(self, random: Generator) -> None:
-        """Draw the order of the next epoch."""
-
-    def loss(self, model: nn.Module, random: Generator) -> Tensor:
-        """Loss of the next batch."""
-
-    def scores(self, model: nn.Module) -> Scores:
-        """Error and loss on data that was not trained on."""
-
-    def inputs(self, random: Generator) -> Iterator[Tensor]:
-        """Some batches of inputs, to measure batch-norm statistics with."""
 
 
 class DigitsConvnet(Digits):

@@ -20,7 +20,7 @@ from torch import Generator, Tensor, nn
 
 from .ranks import Ranks
 from .recipe import PaperRecipe
-from .tasks import Scores
+from .task import Scores
 
 SOURCE, TARGET = "de", "en"  # UAI 2024, section 6.2: German to English
 SUBWORDS = 37_000  # of both languages together, Vaswani et al. 2017

@@ -11,9 +11,11 @@ import torch
 from torch import nn
 from training import loop
 from training.driver import Driver
-from training.loop import CHECKPOINT, LOG, RunSpec, train
+from training.loop import train
+from training.recipe import Recipe
+from training.run import CHECKPOINT, LOG, RunSpec
 from training.schedules import SCHEDULES, Setup, window_for
-from training.tasks import Recipe, Scores
+from training.task import Scores
 
 from autodrop_ext import read_log
 from autodrop_ext.schedulers import auto_window

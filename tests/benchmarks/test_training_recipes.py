@@ -18,9 +18,10 @@ from training import imagenet, loop, models, translation
 from training.cifar import load_cifar
 from training.glue import read_examples
 from training.imagenet import Folder, ImageNetModel
-from training.loop import CHECKPOINT, LOG, RESULT, RunSpec, train
+from training.loop import train
 from training.recipes import RECIPES
 from training.report import write_report
+from training.run import CHECKPOINT, LOG, RESULT, RunSpec
 from training.schedules import SCHEDULES
 from training.sources import SOURCES
 from training.translation import Translation, read_pairs

@@ -9,8 +9,8 @@ import pytest
 from click.testing import CliRunner
 from training import command
 from training.ablations import ablation_specs, runs_of
-from training.loop import RunSpec
 from training.report import mean_and_std, read_results, write_report
+from training.run import RunSpec
 from training.schedules import SCHEDULES
 from training.table import TUNING_SEED, candidates, chosen, compare
 from training.tasks import MODELS

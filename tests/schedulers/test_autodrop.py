@@ -260,8 +260,6 @@ def test_step_takes_no_metric_and_is_not_called() -> None:
     assert not callable(scheduler)
     assert not hasattr(scheduler, "total_steps")
     assert not hasattr(scheduler, "_schedulers")
-    scheduler.step(epoch=7)
-    assert scheduler.last_epoch == 7
 
 
 def test_last_epoch_needs_initial_rates_as_in_torch() -> None:

@@ -48,8 +48,6 @@ def test_the_papers_windows() -> None:
 
 def test_autodrop_takes_the_window_from_the_length_of_the_run() -> None:
     steps = 880
-    scheduler = AutoDrop(Given(noisy_walk(steps, 40, 0)), "auto", num_steps=steps, threshold=1e9)
-    assert scheduler.window == window_for(steps) == 1
     scheduler = AutoDrop(
         Given(noisy_walk(steps, 40, 0)),
         "auto",
@@ -66,6 +64,20 @@ def test_autodrop_takes_the_window_from_the_length_of_the_run() -> None:
     # Two windows pass before the first angle, and cost one drop here.
     assert scheduler.num_drops == 7
     assert scheduler.get_metrics()["lr"] == 0.5**7
+
+
+@pytest.mark.parametrize(("steps", "rule"), [(600, 1), (14_000, 15)])
+def test_a_window_is_no_shorter_than_16_steps_and_a_warning_says_so(steps: int, rule: int) -> None:
+    assert window_for(steps) == rule
+    expected = rf"AutoDrop: window='auto' would take {rule} of num_steps={steps} .* It takes 16"
+    with pytest.warns(RuntimeWarning, match=expected) as caught:
+        assert AutoDrop(Given(turning([90.0])), "auto", num_steps=steps).window == 16
+    assert caught[0].filename == __file__
+
+
+def test_the_rule_that_gives_16_warns_of_nothing() -> None:
+    assert window_for(15_000) == 16
+    assert AutoDrop(Given(turning([90.0])), "auto", num_steps=15_000).window == 16
 
 
 def test_the_warm_up_does_not_count() -> None:
