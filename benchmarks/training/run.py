@@ -87,7 +87,7 @@ class RunSpec:
 
     def task(self) -> Task:
         """Kept from run to run: reading the data can take longer than an epoch."""
-        return _make_task(
+        return made_task(
             self.model,
             device=self.device,
             data=self.data,
@@ -99,7 +99,7 @@ class RunSpec:
         )
 
 
-_make_task = lru_cache(maxsize=2)(make_task)
+made_task = lru_cache(maxsize=2)(make_task)
 
 
 def machine(device: str) -> str:

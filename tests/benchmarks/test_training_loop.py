@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 from torch import nn
-from training import loop
+from training import run
 from training.driver import Driver
 from training.loop import train
 from training.recipe import Recipe
@@ -64,7 +64,7 @@ class Blobs:
 @pytest.fixture
 def blobs(monkeypatch):
     def use(task):
-        monkeypatch.setattr(loop, "_make_task", lambda *args, **kwargs: task)
+        monkeypatch.setattr(run, "made_task", lambda *args, **kwargs: task)
         return task
 
     return use

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import tiny_data
 from click.testing import CliRunner
-from training import command, loop, models
+from training import command, models, run
 from training.exhibits import (
     EXHIBITS,
     FIGURE_3_RATES,
@@ -35,7 +35,7 @@ PNG = b"\x89PNG"
 @pytest.fixture(autouse=True)
 def narrow(monkeypatch):
     """Image models of a thousandth of the size."""
-    loop._make_task.cache_clear()
+    run.made_task.cache_clear()
     for name in RECIPES:
         if RECIPES[name].build is not None:
             thin = replace(RECIPES[name], build=lambda classes: models.wide_resnet(10, 1, classes))

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tiny_data
 import torch
-from training import imagenet, loop, models, translation
+from training import imagenet, models, run, translation
 from training.cifar import load_cifar
 from training.glue import read_examples
 from training.imagenet import Folder, ImageNetModel
@@ -43,7 +43,7 @@ class PowerCutError(Exception):
 
 @pytest.fixture(autouse=True)
 def fresh_tasks():
-    loop._make_task.cache_clear()
+    run.made_task.cache_clear()
 
 
 @pytest.fixture
