@@ -119,8 +119,8 @@ def sample(value: Any) -> float | None:
     expected = "expected None or a number above 0 and at most 1"
     if value == "auto":
         raise ValueError(
-            f"sample: {expected}, got 'auto', which was removed; read everything (sample=None), or "
-            "a part such as sample=1/64"
+            f"sample: {expected}, got 'auto'; read everything (sample=None), or a part "
+            "such as sample=1/64"
         )
     if isinstance(value, str):
         raise ValueError(f"sample: {expected}, got {value!r}")

@@ -205,6 +205,6 @@ class Faults:
             self.warnings.once(
                 "half",
                 f"{lost:,} of {total:,} half-precision parameters hardly moved during a window: "
-                "their steps are smaller than the format resolves, and the angle is that of "
-                "roundings; pass the float32 master weights as params=",
+                "their updates are smaller than the format can resolve, so the angle shows "
+                "rounding and not training; pass the float32 master weights as params=",
             )

@@ -23,7 +23,7 @@ class ParameterSource:
     """The parameters of an optimizer, or given ones, as they are now.
 
     An optimizer's ``param_groups`` are never cached: ``load_state_dict``, ``add_param_group`` and
-    wrappers replace them. Of sharded parameters it gives what lies on this rank.
+    wrappers replace them. For sharded parameters it gives the part on this rank.
 
     Args:
         params: an optimizer, also one wrapped by accelerate or DeepSpeed; or an iterable of

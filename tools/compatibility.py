@@ -6,7 +6,7 @@
     python tools/compatibility.py --library transformers
     python tools/compatibility.py --write             # only docs/compatibility.md, from the results
 
-Each cell is a scratch environment: the wheel of this checkout, the tests copied beside it, the
+Each cell is a scratch environment: the wheel of this checkout, the tests copied next to it, the
 version in question. Results are kept in ``tools/compatibility.json``; the page is made from them.
 
 PyPI's torch for Linux is built for CUDA. Its CUDA libraries, 2 to 3 GB a version, are replaced by
@@ -39,8 +39,16 @@ OLDEST_TORCH = (2, 6)
 USUAL_PYTHON = "3.11"
 USUAL_TORCH = "2.13.0"
 
-TESTS = ("autodrop", "state", "velocity", "parts", "operations", "faults", "epoch")
-"""Of ``tests/test_*.py``: those that lean on torch's optimizers, hooks, formats and kernels."""
+TESTS = (
+    "tests/schedulers/test_autodrop.py",
+    "tests/schedulers/test_epoch.py",
+    "tests/ops/test_operations.py",
+    "tests/test_faults.py",
+    "tests/test_meter.py",
+    "tests/test_parts.py",
+    "tests/test_state.py",
+)
+"""Those that depend on torch's optimizers, hooks, formats and kernels."""
 
 TEST_PACKAGES = ("pytest", "pytest-benchmark", "hypothesis", "click", "rich", "matplotlib")
 TORCH_PACKAGES = (
@@ -165,7 +173,7 @@ class Bench:
         version: str,
         python: str,
         torch: str,
-        tests: Sequence[str] = tuple(f"tests/test_{name}.py" for name in TESTS),
+        tests: Sequence[str] = TESTS,
         more: Sequence[str] = (),
     ) -> None:
         print(f"{library} {version or 'newest'}: ", end="", flush=True)
@@ -376,16 +384,16 @@ TITLES = {
 
 HEAD = """# Compatibility
 
-This page is written by `make compatibility`, which makes a scratch environment for each row, \
-installs the wheel of this checkout and the versions named, and runs tests of the package in it. \
-What else is installed is the newest that the row's versions allow. On a machine without a GPU: \
-CPU kernels, the reference, and the Triton kernels in Triton's interpreter.
+`make compatibility` writes this page. For each row it creates a fresh environment, installs this \
+checkout's wheel with the versions shown and the newest compatible versions of everything else, \
+and runs tests of the package. The machine has no GPU, so the tests cover the CPU kernels, the \
+reference, and the Triton kernels in Triton's interpreter.
 
-The rows of torch and Python run \
-`tests/test_{autodrop,state,velocity,operations,faults,epoch}.py`; those of other libraries run \
-their file in `tests/integrations/`.
+The rows for torch and Python run `tests/schedulers/test_{autodrop,epoch}.py`, \
+`tests/ops/test_operations.py` and `tests/test_{faults,meter,parts,state}.py`. The rows for other \
+libraries run their file in `tests/integrations/`.
 
-\\* torch's build for CUDA, as on PyPI, with empty stand-ins for the CUDA libraries.
+\\* The CUDA build of torch, with empty stand-ins for the CUDA libraries.
 """
 
 

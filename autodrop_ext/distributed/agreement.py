@@ -253,7 +253,7 @@ def _check_elements(rows: Sequence[Row]) -> None:
     raise DisagreementError(
         f"expected the ranks to hold {expected:,.0f} elements together, weighted counts give "
         f"{count:,.1f} of {len(rows)} ranks; expected every rank of process_group= to hold part of "
-        "the model, and the same parameters to lie on equally many ranks of each stage"
+        "the model, and the same parameters to be on equally many ranks of each stage"
     )
 
 

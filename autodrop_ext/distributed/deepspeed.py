@@ -35,7 +35,7 @@ def zero_optimizer_of(optimizer: Optimizer) -> Any:
 
 
 def is_partitioned(parameter: Tensor) -> bool:
-    """Whether ZeRO-3 manages the parameter: its data then lie elsewhere."""
+    """Whether ZeRO-3 manages the parameter: its data are then elsewhere."""
     return hasattr(parameter, "ds_id")
 
 
@@ -47,7 +47,7 @@ def zero_tensors(zero: Any) -> list[Tensor]:
 
 
 def zero_shards(zero: Any) -> list[LocalShard]:
-    """What lies on this rank, without padding, whose content is arbitrary.
+    """The parts on this rank, without padding, whose content is arbitrary.
 
     Raises:
         RuntimeError: a partition is not in memory.
@@ -75,7 +75,7 @@ def _stage_one_or_two(zero: Any, i: int, tensor: Tensor) -> LocalShard:
 
 
 def _stage_three(zero: Any, i: int, tensor: Tensor) -> list[LocalShard]:
-    """The parts of the parameters that lie one behind the other in one partition."""
+    """The parts of the parameters that one partition holds, one after the other."""
     if tensor is None or tensor.numel() == 0:
         raise RuntimeError(
             f"params: expected the float32 partition {i} of ZeRO-3 in GPU or host memory, got none "

@@ -202,7 +202,7 @@ def _is_mesh(given: Any) -> bool:
 
 
 def _device(group: Any) -> torch.device:
-    """Where tensors of the group's collectives lie: the CPU wherever it can."""
+    """Where tensors of the group's collectives are: the CPU wherever it can."""
     types = {device.type for device in group._device_types}
     if "cpu" in types or not types:
         return torch.device("cpu")

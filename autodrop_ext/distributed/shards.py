@@ -3,7 +3,7 @@
 One rule gives every layout its weight. A parameter is cut into ``parts`` different parts: the
 product of the mesh dimensions that are not ``Replicate`` (1 for a plain tensor, the size of the
 shard group for flat shards). If ``ranks_per_copy`` ranks hold one copy of the model together, each
-part lies on ``ranks_per_copy / parts`` of them, so that sums over a local part weigh
+part is on ``ranks_per_copy / parts`` of them, so that sums over a local part weigh
 ``parts / ranks_per_copy``, and every element counts exactly once.
 """
 
@@ -31,7 +31,7 @@ class LocalShard(NamedTuple):
 
     Attributes:
         name: for messages and checkpoints.
-        tensor: the elements that lie here, without padding; may be empty.
+        tensor: the elements on this rank, without padding; may be empty.
         parts: into how many different parts the parameter is cut.
         part: which of them this one is; ranks that hold the same elements have equal values.
         total: elements of the whole parameter; None where the engine does not tell.

@@ -9,7 +9,7 @@ Two forms of the same sums:
 
 * **sum form** keeps the sums of three windows: ``A`` (running), ``P`` (previous), ``PP`` (before).
 * **delta form** keeps ``A``, the sum of ``x - M``; ``S = k s_{i-1}``; and ``M``, the last mean;
-  what rounding took from it lies in the low byte of ``S``.
+  the low byte of ``S`` holds what rounding took from it.
 
 Every element-wise step is rounded exactly as written here, so that all backends leave the same bits
 in the arenas.

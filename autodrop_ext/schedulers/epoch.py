@@ -64,15 +64,15 @@ class EpochAutoDrop(DropScheduler):
     * It adds ``delay + 1`` terms and divides by the weights of ``delay``, so that parameters grow
       by 10 % at a delay of 20. Here the average runs over the ``delay`` epochs after the one that
       met the condition, and its weights add up to one.
-    * It checks the condition during the delay too and starts the average over each time it holds,
+    * It checks the condition during the delay too and restarts the average each time it holds,
       so that a drop needs ``delay`` epochs in a row that do not meet it, which a wide ``theta``
-      makes next to impossible. Here a pending drop is waited for: the text says "another n_d
-      epochs".
+      makes next to impossible. Here the condition is not checked while a drop is pending, because
+      the text says "another n_d epochs".
     * After the averages are written back, the next displacement is measured from them. The
       difference of two angles across a drop counts like any other.
 
     After a write-back the statistics of batch normalisation belong to other parameters; torch
-    measures them anew in one line::
+    measures them again in one line::
 
         EpochAutoDrop(optimizer, on_average=lambda decision: update_bn(loader, model))
 
@@ -298,7 +298,7 @@ class EpochAutoDrop(DropScheduler):
         )
 
     def plot(self, path: Any = None) -> matplotlib.figure.Figure:
-        """Draw angular velocity, its change beside the threshold, and the learning rate.
+        """Draw angular velocity, its change with the threshold, and the learning rate.
 
         Args:
             path: where to save the picture, if anywhere.

@@ -1,7 +1,7 @@
 """Convergence bounds for discrete drops (UAI 2024, Theorems 5.1, 5.2; 2021, Theorems 2, 3).
 
 For convex ``f`` and :class:`~autodrop_ext.theory.UnifiedMomentum` all three bound
-``min_{t < T} E f(x_t) - f(x*)``. Slips of the papers, besides those named at the functions:
+``min_{t < T} E f(x_t) - f(x*)``. Errors in the papers, besides those named at the functions:
 
 - the assumption on the noise is printed as ``E|G - E G| <= delta^2``; the proof uses the squared
   norm;

@@ -78,7 +78,7 @@ class UnifiedMomentum(Optimizer):
         """One update of every parameter that has a gradient.
 
         Args:
-            closure: computes the loss and its gradients anew, and returns the loss.
+            closure: recomputes the loss and its gradients, and returns the loss.
 
         Returns:
             What the closure returned, or None.

@@ -42,7 +42,7 @@ class AutomaticDrop:
 
     A rate is multiplied by ``factor`` where the angular velocity, averaged over the last
     ``average`` iterations, changes by less than ``threshold`` from one iteration to the next. The
-    papers do not say what the average holds after a drop; here it starts anew, as the buffer of
+    papers do not say what the average holds after a drop; here it starts again, as the buffer of
     Algorithm 1 does, so that drops are at least ``average + 1`` angles apart.
 
     In one run the angle scatters by about five degrees, so that its average over 20 iterations
@@ -147,7 +147,7 @@ class NoisyQuadratic:
     def limits(self, lr: float) -> Limits:
         """Theorem 3.2's limits at a constant rate.
 
-        The cosine is ``-(lr / 2) sum(a^3 s^2 / (2 - lr a)) / sum(a^2 s^2 / (2 - lr a))``. Slips of
+        The cosine is ``-(lr / 2) sum(a^3 s^2 / (2 - lr a)) / sum(a^2 s^2 / (2 - lr a))``. Errors in
         the papers: equation (5) of UAI 2024 lost the 1/2 that its proof (23) and the 2021 paper
         (6) have; (20) prints ``sigma`` without its index. The proof's last line assumes
         ``lr * max(a) < 1``, which the papers' own 0.06 breaks (1.2); the limits hold below 2, but

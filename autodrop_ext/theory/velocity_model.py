@@ -33,7 +33,7 @@ class VelocityModel:
 
     Args:
         gamma: curvature; ``1 / (gamma lr)`` iterations bring the velocity half way up.
-        epsilon: how far the limit lies above 90 degrees. The papers take it from
+        epsilon: how far the limit is above 90 degrees. The papers take it from
             ``(0, 1 / (3 lr))`` for the largest rate, which keeps the limit below 120 degrees; every
             method below raises ValueError for a rate at which it is larger.
 
@@ -192,7 +192,7 @@ def kappa_2(gamma: float, tau0: float) -> float:
 
 
 def gap_bounds(lr: float, gamma: float, tau0: float) -> tuple[float, float]:
-    """``(kappa_1 / lr, kappa_2 / lr)``, between which the gap of a rate lies: (38), Lemma 12.1.
+    """``(kappa_1 / lr, kappa_2 / lr)``, the bounds on the gap of a rate: (38), Lemma 12.1.
 
     They hold for the integer :meth:`VelocityModel.drop_gap` too: the proof drops a term of
     ``1 / (gamma lr)``, at least 1, which rounding up stays within.
@@ -236,7 +236,7 @@ def _check_times(t: float | Tensor) -> None:
 
 
 def check_tau0(tau0: float) -> float:
-    """The initial threshold; raises unless it lies in (0, 2), as in Theorem 5.2."""
+    """The initial threshold; raises unless it is in (0, 2), as in Theorem 5.2."""
     return number("tau0", tau0, "a number between 0 and 2", lambda x: 0 < x < 2)
 
 

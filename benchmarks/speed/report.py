@@ -12,7 +12,7 @@ import sys
 
 def main(path: str) -> None:
     data = json.loads(pathlib.Path(path).read_text())
-    print("| benchmark | model | dtype | beside | ours, ms | theirs, ms | faster | GB/s |")
+    print("| benchmark | model | dtype | compared with | ours, ms | theirs, ms | speedup | GB/s |")
     print("|:--|:--|:--|:--|--:|--:|--:|--:|")
     for entry in data["benchmarks"]:
         info = entry["extra_info"]

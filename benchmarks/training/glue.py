@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from autodrop_ext import JsonLinesLog
+from autodrop_ext.schedulers.auto_window import window_for
 
 from .baselines import HypergradientAdamW, TrainableLearningRate
 from .ranks import Ranks
@@ -228,8 +229,8 @@ def train_glue(
         os.truncate(log.path, int(size.read_text()))
     if spec.schedule == "autodrop":
         settings = dict(setup.settings)
-        if settings["window"] is None:
-            settings.update(window="auto", num_steps=epochs * steps_per_epoch)
+        if settings["window"] in (None, "auto"):
+            settings["window"] = window_for(setup.steps, factor=settings["factor"])
         AutoDropCallback(**settings, on_reading=log).attach(trainer)
 
     class Progress(transformers.TrainerCallback):  # type: ignore[misc]

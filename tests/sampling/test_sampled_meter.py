@@ -447,7 +447,7 @@ def test_the_same_sample_goes_on_after_nan() -> None:
         (
             {"sample": "auto"},
             ValueError,
-            r"got 'auto', which was removed; .* everything \(sample=None\), .* sample=1/64",
+            r"got 'auto'; read everything \(sample=None\), .* sample=1/64",
         ),
         ({"sample": 1.5}, ValueError, "at most 1, got 1.5"),
         ({"sample": "half"}, ValueError, "got 'half'"),

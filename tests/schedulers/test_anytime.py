@@ -148,7 +148,7 @@ def test_wrong_arguments_say_what_was_expected() -> None:
         ({"snapshots": 0}, "snapshots: expected at least 1"),
         ({"average": 0}, "average: expected at least 1"),
         ({"min_lr": -1.0}, "min_lr: expected a finite number of at least 0"),
-        ({"sample": "auto"}, "sample: .* which was removed"),
+        ({"sample": "auto"}, "sample: .* got 'auto'; read everything"),
     ):
         with pytest.raises(ValueError, match=message):
             AnytimeAutoDrop(optimizer, **arguments)  # type: ignore[arg-type]

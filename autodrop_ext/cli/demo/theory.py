@@ -63,7 +63,7 @@ def nqm(console: Console, output: Path, *, iterations: int, seeds: range) -> Non
     console.print(_table(quadratic, constant, dropped))
     drops = (dropped.lr[:, 1:] < dropped.lr[:, :-1]).sum(dim=1).double().mean()
     console.print(
-        f"angle: mean over the second half of the run, beside Theorem 3.2's limit. I/N: mean inner "
+        f"angle: mean over the second half of the run, and Theorem 3.2's limit. I/N: mean inner "
         f"product over mean squared length, and the theorem's cosine. loss: without noise, mean "
         f"over the last tenth, and its limit. automatic: {drops:.1f} drops on average, by 2, from "
         f"{NQM_RATES[0]:g} to {NQM_RATES[-1]:g}; its limits are those of the last rate."
