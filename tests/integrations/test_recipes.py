@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from material import digit_batches, digit_model, needs
+from material import needs
 
 import autodrop_ext
 from autodrop_ext import AutoDrop, read_log
@@ -107,7 +107,7 @@ def test_averaged_model() -> None:
     both = (names["model"], names["averaged"])
     of_model, of_average = ([p.detach().clone() for p in m.parameters()] for m in both)
     with names["scheduler"].averaged_parameters():
-        # What the scheduler watches holds a mean of its own now.
+        # What the scheduler watches holds its own mean now.
         pairs = zip(of_model, names["model"].parameters(), strict=True)
         assert not any(torch.equal(before, now) for before, now in pairs)
         pairs = zip(of_average, names["averaged"].parameters(), strict=True)
@@ -165,52 +165,53 @@ def test_logs(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def given(tmp_path: pathlib.Path) -> dict[str, Any]:
-    """The names that a reader of docs/integrations.md has: model, loader, dataset, args."""
+def somewhere(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder for the logs and checkpoints of the libraries, and a seed."""
+    monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    batches = digit_batches(240)
-    return {
-        "model": digit_model(),
-        "loader": torch.utils.data.DataLoader(batches, batch_size=None),
-        "folder": tmp_path,
-    }
 
 
-def run_block(heading: str, index: int, names: dict[str, Any]) -> dict[str, Any]:
-    code = blocks(DOCS / "integrations.md")[heading][index]
-    exec(compile(code, f"integrations.md: {heading}", "exec"), names)
+def run_blocks(heading: str, count: int = 1) -> dict[str, Any]:
+    """Run the first blocks under a heading, with the names that they define and no others."""
+    names: dict[str, Any] = {}
+    for code in blocks(DOCS / "integrations.md")[heading][:count]:
+        exec(compile(code, f"integrations.md: {heading}", "exec"), names)
     return names
 
 
 def test_all_integrations_are_tested() -> None:
     counts = {heading: len(code) for heading, code in blocks(DOCS / "integrations.md").items()}
-    assert counts == {"transformers": 2, "accelerate": 1, "Lightning": 1}
+    assert counts == {"transformers": 2, "accelerate": 1, "Lightning": 1, "Fabric": 1}
 
 
 @needs("transformers", "accelerate")
-@pytest.mark.parametrize("index", [0, 1])
-def test_transformers_block(index: int, given: dict[str, Any]) -> None:
-    from test_transformers import LENGTH, Passages, arguments, language_model
-
-    given["model"] = language_model()
-    given["dataset"] = Passages(240 * 4)
-    given["args"] = arguments(given["folder"], max_steps=240)
-    assert given["dataset"][0]["labels"].shape == (LENGTH,)
-    assert_dropped(run_block("transformers", index, given)["trainer"].lr_scheduler)
+@pytest.mark.usefixtures("somewhere")
+@pytest.mark.filterwarnings("ignore:'pin_memory'")  # Trainer's default, on a machine without a GPU
+@pytest.mark.parametrize("count", [1, 2])
+def test_transformers_blocks(count: int) -> None:
+    assert_dropped(run_blocks("transformers", count)["trainer"].lr_scheduler)
 
 
 @needs("accelerate")
-def test_accelerate_block(given: dict[str, Any]) -> None:
+@pytest.mark.usefixtures("somewhere")
+def test_accelerate_block() -> None:
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)
-    names = run_block("accelerate", 0, given)
+    names = run_blocks("accelerate")
     assert_dropped(names["scheduler"].scheduler, readings=120 // 5 - 2)
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @needs("lightning")
+@pytest.mark.usefixtures("somewhere")
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # its own
-def test_lightning_block(given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(given["folder"])  # logs and checkpoints go there
-    assert_dropped(run_block("Lightning", 0, given)["module"].scheduler)
+def test_lightning_block() -> None:
+    assert_dropped(run_blocks("Lightning")["module"].scheduler)
+
+
+@needs("lightning")
+@pytest.mark.usefixtures("somewhere")
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # its own
+def test_fabric_block() -> None:
+    assert_dropped(run_blocks("Fabric")["scheduler"])
