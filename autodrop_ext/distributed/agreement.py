@@ -277,9 +277,9 @@ def _close(rows: Sequence[Row], members: list[int], of: Callable[[Row], float], 
         raise DisagreementError(
             f"ranks {_listed(members)} hold copies of the same parameters, but {what} differ in "
             f"squared length: {low:.9g} on rank {lowest}, {high:.9g} on rank {highest}; either the "
-            "copies ran apart (gradients that are not reduced over these ranks), or they are no "
-            "copies: declare pipeline stages with process_group=PipelineStages(stage, num_stages), "
-            "give ranks that train models of their own a process group of their own"
+            "copies have diverged (gradients that are not reduced over these ranks), or they are "
+            "not copies: declare pipeline stages with process_group=PipelineStages(stage, "
+            "num_stages), and pass a separate process group for each model that is trained"
         )
 
 
