@@ -35,7 +35,7 @@ class LocalShard(NamedTuple):
         parts: into how many different parts the parameter is cut.
         part: which of them this one is; ranks that hold the same elements have equal values.
         total: elements of the whole parameter; None where the engine does not tell.
-        layout: shape and placement in words; equal on all ranks that share the parameter.
+        layout: description of shape and placement; equal on all ranks that share the parameter.
         sharding: of a DTensor; None otherwise.
         flat: a flat shard of FSDP1 or ZeRO, which another number of ranks cannot take over.
         group: index of the param group that it belongs to.

@@ -59,9 +59,9 @@ class AnytimeAutoDrop(DropScheduler):
     averages over the last 1/8 to 0.3 of the run at no cost, or call :meth:`cooldown` when the end
     of the run is known.
 
-    The rule is ours and stands in neither paper; ``docs/anytime.md`` has its reasons, its figures
-    and where it is weak: schedule-free training is better in some of them, and an initial rate at
-    which training diverges is not rescued.
+    The rule is ours and is in neither paper. ``docs/anytime.md`` explains it and compares it with
+    other schedules: schedule-free training is better on some tasks, and an initial rate at which
+    training diverges is not rescued.
 
     Args:
         optimizer: any ``torch.optim.Optimizer``; learning rates may be floats or tensors.
@@ -84,9 +84,8 @@ class AnytimeAutoDrop(DropScheduler):
         on_reading: called with the :class:`AnytimeDecision` of every window, such as a
             :class:`JsonLinesLog`.
         on_drop: called with those that lowered a rate.
-        last_epoch: as in torch's schedulers. A scheduler that joins a run without a checkpoint of
-            its own takes it for the optimizer steps so far, and begins with the window of that
-            length.
+        last_epoch: as in torch's schedulers. A scheduler that joins a run without its checkpoint
+            takes it for the optimizer steps so far, and begins with the window of that length.
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message gives it, what was expected and
