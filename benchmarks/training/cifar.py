@@ -50,7 +50,7 @@ def load_cifar(root: str | Path, classes: int, cache: str | Path | None = None) 
             trusted as it is: delete it when the data changes.
 
     Raises:
-        FileNotFoundError: none of the three forms is there.
+        FileNotFoundError: none of the three forms is there, or one without some of its files.
         ValueError: a file is not what it should be, or there is another number of classes; the
             message names it.
     """
@@ -69,9 +69,11 @@ def load_cifar(root: str | Path, classes: int, cache: str | Path | None = None) 
         records = _decode(root, classes)
         _write(path, records)
     found = int(records[:, 1].max(initial=0)) + 1
-    if found > classes:
+    # CIFAR-10 has no label of 10 or above, and CIFAR-100 has.
+    if found > classes or (classes == 100 and found <= 10):
         raise ValueError(
-            f"{path}: expected labels of {classes} classes, got a label of {found - 1}"
+            f"{path}: expected labels of {classes} classes, got labels up to {found - 1}; this is "
+            f"not CIFAR-{classes}"
         )
     parts = []
     for split in (0, 1):
@@ -85,6 +87,12 @@ def load_cifar(root: str | Path, classes: int, cache: str | Path | None = None) 
 
 def _decode(root: Path, classes: int) -> np.ndarray:
     if (root / "train").is_dir() and (root / "test").is_dir():
+        names = [{p.name for p in (root / s).iterdir() if p.is_dir()} for s in ("train", "test")]
+        if all(names) and names[0] != names[1]:
+            raise ValueError(
+                f"{root}: expected the same classes in train and test, got "
+                f"{', '.join(sorted(names[0] ^ names[1]))} in one of them only"
+            )
         return np.concatenate(
             [_images(root / "train", 0, classes), _images(root / "test", 1, classes)]
         )
@@ -94,7 +102,13 @@ def _decode(root: Path, classes: int) -> np.ndarray:
     for folder in (root, root / pickles, root / binary):
         for ending, read in (("", _pickled), (".bin", _binary)):
             train, test = _published(folder, classes, ending)
-            if train and test.is_file():
+            lacking = [p.name for p in (*train, test) if not p.is_file()]
+            if 0 < len(lacking) < len(train) + 1:
+                raise FileNotFoundError(
+                    f"{folder}: expected all files of CIFAR-{classes}, found no "
+                    f"{', '.join(lacking)}"
+                )
+            if not lacking:
                 parts = [read(p, 0, classes) for p in train]
                 return np.concatenate([*parts, read(test, 1, classes)])
     expected = "data_batch_1 ... and test_batch" if classes == 10 else "train and test"
@@ -107,9 +121,9 @@ def _decode(root: Path, classes: int) -> np.ndarray:
 def _published(folder: Path, classes: int, ending: str) -> tuple[list[Path], Path]:
     """Files of the training images, and the one of the test images."""
     if classes == 10:
-        return sorted(folder.glob(f"data_batch_[1-5]{ending}")), folder / f"test_batch{ending}"
-    train = folder / f"train{ending}"
-    return [train] if train.is_file() else [], folder / f"test{ending}"
+        train = [folder / f"data_batch_{i}{ending}" for i in range(1, 6)]
+        return train, folder / f"test_batch{ending}"
+    return [folder / f"train{ending}"], folder / f"test{ending}"
 
 
 def _images(folder: Path, split: int, classes: int) -> np.ndarray:

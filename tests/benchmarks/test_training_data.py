@@ -122,6 +122,15 @@ def test_wrong_data_is_named(tmp_path, records):
     np.save(tmp_path / "cache.npy", np.zeros((2, 5), np.uint8))
     with pytest.raises(ValueError, match=r"cache\.npy: expected uint8 \[n, 3074\]"):
         load_cifar(tmp_path, 10, tmp_path / "cache.npy")
+    write_binaries(tmp_path / "part", records)
+    for i in (2, 3, 4, 5):
+        (tmp_path / "part" / f"data_batch_{i}.bin").unlink()
+    with pytest.raises(FileNotFoundError, match=r"found no data_batch_2\.bin, data_batch_3"):
+        load_cifar(tmp_path / "part", 10)
+    write_jpegs(tmp_path / "named")
+    (tmp_path / "named" / "test" / "bird").rename(tmp_path / "named" / "test" / "birds")
+    with pytest.raises(ValueError, match="same classes in train and test, got bird, birds in one"):
+        load_cifar(tmp_path / "named", 10)
     write_jpegs(tmp_path / "jpegs")
     from PIL import Image
 
