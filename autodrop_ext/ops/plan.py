@@ -141,6 +141,8 @@ class Plan:
         self.tensor_weights: FloatArray = of_tensor
         """Weight of each segment's sums in the total, float64 ``[num_segments]``."""
         lengths = np.array([s.flat.numel() for s in self.segments], np.int64)
+        self.tensor_elements: FloatArray = np.maximum(lengths, 1).astype(np.float64)
+        """Elements of each segment, at least 1, float64 ``[num_segments]``."""
         if ranges is None:
             size = CHUNK_ELEMENTS if device.type == "cpu" else GPU_CHUNK_ELEMENTS
             tables = chunk_tables(

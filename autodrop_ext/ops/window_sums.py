@@ -154,7 +154,7 @@ class WindowSums:
 
     def _counted(self, device: DeviceSums) -> FloatArray:
         """How many elements the sums of each tensor are worth, at least 1."""
-        return np.array([max(s.flat.numel(), 1) for s in device.plan.segments], np.float64)
+        return device.plan.tensor_elements
 
     # ---- a window ---------------------------------------------------------------------------
 
