@@ -114,7 +114,7 @@ def test_float64_parameters_keep_their_digits() -> None:
     x += 1e-12
     average.add(2)
     average.write_back()
-    # A rounding of 1.1e-16 at each of four operations, beside a displacement of 1e-12.
+    # A rounding of 1.1e-16 at each of four operations, next to a displacement of 1e-12.
     assert (x - 1).tolist() == pytest.approx([2e-12 / 3] * 2, abs=5e-16)
 
 

@@ -39,7 +39,7 @@ def test_a_rebased_meter_measures_from_where_the_parameters_were_put(
 
 
 def test_rebasing_loses_nothing_of_tiny_steps_of_float64() -> None:
-    # Steps of 1e-9 beside 1: a base rounded to float32 would be off by 3e-8.
+    # Steps of 1e-9 next to 1: a base rounded to float32 would be off by 3e-8.
     x = torch.ones(3, dtype=torch.float64) / 3
     meter = AngularVelocity([x], 1, form="delta")
     meter.rebase()

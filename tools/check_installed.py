@@ -24,7 +24,7 @@ def main() -> None:
     distribution = importlib.metadata.distribution("autodrop_ext")
     files = distribution.files or []
     tops = {file.parts[0] for file in files if file.parts[0] not in ("..", "__pycache__")}
-    # auditwheel puts bundled libraries beside the package.
+    # auditwheel puts bundled libraries next to the package.
     allowed = {
         "autodrop_ext",
         "autodrop_ext.libs",

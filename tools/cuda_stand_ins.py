@@ -1,7 +1,7 @@
 """Lets a CUDA build of torch be imported on a CPU without its gigabytes of CUDA libraries.
 
 ``python tools/cuda_stand_ins.py SITE_PACKAGES`` looks which shared libraries the torch in there
-needs and does not find, and puts a library of that name beside it whose functions return 0. The
+needs and does not find, and puts a library of that name next to it whose functions return 0. The
 loader is content, and nothing calls them, because the real CUDA runtime (a megabyte) finds no
 driver and torch sees no GPU. For tests of CPU code on many versions of torch, and for nothing else.
 """
@@ -27,7 +27,7 @@ DRIVER = "libcuda.so.1"
 
 
 def main() -> None:
-    """Put stand-ins for the libraries that torch does not find beside it."""
+    """Put stand-ins for the libraries that torch does not find next to it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("site_packages", type=pathlib.Path)
     site = parser.parse_args().site_packages

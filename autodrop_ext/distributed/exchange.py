@@ -128,10 +128,10 @@ class Exchange:
             return Agreement(totals, elements, effective, counts.restart, bad), numbers
         row = self._row(counts, layout, sums, totals, facts, len(numbers))
         sent, self._numbers = self._numbers, None
-        beside = numbers if len(numbers) == sent else [math.nan] * (sent or 0)
+        more = numbers if len(numbers) == sent else [math.nan] * (sent or 0)
         ended = f"window {counts.windows} ended after {counts.steps} optimizer steps"
         with self._waiting(f"{ended}, but its sums could not be exchanged"):
-            gathered = self.group.gather([*row, *beside])
+            gathered = self.group.gather([*row, *more])
         rows = [Row(*values[: len(row)]) for values in gathered]
         every = [values[len(row) :] for values in gathered]
         agreement = agree(rows)

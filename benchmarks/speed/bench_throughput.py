@@ -1,4 +1,4 @@
-"""Throughput on the CPU beside what torch offers: run with ``make bench``.
+"""Throughput on the CPU next to what torch offers: run with ``make bench``.
 
 Every benchmark times ours with pytest-benchmark and, in the setup before each round, the peer: both
 sides alternate in one process, and machine drift hits both. ``extra_info`` keeps the peer's

@@ -241,7 +241,7 @@ def ceilings(device: torch.device) -> list[dict[str, Any]]:
 
 
 def share_of_training(device: torch.device) -> dict[str, float]:
-    """The whole meter beside a training step of a bf16 transformer of a billion parameters."""
+    """The whole meter next to a training step of a bf16 transformer of a billion parameters."""
     layer = torch.nn.TransformerEncoderLayer(2048, 16, 8192, batch_first=True)
     model = torch.nn.TransformerEncoder(layer, 20, enable_nested_tensor=False)
     model = model.to(device, torch.bfloat16)

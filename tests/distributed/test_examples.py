@@ -15,7 +15,7 @@ import pytest
 EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 
 pytestmark = pytest.mark.skipif(
-    not EXAMPLES.exists(), reason="the examples are not beside the installed package"
+    not EXAMPLES.exists(), reason="the examples are not next to the installed package"
 )
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"

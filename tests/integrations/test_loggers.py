@@ -55,7 +55,7 @@ def test_tensorboard(tmp_path: pathlib.Path) -> None:
 @needs("wandb", "sklearn")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")  # wandb's own
 def test_wandb_offline(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A user's own values with ``step=`` beside ours, and nothing of either is lost."""
+    """A user's own values with ``step=`` next to ours, and nothing of either is lost."""
     import wandb
 
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -19,7 +19,7 @@ DOCS = pathlib.Path(autodrop_ext.__file__).parent.parent / "docs"
 RECIPES = DOCS / "recipes.md"
 
 if not RECIPES.exists():
-    pytest.skip("docs/ is not beside the installed package", allow_module_level=True)
+    pytest.skip("docs/ is not next to the installed package", allow_module_level=True)
 
 
 def blocks(document: pathlib.Path) -> dict[str, list[str]]:

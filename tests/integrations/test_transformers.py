@@ -1,4 +1,4 @@
-"""transformers: the real Trainer beside the same loop written by hand, bit for bit."""
+"""transformers: the real Trainer next to the same loop written by hand, bit for bit."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ ROOT = PACKAGE.parent
 DOCS = ROOT / "docs"
 
 if not DOCS.exists():
-    pytest.skip("the documents are not beside the installed package", allow_module_level=True)
+    pytest.skip("the documents are not next to the installed package", allow_module_level=True)
 
 PAGES = sorted([*DOCS.glob("*.md"), ROOT / "README.md"])
 DOCUMENTS = sorted(

@@ -104,7 +104,7 @@ def test_tensor_rates_change_in_place():
     lr = torch.tensor(0.5)
     optimizer, scheduler = make(lr, rates="proof")
     held = optimizer.param_groups[0]["lr"]
-    # float32: 6e-8 relative for each value, written anew at each drop
+    # float32: 6e-8 relative for each value, written again at each drop
     assert rates(optimizer, scheduler, len(PROOF)) == pytest.approx(PROOF, rel=1e-7)
     assert optimizer.param_groups[0]["lr"] is held
 
@@ -116,7 +116,7 @@ def test_a_rate_changed_by_something_else_is_multiplied():
     assert used == pytest.approx([lr / 10 for lr in PROOF[:7]])
 
 
-# ---- beside other schedulers ----------------------------------------------------------------
+# ---- next to other schedulers ---------------------------------------------------------------
 
 
 def test_built_in_warmup():

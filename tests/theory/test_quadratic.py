@@ -1,4 +1,4 @@
-"""theory.quadratic: runs of the noisy quadratic model beside Theorem 3.2, and property P2."""
+"""theory.quadratic: runs of the noisy quadratic model next to Theorem 3.2, and property P2."""
 
 from __future__ import annotations
 
