@@ -16,7 +16,7 @@ CPP := $(shell find csrc -name '*.h' -o -name '*.cpp')
 
 # torch first and by itself: with it there, the package's own requirement brings no other build of it.
 # The wheel is built in isolation, without torch.
-$(VENV)/.%: pyproject.toml setup.py csrc/CMakeLists.txt $(CPP)
+$(VENV)/.%: pyproject.toml csrc/CMakeLists.txt csrc/cuda/architectures.cmake $(CPP) $(wildcard triton_kernels/*.py)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) "$(TORCH)" numpy
 	$(INSTALL) --editable ".[$*]"

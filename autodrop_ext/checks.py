@@ -7,7 +7,17 @@ import numbers
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
+try:
+    import torch
+except ModuleNotFoundError as error:
+    if error.name != "torch":
+        raise
+    raise ImportError(
+        "autodrop_ext needs torch, which is not installed. For NVIDIA GPUs: pip install torch; "
+        "for the CPU alone: pip install torch --index-url https://download.pytorch.org/whl/cpu; "
+        "https://pytorch.org has the commands for other GPUs",
+        name="torch",
+    ) from None
 
 OLDEST_TORCH = (2, 6)
 

@@ -9,7 +9,6 @@ import importlib
 import math
 import os
 import platform
-import re
 import shutil
 import sys
 import textwrap
@@ -22,6 +21,8 @@ import autodrop_ext
 
 from ..meter import AngularVelocity
 from ..ops import report
+from ..ops.architectures import name_architectures
+from ..ops.native import REINSTALL
 
 LIMIT = 0.02  # degrees, what the package promises
 
@@ -36,16 +37,6 @@ _SHAPES = (
 )
 _NAMES = 22  # columns up to the end of a line's name
 _COLORS = {"PASS": 32, "yes": 32, "used": 32, "FAIL": 31, "NO": 31, "not here": 33}  # of ANSI
-_GPUS = {  # GPUs that people know, by compute capability
-    "75": "T4, RTX 20",
-    "80": "A100, A30",
-    "86": "A10, A40, RTX 30",
-    "89": "L4, L40, RTX 40",
-    "90": "H100, H200",
-    "100": "B200",
-    "103": "B300",
-    "120": "RTX 50",
-}
 
 
 def examine() -> int:
@@ -119,10 +110,7 @@ def _describe_core(problems: list[str]) -> None:
     except ImportError as error:
         problems.append("the compiled core does not load")
         _line("loads", f"NO: {error}", "NO")
-        _line(
-            "to repair it",
-            "install a C++17 compiler, then\npip install --force-reinstall --no-deps autodrop_ext",
-        )
+        _line("to repair it", f"install a C++17 compiler, then in the checkout\n{REINSTALL}")
         return
     _line("loads", f"yes, version {core.version}", "yes")
     _line("CPU code", f"{core.cpu_isa}, the widest that runs on this processor")
@@ -130,27 +118,6 @@ def _describe_core(problems: list[str]) -> None:
         _line("CUDA kernels", f"yes, for {name_architectures(core.cuda_architectures)}", "yes")
     else:
         _line("CUDA kernels", f"no: {core.cuda_reason}")
-
-
-def name_architectures(architectures: str) -> str:
-    """Return what CMake's list of CUDA architectures means for people who buy GPUs.
-
-    ``80-real`` is machine code for one generation of GPUs; ``120-virtual`` is code that the driver
-    compiles for newer ones.
-    """
-    names = []
-    newer = False
-    for entry in architectures.replace(";", " ").split():
-        match = re.fullmatch(r"(\d+)[a-z]?(-real|-virtual)?", entry)
-        newer = newer or match is None or match[2] != "-real"
-        if match is None:
-            names.append(entry)
-        elif match[2] != "-virtual":
-            gpus = _GPUS.get(match[1])
-            names.append(f"sm_{match[1]} ({gpus})" if gpus else f"sm_{match[1]}")
-    if newer:
-        names.append("newer GPUs (compiled when first used)")
-    return ", ".join(names)
 
 
 def _cuda() -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import native
+from .architectures import name_architectures
 from .interface import Sums
 from .plan import Plan
 from .streams import StreamUse, current_device
@@ -65,7 +66,7 @@ def explain(error: str, device: int) -> str:
     assert native.core is not None
     major, minor = torch.cuda.get_device_capability(device)
     return (
-        f"it was built for the architectures {native.core.cuda_architectures}, and GPU {device} "
+        f"it was built for {name_architectures(native.core.cuda_architectures)}, and GPU {device} "
         f"({torch.cuda.get_device_name(device)}) is sm_{major}{minor}; reinstall with "
         f"CUDAARCHS={major}{minor} AUTODROP_CUDA=1 and an nvcc that knows this GPU"
     )

@@ -8,6 +8,9 @@ from types import ModuleType
 # whose idle threads would compete for the same cores.
 from torch import Tensor
 
+REINSTALL = "pip install --force-reinstall --no-deps ."
+"""The command, to be given in the checkout."""
+
 core: ModuleType | None = None
 import_error = ""
 try:
@@ -21,8 +24,8 @@ else:
 def why_missing() -> str:
     """Why :data:`core` is None and what to do about it."""
     return (
-        f"the compiled core does not load ({import_error}); reinstall the package with a C++17 "
-        "compiler at hand: pip install --force-reinstall --no-deps autodrop_ext"
+        f"the compiled core does not load ({import_error}); with a C++17 compiler at hand, install "
+        f"the package again in its checkout: {REINSTALL}"
     )
 
 

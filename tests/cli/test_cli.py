@@ -20,6 +20,7 @@ from autodrop_ext.cli.demo.command import read, read_at
 from autodrop_ext.cli.demo.digits import Digits
 from autodrop_ext.cli.demo.training import SCHEDULES, train
 from autodrop_ext.cli.doctor import LIMIT, largest_error
+from autodrop_ext.ops.architectures import name_architectures
 
 
 def run(*arguments):
@@ -179,7 +180,7 @@ def test_doctor_passes_and_says_what_is_here():
     ],
 )
 def test_architectures_have_the_names_of_gpus(architectures, expected):
-    names = doctor_module.name_architectures(architectures)
+    names = name_architectures(architectures)
     if expected is None:
         expected = "sm_80 (A100, A30), sm_89 (L4, L40, RTX 40), sm_120 (RTX 50), "
         expected += "newer GPUs (compiled when first used)"
@@ -228,7 +229,7 @@ def test_doctor_without_the_core(monkeypatch):
     assert result.exit_code == 1
     assert isinstance(result.exception, SystemExit)
     assert "loads NO: " in " ".join(result.output.split())
-    assert "pip install --force-reinstall --no-deps autodrop_ext" in result.output
+    assert "pip install --force-reinstall --no-deps ." in result.output
     assert "FAIL: the compiled core does not load" in result.output
 
 

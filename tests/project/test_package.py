@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import pathlib
 import subprocess
 import sys
@@ -32,6 +33,22 @@ def test_an_old_torch_is_refused_in_words() -> None:
         "ImportError: autodrop_ext needs torch 2.6 or newer, got torch 2.5.1+cu124: "
         "pip install --upgrade 'torch>=2.6'"
     )
+
+
+@pytest.mark.parametrize("command", ["-c import autodrop_ext", "-m autodrop_ext doctor"])
+def test_a_missing_torch_is_said_in_words(command: str, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['torch'] = None")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, *command.split(maxsplit=1 if command.startswith("-c") else -1)],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: autodrop_ext needs torch, which is not installed.")
+    assert "pip install torch --index-url https://download.pytorch.org/whl/cpu" in last
 
 
 def test_public_names_are_documented() -> None:
