@@ -56,6 +56,10 @@ class ParameterAverage:
         self._restore: Mapping[str, Tensor] | None = None
         self.reset()
 
+    def warn_as(self, owner: str) -> None:
+        """Let warnings carry the name of the class that the user made."""
+        self._warnings.owner = owner
+
     def reset(self) -> None:
         """Forget all snapshots and free the arena."""
         self.snapshots = 0

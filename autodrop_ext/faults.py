@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import pathlib
 import sys
 import warnings
@@ -19,7 +21,12 @@ from .reading import Reading
 
 _STILL_WINDOWS = 5  # windows without displacement before a warning
 _UNKNOWN_ERRORS = 5  # angles in a row whose error a sample cannot tell, before a warning
-_PACKAGE = str(pathlib.Path(__file__).parent)
+_INNER_FOLDER = str(pathlib.Path(__file__).parent)
+# Packages whose code calls a scheduler's step() for the user.
+_CALLERS = (
+    *("torch", "accelerate", "deepspeed", "lightning", "lightning_fabric", "pytorch_lightning"),
+    "transformers",
+)
 
 
 class Warnings:
@@ -49,13 +56,13 @@ class Warnings:
 
 
 def _users_level() -> int:
-    """The caller's ``stacklevel`` of the first frame outside of this package and torch."""
+    """The caller's ``stacklevel`` of the first frame outside of this package and its callers."""
+    files = (getattr(sys.modules.get(name), "__file__", None) for name in _CALLERS)
+    folders = (_INNER_FOLDER, *(os.path.dirname(file) for file in files if file))
+    inner = (*(folder + os.sep for folder in folders), contextlib.__file__)
     level = 1
     frame = sys._getframe(1)
-    while frame.f_back is not None:
-        name = frame.f_code.co_filename
-        if not (name.startswith(_PACKAGE) or "/torch/" in name or name.endswith("/contextlib.py")):
-            break
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(inner):
         frame = frame.f_back
         level += 1
     return level

@@ -9,12 +9,12 @@ import math
 import os
 import pathlib
 import reprlib
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Protocol
 
 import torch
 
+from .faults import Warnings
 from .reading import Decision
 
 _BEGINNING = b'{"event": "'
@@ -87,7 +87,7 @@ class JsonLinesLog:
         self.path = pathlib.Path(path)
         self._file: io.FileIO | None = None
         self._header: dict[str, Any] | None = None
-        self._warned = False
+        self._warnings = Warnings("JsonLinesLog")
         if is_first_rank():
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,8 +102,8 @@ class JsonLinesLog:
     def begin(self, settings: Mapping[str, Any]) -> None:
         """Write the header: the version of this package and the settings of a run.
 
-        A scheduler calls this before its first decision and after it has loaded a checkpoint. A
-        header that would only repeat the last one is left out.
+        A scheduler calls this before its first decision, after it has loaded a checkpoint, and
+        where a cooldown begins. A header that would only repeat the last one is left out.
 
         Args:
             settings: Plain values by name; ``scheduler`` is the name of its class.
@@ -166,14 +166,11 @@ class JsonLinesLog:
             if file is not None:
                 with contextlib.suppress(OSError):  # the same trouble again
                     file.close()
-            if not self._warned:
-                self._warned = True
-                warnings.warn(
-                    f"JsonLinesLog: a line could not be written, and the run goes on without it: "
-                    f"{self.path}: {error}",
-                    RuntimeWarning,
-                    stacklevel=3,
-                )
+            self._warnings.once(
+                "unwritten",
+                f"a line could not be written, and the run goes on without it: {self.path}: "
+                f"{error}",
+            )
 
     def __del__(self) -> None:
         # Nothing is lost with an open file, because nothing is buffered: no warning about it.
@@ -181,7 +178,8 @@ class JsonLinesLog:
             self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "_file": None, "_header": None, "_warned": False}
+        fresh = Warnings("JsonLinesLog")
+        return {"path": self.path, "_file": None, "_header": None, "_warnings": fresh}
 
 
 class TeeLog:

@@ -114,7 +114,7 @@ class AngularVelocity(Windows):
         self._make_sums: Callable[..., WindowSums] = functools.partial(
             sums_of(self.sample, self.seed), backend=backend
         )
-        self._exchange = Exchange(self._settings)
+        self._exchange = Exchange(self._settings, self._owner)
         self._faults = Faults()
         self._sums: WindowSums | None = None
         self._restore: SavedSums | None = None  # sums of a checkpoint, until the next step
@@ -522,6 +522,9 @@ class AngularVelocity(Windows):
         """Let warnings carry the name of the class that the user made."""
         self._faults.warnings.owner = owner
 
+    def _owner(self) -> str:
+        return self._faults.warnings.owner
+
     @property
     def num_groups(self) -> int:
         """Param groups that the watched parameters come in now."""
@@ -634,6 +637,6 @@ class AngularVelocity(Windows):
     def __setstate__(self, state: dict[str, Any]) -> None:
         saved = state.pop("_restore")
         self.__dict__.update(state)
-        self._exchange = Exchange(self._settings)
+        self._exchange = Exchange(self._settings, self._owner)
         self._restore = None
         self.load_state_dict(saved)

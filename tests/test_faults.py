@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
+import pathlib
 import pickle
 import re
 import subprocess
 import sys
 import textwrap
+import types
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -443,3 +446,46 @@ def test_a_copied_pair_works_on() -> None:
         warnings.simplefilter("error")
         run.step(5)
     assert run.meter.steps == 10
+
+
+# ---- where a warning points to --------------------------------------------------------------
+
+USERS_MODULE = """
+import torch
+from autodrop_ext import AutoDrop
+
+def train():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.randn(4))], lr=0.1)
+    scheduler = AutoDrop(optimizer)
+    for _ in range(1001):
+        scheduler.step()
+"""
+
+
+def test_a_users_folder_called_torch_is_not_torch(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "torch" / "mine.py"
+    path.parent.mkdir()
+    path.write_text(USERS_MODULE)
+    spec = importlib.util.spec_from_file_location("mine", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with pytest.warns(RuntimeWarning, match="without an optimizer step") as caught:
+        module.train()
+    assert [w.filename for w in caught] == [str(path)]
+
+
+def test_a_library_that_calls_step_is_not_blamed(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "accelerate" / "scheduler.py"
+    path.parent.mkdir()
+    path.write_text(USERS_MODULE)
+    library = types.ModuleType("accelerate")
+    library.__file__ = str(path.with_name("__init__.py"))
+    monkeypatch.setitem(sys.modules, "accelerate", library)
+    namespace: dict[str, Any] = {}
+    exec(compile(USERS_MODULE, str(path), "exec"), namespace)
+    with pytest.warns(RuntimeWarning, match="without an optimizer step") as caught:
+        namespace["train"]()
+    assert [w.filename for w in caught] == [__file__]

@@ -42,16 +42,18 @@ class Exchange:
 
     Args:
         settings: returns the meter's settings, which all ranks must share.
+        owner: returns the name of the class that the user made, for messages.
 
     Attributes:
         group: who decides together.
         compared: whether the ranks have compared their settings.
     """
 
-    def __init__(self, settings: Facts) -> None:
+    def __init__(self, settings: Facts, owner: Callable[[], str]) -> None:
         self.group: Group = Alone()
         self.compared = False
         self._settings = settings
+        self._owner = owner
         self._numbers: int | None = None  # sent by all ranks next to their rows, once agreed
 
     def restart(self) -> None:
@@ -84,7 +86,7 @@ class Exchange:
             yield
         except RuntimeError as error:
             raise RuntimeError(
-                f"AngularVelocity on rank {self.group.rank}: {problem} with the other "
+                f"{self._owner()} on rank {self.group.rank}: {problem} with the other "
                 f"{self.group.size - 1} ranks: one of them is dead, late, or counts fewer steps; "
                 "no learning rate was changed"
             ) from error

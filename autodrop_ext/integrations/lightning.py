@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 import operator
 import sys
-import warnings
 from typing import TYPE_CHECKING, Any
 
+from ..faults import Warnings
 from ..schedulers import EpochAutoDrop
 from .lookup import find_schedulers, prefixed
 
@@ -58,17 +58,18 @@ class AutoDropMonitor(Callback):  # type: ignore[misc]
         self._logged = self._newest(trainer)
         for config in trainer.lr_scheduler_configs:
             for scheduler in find_schedulers(config.scheduler):
-                name = type(scheduler).__name__
                 expected = "epoch" if isinstance(scheduler, EpochAutoDrop) else "step"
                 if not trainer.lightning_module.automatic_optimization:
                     continue  # the module steps it
                 if config.interval != expected or config.frequency != 1:
-                    _warn(
-                        f"{name}: expected 'interval': '{expected}' and 'frequency': 1 in "
+                    Warnings(type(scheduler).__name__).warn(
+                        f"expected 'interval': '{expected}' and 'frequency': 1 in "
                         f"configure_optimizers, got {config.interval!r} and {config.frequency}"
                     )
         if not any(find_schedulers(config.scheduler) for config in trainer.lr_scheduler_configs):
-            _warn("AutoDropMonitor: configure_optimizers returned no scheduler of this package")
+            Warnings("AutoDropMonitor").warn(
+                "configure_optimizers returned no scheduler of this package"
+            )
 
     def on_train_batch_end(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
         """Lightning calls this."""
@@ -96,7 +97,3 @@ class AutoDropMonitor(Callback):  # type: ignore[misc]
 
     def _newest(self, trainer: Any) -> list[Any]:
         return [s.history[-1] if s.history else None for s in self._schedulers(trainer)]
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=3)

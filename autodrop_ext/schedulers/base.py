@@ -208,7 +208,7 @@ class StepScheduler(LRScheduler):
         return [float(lr) * share for lr in lrs]
 
     def get_lr(self) -> list[float | Tensor]:
-        """Present rates. Use ``get_last_lr()``: as with torch's schedulers, this one warns.
+        """Copies of the present rates. Use ``get_last_lr()``: as in torch, this method warns.
 
         torch calls this method within ``step()`` to compute new rates. Here rates change in place
         at the end of a window, and nothing calls it.
@@ -218,7 +218,7 @@ class StepScheduler(LRScheduler):
             "get_lr() computes nothing outside of step(); to get the last learning rate computed "
             "by the scheduler, use get_last_lr()",
         )
-        return self._rates()
+        return self._lrs()
 
     def _rates(self) -> list[float | Tensor]:
         return [group["lr"] for group in self.optimizer.param_groups]

@@ -111,3 +111,11 @@ def test_the_number_of_calls_is_not_capped() -> None:
     """accelerate stops stepping a scheduler at its attribute ``total_steps``, where it has one."""
     _, _, scheduler = build("no")
     assert not hasattr(scheduler, "total_steps")
+
+
+def test_a_warning_points_to_the_users_line() -> None:
+    prepared = Prepared("no")
+    with pytest.warns(RuntimeWarning, match="without an optimizer step") as caught:
+        for _ in range(2001):
+            prepared.prepared.step()
+    assert {w.filename for w in caught if "AutoDrop" in str(w.message)} == {__file__}

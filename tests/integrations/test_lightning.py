@@ -185,10 +185,11 @@ def test_stepping_once_an_epoch_is_pointed_out(tmp_path: pathlib.Path) -> None:
         trainer(tmp_path, max_epochs=4).fit(wrong, loader())
     assert not wrong.scheduler.history
 
-    with pytest.warns(RuntimeWarning, match="AutoDrop: expected 'interval': 'step'"):
+    with pytest.warns(RuntimeWarning, match="AutoDrop: expected 'interval': 'step'") as caught:
         trainer(tmp_path, max_epochs=1, callbacks=[AutoDropMonitor()]).fit(
             module(interval="epoch"), loader()
         )
+    assert {w.filename for w in caught if "'interval'" in str(w.message)} == {__file__}
     with pytest.warns(RuntimeWarning, match="EpochAutoDrop: expected 'interval': 'epoch'"):
         trainer(tmp_path, max_epochs=1, callbacks=[AutoDropMonitor()]).fit(
             module(scheduler_of=EpochAutoDrop), loader()

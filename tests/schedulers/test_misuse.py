@@ -184,3 +184,11 @@ def test_a_checkpoint_after_parameters_were_replaced_discards_the_window() -> No
     assert [d.angle for d in resumed.history[before:]] == [None, None]
     train(resumed, 4)
     assert resumed.history[-1].angle is not None
+
+
+def test_get_lr_returns_copies() -> None:
+    scheduler = made(lr=torch.tensor(0.5))
+    with pytest.warns(RuntimeWarning, match="use get_last_lr"):
+        (lr,) = scheduler.get_lr()
+    lr.zero_()
+    assert float(scheduler.optimizer.param_groups[0]["lr"]) == 0.5
