@@ -99,6 +99,8 @@ class Decision(Reading):
         group_angles: likewise the angle of each group, degrees; None where undefined.
         group_smoothed: likewise its smoothed angle.
         group_rises: likewise its rise.
+        threshold: what the rise was compared with, degrees per window; None where the scheduler
+            has no such setting.
     """
 
     smoothed: float | None = None
@@ -109,10 +111,13 @@ class Decision(Reading):
     group_angles: tuple[float | None, ...] = ()
     group_smoothed: tuple[float | None, ...] = ()
     group_rises: tuple[float | None, ...] = ()
+    threshold: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """As :meth:`Reading.as_dict`; what groups decided is left out where they did not."""
         plain = super().as_dict()
+        if self.threshold is None:
+            del plain["threshold"]
         if not self.group_angles:
             plain = {k: v for k, v in plain.items() if k not in _OF_GROUPS}
         return plain

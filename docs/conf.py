@@ -6,6 +6,13 @@ on the site as they do in the repository.
 
 from __future__ import annotations
 
+import pathlib
+from typing import Any
+
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.transforms import SphinxTransform
+
 import autodrop_ext
 
 project = "autodrop_ext"
@@ -48,3 +55,28 @@ autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True}
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True  # else attributes of dataclasses stand there twice
+
+
+class DarkPictures(SphinxTransform):
+    """Shows ``name-dark.png`` instead of ``name.png`` on dark pages, if there is such a file."""
+
+    default_priority = 200  # before Sphinx collects the images
+
+    def apply(self, **kwargs: Any) -> None:
+        """Put a picture for dark pages next to each image that has one."""
+        folder = pathlib.Path(self.env.doc2path(self.env.docname)).parent
+        for image in list(self.document.findall(nodes.image)):
+            light = pathlib.PurePosixPath(image["uri"])
+            dark = light.with_stem(f"{light.stem}-dark")
+            if "://" in image["uri"] or not (folder / dark).is_file():
+                continue
+            twin = image.deepcopy()
+            twin["uri"] = str(dark)
+            image["classes"].append("only-light")  # classes of furo
+            twin["classes"].append("only-dark")
+            image.parent.insert(image.parent.index(image) + 1, twin)
+
+
+def setup(app: Sphinx) -> None:
+    """Sphinx calls this."""
+    app.add_transform(DarkPictures)

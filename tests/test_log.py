@@ -19,9 +19,10 @@ import pytest
 import torch
 
 import autodrop_ext
-from autodrop_ext import Decision, EpochDecision, JsonLinesLog, TeeLog, read_log
+from autodrop_ext import AutoDrop, Decision, EpochDecision, JsonLinesLog, TeeLog, read_log
 from autodrop_ext import log as log_module
 from autodrop_ext.log import LogReader, kind_of, to_scalars
+from autodrop_ext.plotting.titles import describe
 
 
 def decision(step: int, **values: Any) -> Decision:
@@ -124,8 +125,10 @@ def test_a_full_disk_is_warned_of_once_and_the_run_goes_on(tmp_path: pathlib.Pat
     log = JsonLinesLog(tmp_path / "run.jsonl")
     log(decision(12))
     with no_file_longer_than(log.path.stat().st_size + 20):
-        with pytest.warns(RuntimeWarning, match=r"a line could not be written.*File too large"):
+        message = r"^JsonLinesLog: a line could not be written.*File too large"
+        with pytest.warns(RuntimeWarning, match=message) as caught:
             log(decision(16))
+        assert [w.filename for w in caught] == [__file__]
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             log(decision(20))
@@ -169,6 +172,53 @@ def test_a_header_has_version_and_settings(tmp_path: pathlib.Path) -> None:
     assert LogReader(log.path).read_all().settings["threshold"] == 0.5
     with pytest.raises(TypeError, match="settings: expected a number, got"):
         log.begin({"kernel": print})
+
+
+def trained(folder: pathlib.Path, **settings: Any) -> tuple[AutoDrop, LogReader]:
+    """Ten steps of a scheduler with a log, and its reader."""
+    parameter = torch.nn.Parameter(torch.randn(50))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    log = JsonLinesLog(folder / "run.jsonl")
+    scheduler = AutoDrop(optimizer, window=2, on_reading=log, **settings)
+    train(scheduler, 10)
+    return scheduler, LogReader(log.path).read_all()
+
+
+def train(scheduler: AutoDrop, count: int) -> None:
+    (parameter,) = scheduler.optimizer.param_groups[0]["params"]
+    for _ in range(count):
+        parameter.grad = torch.randn(50)
+        scheduler.optimizer.step()
+        scheduler.step()
+
+
+def test_a_header_has_what_the_meter_was_given(tmp_path: pathlib.Path) -> None:
+    given = {"sample": 0.5, "seed": 3, "snapshots": 1, "per_tensor": True}
+    _, reader = trained(tmp_path, **given)
+    assert {name: reader.settings[name] for name in given} == given
+    assert "cooldown" not in reader.settings
+
+
+def test_a_cooldown_is_logged(tmp_path: pathlib.Path) -> None:
+    scheduler, _ = trained(tmp_path)
+    scheduler.cooldown(8, "sqrt")
+    reader = LogReader(tmp_path / "run.jsonl").read_all()
+    assert reader.settings["cooldown"] == {"begin": 10, "num_steps": 8, "shape": "sqrt"}
+    assert "cooldown (sqrt) over 8 steps from step 10" in describe(reader.settings)
+
+
+def test_readings_keep_the_threshold_that_they_were_compared_with(tmp_path: pathlib.Path) -> None:
+    scheduler, _ = trained(tmp_path, threshold=0.1)
+    state = scheduler.state_dict()
+    state["settings"]["threshold"] = 15.0
+    with pytest.warns(RuntimeWarning, match="settings replace those given"):
+        scheduler.load_state_dict(state)
+    train(scheduler, 10)
+    readings, _ = read_log(tmp_path / "run.jsonl")
+    assert [r["threshold"] for r in readings] == [0.1] * 3 + [15.0] * 5
+    assert [d.threshold for d in scheduler.history] == [0.1] * 3 + [15.0] * 5
+    rise = scheduler.plot().axes[1]
+    assert "threshold 0.1°, then 15°" in [t.get_text() for t in rise.get_legend().get_texts()]
 
 
 def test_a_log_without_a_header_is_read(tmp_path: pathlib.Path) -> None:
@@ -239,6 +289,18 @@ def test_what_a_resumed_run_repeats_is_there_once(tmp_path: pathlib.Path) -> Non
     losses = [(m["step"], m["loss"]) for m in metrics if "loss" in m]
     assert losses == [(12, 1.0), (16, 2.0), (20, 2.0)]
     assert [m["step"] for m in metrics if "accuracy" in m] == [3, 4, 5, 6]
+
+
+def test_a_warning_about_the_disk_points_to_the_users_step(tmp_path: pathlib.Path) -> None:
+    log = JsonLinesLog(tmp_path / "run.jsonl")
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    scheduler = AutoDrop(optimizer, window=1, on_reading=log)
+    with no_file_longer_than(1), pytest.warns(RuntimeWarning, match="JsonLinesLog") as caught:
+        parameter.grad = torch.ones(3)
+        optimizer.step()
+        scheduler.step()
+    assert [w.filename for w in caught] == [__file__]
 
 
 def test_only_the_first_rank_writes(
@@ -334,7 +396,7 @@ def test_scalars_of_decisions() -> None:
     several = to_scalars(decision(12, lr=(0.1, 0.2)))
     assert (several["lr/0"], several["lr/1"]) == (0.1, 0.2)
     assert "lr" not in several
-    epoch = EpochDecision(**vars(decision(12)), change=0.5, threshold=0.01, waited=0)
+    epoch = EpochDecision(**vars(decision(12)) | {"change": 0.5, "threshold": 0.01, "waited": 0})
     assert (to_scalars(epoch)["change"], to_scalars(epoch)["waited"]) == (0.5, 0.0)
     assert kind_of([epoch.as_dict()]) == "epochs"
     assert kind_of([decision(12).as_dict()]) == "windows"

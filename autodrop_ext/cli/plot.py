@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -13,30 +12,12 @@ from ..plotting.anytime import plot_anytime
 from ..plotting.compare import plot_runs
 from ..plotting.epochs import plot_epochs
 from ..plotting.run import plot_run
+from ..plotting.titles import count, describe, title_of
 
 BROKEN = (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError)
 """What a log that JsonLinesLog did not write may lead to."""
 
 _LONGEST = 300  # characters of an error message
-_IN_DEGREES = ("threshold", "max_threshold")
-# Settings that say little as long as they are these.
-_USUAL: dict[str, tuple[Any, ...]] = {
-    "average": (True, 8),
-    "buffer_size": (10,),
-    "critical": (0.25,),
-    "gain": (5.0,),
-    "kernel": ("value",),
-    "max_power": (0.5,),
-    "max_threshold": (1.0,),
-    "min_lr": (0.0,),
-    "min_samples": (10,),
-    "min_window": (16,),
-    "per_group": (False,),
-    "sample": (None,),
-    "snapshots": (None, 32),
-    "warmup_steps": (0,),
-    "windows": (8,),
-}
 
 
 @click.command()
@@ -89,7 +70,7 @@ def _draw(name: str, run: LogReader, target: Path, threshold: float | None) -> N
     kind = kind_of(run.readings)
     if threshold is not None and kind != "windows":
         raise click.UsageError("--threshold: expected none, the log has it with every reading")
-    title = printable(": ".join(filter(None, [name, describe(run.settings)])))
+    title = printable(title_of(run.settings, run.readings, name))
     if kind == "epochs":
         plot_epochs(run.readings, path=target, title=title)
     elif kind == "anytime":
@@ -146,23 +127,6 @@ def _with_settings(names: Sequence[str], runs: Sequence[LogReader]) -> list[str]
     ]
 
 
-def describe(settings: Mapping[str, Any]) -> str:
-    """Return a run's settings as a line: the scheduler, and what is not as usual."""
-    words = [str(settings["scheduler"])] if "scheduler" in settings else []
-    for name, value in settings.items():
-        values = value if isinstance(value, list) else [value]
-        if name in ("scheduler", "version") or not values:
-            continue
-        if all(v in _USUAL.get(name, ()) for v in values):
-            continue
-        numbers = [f"{v:g}" if isinstance(v, float) else str(v) for v in values]
-        # One value for all param groups is one value.
-        text = numbers[0] if len(set(numbers)) == 1 else " / ".join(numbers)
-        unit = "°" if name in _IN_DEGREES else ""
-        words.append(name if value is True else f"{name} {text}{unit}")
-    return ", ".join(words)
-
-
 def printable(text: str) -> str:
     r"""Return the text with escapes such as ``\x1b`` for what would control a terminal."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
@@ -175,8 +139,3 @@ def explain(log: Path, error: Exception) -> str:
         text = f"{log}: a record is not as JsonLinesLog writes it: {text}"
     text = printable(text)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
-
-
-def count(number: int, noun: str) -> str:
-    """Return a number with its noun, in the plural unless it is one."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

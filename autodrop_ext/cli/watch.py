@@ -16,7 +16,8 @@ from rich.text import Text
 
 from ..log import LogReader, kind_of
 from ..plotting.panels import Record, column, mean, number
-from .plot import BROKEN, count, describe, explain, printable
+from ..plotting.titles import count, describe
+from .plot import BROKEN, explain, printable
 
 Form = Callable[[float], str]
 
@@ -81,7 +82,7 @@ def render(reader: LogReader, *, width: int, silent: float | None = None) -> Ren
     Args:
         reader: What has been read of it.
         width: The columns of the terminal.
-        silent: Seconds since the log has grown, or None if that is unknown.
+        silent: Seconds since the last line of the log, or None if that is unknown.
     """
     readings = reader.readings
     lines: list[RenderableType] = [_head(reader, silent)]
@@ -121,7 +122,7 @@ def _head(reader: LogReader, silent: float | None) -> Text:
         drops = sum(bool(r.get("dropped")) for r in readings)
         text.append(f"   {count(drops, 'drop')}", style="not bold")
     if silent is not None:
-        text.append(f"   grew {_ago(silent)} ago", style="not bold dim")
+        text.append(f"   last written {_ago(silent)} ago", style="not bold dim")
     return text
 
 

@@ -58,7 +58,10 @@ def plot_runs(
     styles = {name: line_style(i) for i, name in enumerate(runs)}
     if losses:
         draw_losses(panels[0], losses, styles, named=False)
-    name_panel(angle, "Angular velocity, running mean", "degrees")
+    angles = "Angular velocity, running mean"
+    if len({_window_of(readings) for readings, _ in runs.values()}) > 1:
+        angles += " (windows of different lengths: not comparable)"
+    name_panel(angle, angles, "degrees")
     name_panel(rate, "Learning rate", "learning rate")
     everything: list[float] = []
     lines = {}
@@ -70,3 +73,14 @@ def plot_runs(
         (lines[name],) = rate.plot(steps, rates, **styles[name], drawstyle="steps-post")
     log_if_wide(rate, everything)
     return finish(figure, panels, path, title, lines=lines)
+
+
+def _window_of(readings: Sequence[Record]) -> str:
+    """What the angles of a run are measured over; only equal ones can be compared."""
+    if any("power" in reading for reading in readings):
+        return "growing windows"
+    first, last = readings[0], readings[-1]
+    windows = number(last.get("window")) - number(first.get("window"))
+    steps = number(last.get("step")) - number(first.get("step"))
+    # A restart of the count, or a single reading, tells nothing about the length.
+    return f"{steps / windows:.0f} steps" if windows > 0 and steps > 0 else "one reading"

@@ -64,7 +64,10 @@ def plot_lengths(
         for axes, key in ((quality, "quality"), (rate, "lr")):
             for j, run in enumerate(runs):
                 steps, heights = column(run, "step"), column(run, key)
-                # A rate that is set to end at zero would stretch the axis without end.
+                if axes is rate:  # a rate of zero would be a vertical line out of the picture
+                    steps = [s for s, lr in zip(steps, heights, strict=True) if lr > 0]
+                    heights = [lr for lr in heights if lr > 0]
+                # Rates that fall to nearly zero do not stretch the axis.
                 shown = heights if name in open_runs or axes is quality else heights[:1]
                 values[axes] += [v for v in shown if v > 0]
                 ring = name not in open_runs and axes is quality

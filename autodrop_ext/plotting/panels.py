@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -96,7 +97,7 @@ def finish(
         legend = figure.legend(
             list(lines.values()),
             list(lines),
-            loc="outside upper left",
+            loc="outside lower left" if title else "outside upper left",  # no room for both
             ncols=max(1, min(len(lines), _LEGEND // longest)),
             frameon=False,
             fontsize="small",
@@ -108,10 +109,19 @@ def finish(
     figure.align_ylabels()
     if title:
         # matplotlib's own wrapping would read dollar signs as a formula all the same.
-        figure.suptitle(textwrap.fill(title, _TITLE), fontsize="large", parse_math=False)
+        figure.suptitle(_wrapped(title), fontsize="large", parse_math=False)
     if path is not None:
         figure.savefig(path, dpi=150)
     return figure
+
+
+def _wrapped(title: str) -> str:
+    """Rows of a title: they end at commas, semicolons and colons if such rows are short enough."""
+    together = re.sub(r"(?<![,;:]) ", "\xa0", title)
+    rows = textwrap.wrap(together, _TITLE, break_long_words=False)
+    if any(len(row) > _TITLE for row in rows):
+        return textwrap.fill(title, _TITLE)
+    return "\n".join(rows).replace("\xa0", " ")
 
 
 def name_panel(axes: Axes, text: str, unit: str) -> None:
@@ -137,12 +147,12 @@ def column(records: Sequence[Record], key: str) -> list[float]:
 def running_mean(
     steps: Sequence[float], values: Sequence[float]
 ) -> tuple[list[float], list[float]]:
-    """Return steps, and the mean of the values around each: about a 40th of the run.
+    """Return steps, and the mean of the values around each: about a 40th of the run, at least 3.
 
     The mean is centred, and runs over fewer values at both ends. Of long runs about a thousand
     steps are returned, which is more than a picture shows.
     """
-    half = len(values) // _MEANS // 2
+    half = max(1, len(values) // _MEANS // 2)
     at = range(0, len(values), max(1, len(values) // 1000))
     return [steps[i] for i in at], [mean(values[max(0, i - half) : i + half + 1]) for i in at]
 
@@ -169,11 +179,16 @@ def log_if_wide(axes: Axes, values: Sequence[float]) -> None:
 
 def log_scale(axes: Axes, lowest: float, highest: float) -> None:
     """Make the y-axis logarithmic, with plain numbers that do not run into each other."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
     axes.set_yscale("log")
     decades = math.log10(highest / lowest)
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2 else (1,), numticks=10))
+    if decades < 0.6:  # up to a factor of 4 there would be one or two powers of ten, 2s and 5s
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
+        axes.yaxis.set_minor_locator(NullLocator())
+    else:
+        subs = (1, 2, 5) if decades < 2 else (1,)
+        axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=10))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 

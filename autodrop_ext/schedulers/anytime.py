@@ -264,9 +264,11 @@ class AnytimeAutoDrop(DropScheduler):
             ImportError: matplotlib is not installed; it comes with ``autodrop_ext[plot]``.
         """
         from ..plotting.anytime import plot_anytime
+        from ..plotting.titles import title_of
 
         records = [decision.as_dict() for decision in self.history]
-        return plot_anytime(records, critical=self.critical, path=path)
+        title = title_of(self._described(), records) if records else None
+        return plot_anytime(records, critical=self.critical, path=path, title=title)
 
     # ---- state ------------------------------------------------------------------------------
 

@@ -190,7 +190,11 @@ class AutoDrop(DropScheduler):
         elif verdicts:
             of_groups = {"smoothed": verdicts[0].smoothed, "rise": verdicts[0].rise}
         decision = Decision(
-            **vars(reading), lr=self._lrs_after(lrs), dropped=bool(lowered), **of_groups
+            **vars(reading),
+            lr=self._lrs_after(lrs),
+            dropped=bool(lowered),
+            threshold=detectors[0].threshold,
+            **of_groups,
         )
         group_drops = self.group_drops + [0] * (len(angles) - len(self.group_drops))
         if self.per_group:
@@ -254,9 +258,11 @@ class AutoDrop(DropScheduler):
             ImportError: matplotlib is not installed; it comes with ``autodrop_ext[plot]``.
         """
         from ..plotting.run import plot_run
+        from ..plotting.titles import title_of
 
         records = [decision.as_dict() for decision in self.history]
-        return plot_run(records, threshold=self._detectors[0].threshold, path=path)
+        title = title_of(self._described(), records) if records else None
+        return plot_run(records, threshold=self._detectors[0].threshold, path=path, title=title)
 
     # ---- state ------------------------------------------------------------------------------
 

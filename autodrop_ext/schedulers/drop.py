@@ -89,11 +89,24 @@ class DropScheduler(StepScheduler):
         self._report(changes.record)
 
     def _begin_log(self) -> None:
-        """Give the settings to a log, as ``JsonLinesLog`` is one."""
+        """Give the settings and a cooldown to a log, as ``JsonLinesLog`` is one."""
         begin = getattr(self.on_reading, "begin", None)
         if begin is not None:
-            lr = as_floats(self.base_lrs)
-            begin({"scheduler": type(self).__name__, **self._settings(), "lr": lr})
+            begin(self._described())
+
+    def _described(self) -> dict[str, Any]:
+        """What this scheduler was made with, for logs and titles of pictures."""
+        of_meter = ("snapshots", "sample", "seed", "per_tensor")
+        settings = {
+            "scheduler": type(self).__name__,
+            **{name: getattr(self.meter, name) for name in of_meter},
+            **self._settings(),
+            "lr": as_floats(self.base_lrs),
+        }
+        if self._cooldown is not None:
+            begins, steps, shape, _ = self._cooldown
+            settings["cooldown"] = {"begin": begins, "num_steps": steps, "shape": shape}
+        return settings
 
     def _decide(self, reading: Reading) -> Changes:
         raise NotImplementedError
@@ -208,6 +221,7 @@ class DropScheduler(StepScheduler):
             checks.one_of("shape", shape, SHAPES),
             as_floats(self._rates()),
         )
+        self._begin_log()
 
     def _cool(self) -> None:
         if self._cooldown is not None:

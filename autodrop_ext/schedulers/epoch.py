@@ -154,6 +154,7 @@ class EpochAutoDrop(DropScheduler):
             form="delta",  # after a write-back only this form can be measured from elsewhere
         )
         self._mean = ParameterAverage(watched, backend)
+        self._mean.warn_as(type(self).__name__)
         self.factor = checks.between_0_and_1("factor", factor)
         super().__init__(
             optimizer,
@@ -308,8 +309,11 @@ class EpochAutoDrop(DropScheduler):
             ValueError: no epoch has been measured.
         """
         from ..plotting.epochs import plot_epochs
+        from ..plotting.titles import title_of
 
-        return plot_epochs([decision.as_dict() for decision in self.history], path=path)
+        records = [decision.as_dict() for decision in self.history]
+        title = title_of(self._described(), records) if records else None
+        return plot_epochs(records, path=path, title=title)
 
     def close(self) -> None:
         """Take the hooks off the optimizer and free the arenas. The learning rates stay."""

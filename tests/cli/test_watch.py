@@ -275,7 +275,8 @@ def test_a_picture_shows_the_settings_of_its_run(
     result = run("plot", log.path)
     assert result.stderr == ""
     assert drawn["threshold"] == 5.0
-    assert drawn["title"] == "first: AutoDrop, window 4, threshold 5°, min_lr 0.01"
+    title = "AutoDrop, window 4, threshold 5°, min_lr 0.01; 192 steps, 1 drop"
+    assert drawn["title"] == title
     run("plot", log.path, "--threshold", 3)
     assert drawn["threshold"] == 3.0
     log.begin({"scheduler": "AutoDrop", "window": 4, "threshold": 2.0})  # resumed with another
@@ -316,7 +317,7 @@ def test_plot_of_growing_windows(tmp_path: pathlib.Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(plot_module, "plot_anytime", lambda *args, **values: drawn.update(values))
     run("plot", path)
     assert drawn["critical"] == 0.2
-    assert drawn["title"] == "any: critical 0.2"
+    assert drawn["title"] == f"any: critical 0.2; {lines[-1]['step']} steps"
 
 
 def test_plot_of_several_logs(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -347,12 +348,13 @@ def test_what_a_comparison_draws() -> None:
     loss = [{"step": 3, "loss": 1.0}, {"step": 4, "accuracy": 1.0}]
     figure = plot_runs({"windows": (measured, []), "epochs": (epochs, loss)})
     titles = [axes.get_title(loc="left") for axes in figure.axes]
-    assert titles == ["Training loss", "Angular velocity, running mean", "Learning rate"]
+    angles = "Angular velocity, running mean (windows of different lengths: not comparable)"
+    assert titles == ["Training loss", angles, "Learning rate"]
     (loss_line,) = figure.axes[0].lines
     windows, of_epochs = figure.axes[1].lines
     assert loss_line.get_color() == of_epochs.get_color() != windows.get_color()
-    assert list(windows.get_ydata()) == [82.0, 83.0]
-    assert list(of_epochs.get_ydata()) == [81.0, 82.0]
+    assert list(windows.get_ydata()) == [82.5, 82.5]  # the mean of both
+    assert list(of_epochs.get_ydata()) == [81.5, 81.5]
     assert list(figure.axes[2].lines[0].get_ydata()) == [0.1, 0.05]
     assert len(plot_runs({"windows": (measured, [])}).axes) == 2
     many = plot_runs({str(i): (measured, []) for i in range(10)}).axes[0].lines

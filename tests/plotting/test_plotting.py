@@ -6,7 +6,9 @@ import math
 import sys
 
 import pytest
+import torch
 
+from autodrop_ext import AnytimeAutoDrop, AutoDrop, EpochAutoDrop
 from autodrop_ext.plotting.anytime import plot_anytime
 from autodrop_ext.plotting.compare import plot_runs
 from autodrop_ext.plotting.lengths import plot_lengths
@@ -111,6 +113,56 @@ def test_a_drop_that_min_lr_held_back_is_no_rate_that_was_kept_above_the_thresho
     assert "held back" not in legend(plot_run(run + held).axes[1])
 
 
+def test_each_part_of_a_run_is_drawn_with_its_own_threshold():
+    early = [reading(w, rise=1.0, threshold=0.1) for w in range(2, 6)]
+    late = [reading(w, rise=1.0, threshold=5.0) for w in range(6, 9)]
+    rise = plot_run(early + late, threshold=5.0).axes[1]
+    drawn = {line.get_label(): line for line in rise.lines}
+    assert list(drawn["kept"].get_xdata()) == [r["step"] for r in early]
+    assert list(drawn["held back"].get_xdata()) == [r["step"] for r in late]
+    limit = drawn["threshold 0.1°, then 5°"]
+    assert list(limit.get_ydata()) == [0.1] * 4 + [5.0] * 3
+
+
+def test_param_groups_that_decide_for_themselves_have_colours_in_the_panel_of_the_rise():
+    def grouped(window, dropped):
+        values = {"group_angles": [80.0, 81.0], "group_smoothed": [80.0, 81.0]}
+        values |= {"group_rises": [-1.0, 2.0], "dropped_groups": [0] if dropped else []}
+        return reading(window, lr=[0.1, 0.2], dropped=dropped, **values)
+
+    figure = plot_run([grouped(2, False), grouped(3, True)], threshold=0.1)
+    smoothed = [line.get_color() for line in figure.axes[0].lines[1:]]
+    points = [line for line in figure.axes[1].lines if len(line.get_xdata()) == 1]
+    assert len(set(smoothed)) == 2
+    assert {line.get_color() for line in points} <= {*smoothed, "0.6"}
+    assert legend(figure.axes[1]) == ["kept", "held back", "dropped", "threshold 0.1°"]
+
+
+def test_angles_of_different_windows_are_said_not_to_be_comparable():
+    long = [r | {"step": 2 * r["step"]} for r in readings(2)]
+    equal = plot_runs({"a": (readings(2), []), "b": (readings(1), [])})
+    different = plot_runs({"a": (readings(2), []), "b": (long, [])})
+    assert equal.axes[0].get_title(loc="left") == "Angular velocity, running mean"
+    assert "windows of different lengths: not comparable" in different.axes[0].get_title(loc="left")
+
+
+def test_a_rate_that_falls_little_has_an_axis_with_numbers(tmp_path):
+    figure = plot_run([reading(w, lr=[0.1 * 0.97**w]) for w in range(2, 20)])
+    figure.savefig(tmp_path / "a.png")
+    axes = figure.axes[-1]
+    low, high = axes.get_ylim()
+    assert sum(low <= tick <= high for tick in axes.get_yticks()) >= 3
+
+
+def test_a_title_is_broken_where_a_setting_ends():
+    settings = ", ".join(["AutoDrop"] + [f"setting {i} is {i}" for i in range(12)])
+    rows = plot_run(readings(1), title=settings).get_suptitle().split("\n")
+    assert len(rows) > 1
+    assert all(row.endswith(",") for row in rows[:-1])
+    assert " ".join(rows) == settings
+    assert "\n" in plot_run(readings(1), title="word " * 40).get_suptitle()
+
+
 def test_groups_with_equal_rates_share_a_line():
     equal = [reading(w, lr=[0.1 / w, 0.1 / w, 0.1]) for w in range(2, 6)]
     axes = plot_run(equal).axes[-1]
@@ -144,6 +196,7 @@ def test_running_means():
     assert means[0] == pytest.approx(3 / 6)  # the first value and five after it
     assert means[200] == pytest.approx(6 / 11)  # five on both sides: a 40th of the run
     assert running_mean([1, 2], [math.nan, 3.0])[1][1] == 3.0
+    assert running_mean(range(9), [0.0, 3.0, 0.0] * 3)[1][1:-1] == [1.0] * 7  # of three at least
     assert len(running_mean(range(100_000), [1.0] * 100_000)[0]) == 1000
 
 
@@ -239,6 +292,30 @@ def test_runs_set_for_a_length_end_in_a_ring(tmp_path):
     ]
     assert len(rate.lines) == 3
     assert rate.get_ylim()[0] > 0.01  # and not the zero at which cosine ends
+    assert all(value > 0 for line in rate.lines for value in line.get_ydata())
     assert quality.get_xscale() == "log"
     with pytest.raises(ValueError, match="expected at least one run, got none"):
         plot_lengths({}, {}, "test error %")
+
+
+# ---- what a scheduler draws of itself ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "title"),
+    [
+        (AutoDrop, {"window": 4}, "AutoDrop, window 4, factor 0.95, threshold 0.1°, lr 0.1; 40"),
+        (AnytimeAutoDrop, {"min_window": 2}, "AnytimeAutoDrop, min_window 2, lr 0.1; 4"),
+        (EpochAutoDrop, {}, "EpochAutoDrop, factor 0.2, threshold 0.01°, delay 20, lr 0.1; 40"),
+    ],
+)
+def test_a_schedulers_picture_says_what_it_was_made_with(kind, settings, title):
+    parameter = torch.nn.Parameter(torch.randn(9))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    scheduler = kind(optimizer, **settings)
+    for i in range(40):
+        parameter.grad = torch.randn(9)
+        optimizer.step()
+        if kind is not EpochAutoDrop or i % 4 == 3:
+            scheduler.step()
+    assert scheduler.plot().get_suptitle().startswith(title)

@@ -1,0 +1,80 @@
+"""Runs and their settings as lines of text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .panels import Record, number
+
+_IN_DEGREES = ("threshold", "max_threshold")
+# Settings that say little as long as they are these.
+_USUAL: dict[str, tuple[Any, ...]] = {
+    "average": (True, 8),
+    "buffer_size": (10,),
+    "critical": (0.25,),
+    "gain": (5.0,),
+    "kernel": ("value",),
+    "max_power": (0.5,),
+    "max_threshold": (1.0,),
+    "min_lr": (0.0,),
+    "min_samples": (10,),
+    "min_window": (16,),
+    "per_group": (False,),
+    "per_tensor": (False,),
+    "sample": (None,),
+    "seed": (0,),
+    "snapshots": (None, 32),
+    "warmup_steps": (0,),
+    "windows": (8,),
+}
+
+
+def title_of(settings: Mapping[str, Any], readings: Sequence[Record], name: str = "") -> str:
+    """Return a picture's title: the scheduler, its settings, the steps, and the drops if counted.
+
+    Args:
+        settings: Of the scheduler, as a log's header has them; none in logs of other programs.
+        readings: At least one.
+        name: Of the run, for a title where the settings do not say which scheduler it was.
+    """
+    what = describe(settings)
+    if "scheduler" not in settings:
+        what = ": ".join(filter(None, [name, what]))
+    facts = [count(int(number(readings[-1].get("step")) or 0), "step")]
+    if not any("power" in reading for reading in readings):  # there it falls at nearly every one
+        facts.append(count(sum(bool(r.get("dropped")) for r in readings), "drop"))
+    return "; ".join(filter(None, [what, ", ".join(facts)]))
+
+
+def describe(settings: Mapping[str, Any]) -> str:
+    """Return a run's settings as a line: the scheduler, and what is not as usual."""
+    words = [str(settings["scheduler"])] if "scheduler" in settings else []
+    for name, value in settings.items():
+        if name == "cooldown":
+            words.append(_describe_cooldown(value))
+            continue
+        values = value if isinstance(value, list) else [value]
+        if name in ("scheduler", "version") or not values:
+            continue
+        if all(v in _USUAL.get(name, ()) for v in values):
+            continue
+        numbers = [f"{v:g}" if isinstance(v, float) else str(v) for v in values]
+        # One value for all param groups is one value.
+        text = numbers[0] if len(set(numbers)) == 1 else " / ".join(numbers)
+        unit = "°" if name in _IN_DEGREES else ""
+        words.append(name if value is True else f"{name} {text}{unit}")
+    return ", ".join(words)
+
+
+def _describe_cooldown(cooldown: Any) -> str:
+    """A cooldown in words; any text, because another program may have written the log."""
+    if not isinstance(cooldown, Mapping):
+        return f"cooldown {cooldown}"
+    steps, begin, shape = (cooldown.get(key) for key in ("num_steps", "begin", "shape"))
+    return f"cooldown ({shape}) over {steps} steps from step {begin}"
+
+
+def count(number: int, noun: str) -> str:
+    """Return a number with its noun, in the plural unless it is one."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
