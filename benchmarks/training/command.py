@@ -34,6 +34,8 @@ from training.table import compare, recipe_of
 from training.tasks import MODELS
 
 SMALL = tuple(model for model in MODELS if model not in RECIPES)
+# What ends in a message and not in a traceback.
+_EXPECTED = (OSError, ValueError, ImportError, torch.cuda.OutOfMemoryError)
 _NEEDS = {"schedule-free": "schedulefree", "prodigy": "prodigyopt"}
 
 
@@ -341,9 +343,8 @@ def ablations(
         base = _spec(model, schedule="autodrop", **options)
         _check([base])
         recipe = recipe_of(model)
-        window = recipe.window or window_for(
-            (base.epochs or recipe.epochs) * base.task().steps_per_epoch
-        )
+        steps = (base.epochs or recipe.epochs) * base.task().steps_per_epoch
+        window = recipe.window or window_for(max(1, steps - base.warmup(recipe, steps)))
         specs = ablation_specs(base, varied or list(VARIED), range(seeds), window)
         _train(specs, f"{model}: ablations", output, processes=processes)
     _report([output], output)
@@ -416,7 +417,7 @@ def report(results: Sequence[Path], target: Path) -> None:
     type=click.IntRange(1),
     default=60,
     show_default=True,
-    help="Of each of its rounds; five of 60 hold one change of TLR's rate.",
+    help="Of each of its rounds, in which AutoDrop closes a window and TLR changes the rate.",
 )
 @click.option(
     "--output",
@@ -466,7 +467,8 @@ def paper(
         {"device": device, "bf16": bf16, "rounds": rounds, "steps": steps},
     )
     if not names:
-        click.echo("\n".join(list_exhibits(options)))
+        if Ranks().first:
+            click.echo("\n".join(list_exhibits(options)))
         return
     for name in EXHIBITS if "all" in names else names:
         try:
@@ -477,9 +479,9 @@ def paper(
                 if finished
                 else lambda specs, title: _train(specs, title, output, processes=1),
             )
-        except (OSError, ValueError, ImportError) as error:
-            raise click.ClickException(str(error)) from error
-        for path in written if Ranks().first else ():
+        except _EXPECTED as error:
+            raise click.ClickException(_message(error)) from error
+        for path in written:
             click.echo(path.read_text() if path.suffix == ".md" else path)
 
 
@@ -539,8 +541,14 @@ def _train(
             console=Console(stderr=True, quiet=not Ranks().first),
             keep_checkpoint=keep_checkpoint,
         )
-    except (OSError, ValueError, ImportError) as error:
-        raise click.ClickException(str(error)) from error
+    except _EXPECTED as error:
+        raise click.ClickException(_message(error)) from error
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return f"the GPU's memory is full; give a smaller --batch, or free the GPU. {error}"
+    return str(error)
 
 
 def _report(results: Sequence[Path], target: Path) -> None:

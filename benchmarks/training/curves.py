@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+# By the measure: what it is called, and the loss on data that were not trained on. A translator's
+# loss is that of the validation sentences, its BLEU that of the test's.
+_OTHER_NAMES = {"100 - BLEU": ("Distance from 100 BLEU", "Validation loss")}
 _OWN = "black"
 _ZOOM = 0.6  # the enlarged panel starts after this part of the run
 _SPREAD = 3.0  # and ends above the lower half of the errors by this much of their range
@@ -44,14 +47,15 @@ def draw_curves(
     rate, loss = grid[0, :2]
     error, zoom = grid[1, :2]
     measure = next(iter(lines.values()))[0]["measure"]
+    what, held_out = _OTHER_NAMES.get(measure, ("Error", "Test loss"))
     panels = [
         (rate, "lr", "Learning rate after each epoch", "learning rate"),
         (loss, "loss", "Training loss", "mean loss of the epoch"),
-        (error, "error", "Error", measure),
-        (zoom, "error", "Error, enlarged", measure),
+        (error, "error", what, measure),
+        (zoom, "error", f"{what}, enlarged", measure),
     ]
     if tested:
-        panels.append((grid[0, 2], "test_loss", "Test loss", "mean loss after the epoch"))
+        panels.append((grid[0, 2], "test_loss", held_out, "mean loss after the epoch"))
     colours = colormaps["viridis" if ordered else "tab20"]
     ends: list[tuple[float, list[tuple[float, float]]]] = []
     highest = 0.0
@@ -96,16 +100,19 @@ def draw_curves(
     _save(figure, path, title)
 
 
-def draw_rates(lines: Mapping[str, Sequence[dict[str, Any]]], path: Path, *, title: str) -> None:
+def draw_rates(
+    lines: Mapping[str, Sequence[dict[str, Any]]], path: Path, *, title: str, angles: str = "angles"
+) -> None:
     """Training loss and measured angles against epochs, one line for each rate.
 
-    Both papers' picture of ResNet-18 at five constant rates (UAI 2024, Figure 3): the angles are
-    those between the displacements of epochs, not smoothed.
+    Both papers' picture of ResNet-18 at five constant rates (UAI 2024, Figure 3; 2021, Figure 2):
+    the angles are those between the displacements of epochs, not smoothed.
 
     Args:
         lines: results of the seeds, by the line's name; of several seeds means are drawn.
         path: of the picture.
         title: above it.
+        angles: which of the results' angles are drawn.
     """
     from matplotlib.figure import Figure
 
@@ -117,8 +124,8 @@ def draw_rates(lines: Mapping[str, Sequence[dict[str, Any]]], path: Path, *, tit
             "linestyle": _DASHES[i % len(_DASHES)],
             "linewidth": 1.6,
         }
-        losses, angles = _mean(results, "loss"), _mean_angles(results)
-        for axes, points in ((loss, losses), (angle, angles)):
+        losses, measured = _mean(results, "loss"), _mean_angles(results, angles)
+        for axes, points in ((loss, losses), (angle, measured)):
             if points:
                 axes.plot(*zip(*points, strict=True), label=name, **style)
     _name(loss, "Training loss", "mean loss of the epoch")
@@ -177,11 +184,11 @@ def _save(figure: Figure, path: Path, title: str) -> None:
     figure.savefig(path, dpi=100, pil_kwargs={"optimize": True})
 
 
-def _mean_angles(results: Sequence[dict[str, Any]]) -> list[tuple[float, float]]:
+def _mean_angles(results: Sequence[dict[str, Any]], key: str) -> list[tuple[float, float]]:
     """Mean angle over the seeds, against epochs."""
     values: dict[float, list[float]] = {}
     for result in results:
-        for step, angle in result.get("angles", ()):
+        for step, angle in result.get(key, ()):
             if angle is not None:
                 values.setdefault(step / result["steps_per_epoch"], []).append(angle)
     return [(epoch, statistics.fmean(v)) for epoch, v in sorted(values.items())]

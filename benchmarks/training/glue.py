@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +16,6 @@ import numpy as np
 import torch
 
 from autodrop_ext import JsonLinesLog
-from autodrop_ext.schedulers.auto_window import window_for
 
 from .baselines import HypergradientAdamW, TrainableLearningRate
 from .ranks import Ranks
@@ -25,6 +25,7 @@ from .schedules import Setup
 
 SCHEDULES_HERE = ("autodrop", "linear", "constant", "hd", "tlr")
 _MOST_TOKENS = 128  # of an example, Devlin et al. 2018 for GLUE
+_LOG_SIZE = "log-size"  # of the log when Trainer saved; in each of its checkpoints, written last
 _NLI = ("contradiction", "entailment", "neutral")
 
 
@@ -129,16 +130,19 @@ def train_glue(
     spec: RunSpec,
     root: Path,
     *,
+    keep_checkpoint: bool = True,
     on_epoch: Callable[[int, int, dict[str, Any]], object] = lambda epoch, epochs, record: None,
 ) -> dict[str, Any]:
     """As :func:`training.loop.train`, for GLUE's tasks.
 
-    Trainer saves its state after every epoch, and a killed run continues from the last one. With
-    several processes (torchrun) Trainer shares the batches among them.
+    Trainer saves its state after every epoch, and a killed run continues from the last one that was
+    saved whole. A run whose loss is no number ends with its epoch. With several processes
+    (torchrun) Trainer shares the batches among them; one process must see one GPU at most, because
+    Trainer would give each of several a whole batch.
 
     Raises:
-        ValueError: the schedule is none of Table 5's, an option is missing, or the folder holds a
-            run of another spec.
+        ValueError: the schedule is none of Table 5's, an option is missing or has no meaning here,
+            several GPUs are visible to one process, or the folder holds a run of another spec.
     """
     try:
         import transformers
@@ -157,12 +161,17 @@ def train_glue(
             f"data, checkpoint: {spec.model} needs GLUE's folder and a pretrained model, got "
             f"{spec.data}, {spec.checkpoint}"
         )
+    if spec.angles is not None:
+        raise ValueError(
+            f"angles: {spec.model} is trained by Trainer, which has no meter that only watches; "
+            f"expected none, got {spec.angles!r}"
+        )
     folder = spec.folder(root)
     folder.mkdir(parents=True, exist_ok=True)
     result_path = folder / RESULT
     if result_path.exists():
         done: dict[str, Any] = json.loads(result_path.read_text())
-        check_same(spec, done["spec"], result_path)
+        check_same(spec, RECIPES[spec.model].recipe, done, result_path)
         return done
 
     paper = RECIPES[spec.model]
@@ -175,7 +184,8 @@ def train_glue(
     )
     lr = recipe.lr if spec.lr is None else spec.lr
     epochs = spec.epochs or recipe.epochs
-    warmup = spec.warmup(recipe)
+    steps_per_epoch = -(-len(train) // (spec.batch or recipe.batch or 32))
+    warmup = spec.warmup(recipe, epochs * steps_per_epoch)
     args = transformers.TrainingArguments(
         output_dir=str(folder / "trainer"),
         per_device_train_batch_size=max(1, (spec.batch or recipe.batch or 32) // _processes()),
@@ -192,14 +202,19 @@ def train_glue(
         use_cpu=spec.device == "cpu",
         eval_strategy="epoch",
         save_strategy="epoch",
-        save_total_limit=1,
+        save_total_limit=2,  # the last whole one stays while the next is written
         logging_strategy="epoch",
+        logging_nan_inf_filter=False,  # it would replace what shows that a run has diverged
         seed=spec.seed,
         report_to="none",
         disable_tqdm=True,
         dataloader_num_workers=spec.workers,
     )
-    steps_per_epoch = -(-len(train) // (spec.batch or recipe.batch or 32))
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"device: expected one GPU for each process, because Trainer multiplies the batch by "
+            f"their number, got {args.n_gpu}; start with torchrun, or set CUDA_VISIBLE_DEVICES=0"
+        )
     setup = Setup(
         model,
         recipe,
@@ -221,44 +236,49 @@ def train_glue(
         optimizers=_optimizers(spec, setup),
     )
     log = JsonLinesLog(folder / LOG)
-    checkpoints = sorted((folder / "trainer").glob("checkpoint-*"))
-    size = folder / "trainer" / "log-size"  # of the log when Trainer last saved
-    if not checkpoints:
-        log.path.unlink(missing_ok=True)
-    elif trainer.is_world_process_zero() and log.path.exists():
-        os.truncate(log.path, int(size.read_text()))
+    saved = _last_whole(folder / "trainer")
+    if trainer.is_world_process_zero():
+        for place in (folder / "trainer").glob("checkpoint-*"):
+            if not (place / _LOG_SIZE).is_file():
+                shutil.rmtree(place)  # Trainer would count it among those that it keeps
+        if saved is None:
+            log.path.unlink(missing_ok=True)
+        elif log.path.exists():
+            os.truncate(log.path, int((saved / _LOG_SIZE).read_text()))
     if spec.schedule == "autodrop":
-        settings = dict(setup.settings)
-        if settings["window"] in (None, "auto"):
-            settings["window"] = window_for(setup.steps, factor=settings["factor"])
+        settings = {**setup.settings, "window": setup.window}
         AutoDropCallback(**settings, on_reading=log).attach(trainer)
 
     class Progress(transformers.TrainerCallback):  # type: ignore[misc]
         def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             curve = _curve(state.log_history)
+            control.should_training_stop |= curve[-1]["loss"] is None
             on_epoch(len(curve), epochs, curve[-1])
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.is_world_process_zero:
                 written = log.path.stat().st_size if log.path.exists() else 0
-                size.write_text(str(written))
+                place = Path(args.output_dir) / f"checkpoint-{state.global_step}" / _LOG_SIZE
+                replace_file(place, str(written).encode())  # last of all: now it is whole
 
     trainer.add_callback(Progress())
     try:
-        trainer.train(resume_from_checkpoint=bool(checkpoints))
+        trainer.train(resume_from_checkpoint=None if saved is None else str(saved))
     finally:
         log.close()
     curve = _curve(trainer.state.log_history)
     last = curve[-1]
+    diverged = last["loss"] is None
     done = {
         "spec": asdict(spec),
+        "recipe": spec.recipe_in_use(recipe),
         "measure": "error, %",
         "initial_lr": lr,
-        "settings": dict(setup.settings),
+        "settings": setup.plain_settings(),
         "steps_per_epoch": steps_per_epoch,
-        "diverged": last["loss"] is None,
-        "error": last["error"],
-        "best_error": min(r["error"] for r in curve),
+        "diverged": diverged,
+        "error": None if diverged else last["error"],
+        "best_error": None if diverged else min(r["error"] for r in curve),
         "loss": last["loss"],
         "test_loss": last["test_loss"],
         "lr": last["lr"],
@@ -267,8 +287,16 @@ def train_glue(
         "machine": machine(spec.device),
     }
     if trainer.is_world_process_zero():
-        replace_file(result_path, json.dumps(done, indent=1).encode())
+        replace_file(result_path, json.dumps(done, indent=1, allow_nan=False).encode())
+        if not keep_checkpoint:
+            shutil.rmtree(folder / "trainer")
     return done
+
+
+def _last_whole(folder: Path) -> Path | None:
+    """The newest of Trainer's checkpoints that was saved to its end; a kill may leave a part."""
+    whole = [p for p in folder.glob("checkpoint-*") if (p / _LOG_SIZE).is_file()]
+    return max(whole, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
 
 
 def _data(spec: RunSpec, tokenizer: Any) -> tuple[_Encoded, _Encoded]:
@@ -379,18 +407,24 @@ def _curve(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         if "loss" in entry:
             training = entry
         elif "eval_accuracy" in entry:
-            loss = training.get("loss")
+            loss = _finite(training.get("loss"))
+            test_loss = _finite(entry["eval_loss"])
+            diverged = loss is None or test_loss is None
             curve.append(
                 {
                     "epoch": len(curve) + 1,
                     "step": entry["step"],
-                    "loss": loss if loss is not None and math.isfinite(loss) else None,
-                    "lr": training.get("learning_rate"),
-                    "error": 100 * (1 - entry["eval_accuracy"]),
-                    "test_loss": entry["eval_loss"],
+                    "loss": None if diverged else loss,
+                    "lr": _finite(training.get("learning_rate")),
+                    "error": None if diverged else 100 * (1 - entry["eval_accuracy"]),
+                    "test_loss": None if diverged else test_loss,
                 }
             )
     return curve
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _processes() -> int:

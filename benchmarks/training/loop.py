@@ -54,13 +54,14 @@ def train(
     if spec.model in RECIPES and RECIPES[spec.model].kind == "glue":
         from .glue import train_glue  # needs transformers
 
-        return train_glue(spec, root, on_epoch=on_epoch)
+        return train_glue(spec, root, keep_checkpoint=keep_checkpoint, on_epoch=on_epoch)
     folder = spec.folder(root)
     folder.mkdir(parents=True, exist_ok=True)
     result = folder / RESULT
     if result.exists():
         done: dict[str, Any] = json.loads(result.read_text())
-        check_same(spec, done["spec"], result)
+        paper = RECIPES.get(spec.model)
+        check_same(spec, paper.recipe if paper else spec.task().recipe, done, result)
         return done
     devices = [] if spec.device == "cpu" else [torch.device(spec.device)]
     with torch.random.fork_rng(devices=devices), _threads_and_kernels(spec):
@@ -91,7 +92,6 @@ class _Run:
         self.epochs = spec.epochs or task.recipe.epochs
         self.epoch = 0
         self.curve: list[dict[str, Any]] = []
-        self.angles: list[tuple[int, float | None]] = []
         self.diverged = False
         self.log = JsonLinesLog(folder / LOG)
         self.ranks = Ranks()
@@ -109,11 +109,11 @@ class _Run:
             spec.schedule_settings(task.recipe),
             on_reading=self.log,
             on_average=lambda decision: self._measure_statistics(),
-            warmup_steps=spec.warmup(task.recipe),
+            warmup_steps=spec.warmup(task.recipe, self.epochs * task.steps_per_epoch),
         )
         self.driver: Driver = SCHEDULES[spec.schedule].driver(self.setup)
-        window = task.steps_per_epoch if spec.angles == "epoch" else spec.angles
-        self.meter = None if window is None else AngularVelocity(self.driver.optimizer, int(window))
+        self.meters = self._meters()
+        self.angles: dict[str, list[tuple[int, float | None]]] = {n: [] for n in self.meters}
 
     def train_epoch(self) -> dict[str, Any]:
         """Train one epoch, evaluate, log."""
@@ -183,11 +183,28 @@ class _Run:
         with self._precision():
             return self.task.scores(self.model)
 
+    def _meters(self) -> dict[str, AngularVelocity]:
+        """The spec's meter under the name "angles", and those that go with one of epochs."""
+        optimizer, epoch = self.driver.optimizer, self.task.steps_per_epoch
+        if self.spec.angles is None:
+            return {}
+        if self.spec.angles != "epoch":
+            return {"angles": AngularVelocity(optimizer, int(self.spec.angles))}
+        meters = {
+            "angles": AngularVelocity(optimizer, epoch),
+            "end_angles": AngularVelocity(optimizer, epoch, snapshots=1),
+        }
+        if self.task.recipe.window is not None:
+            meters["window_angles"] = AngularVelocity(optimizer, self.task.recipe.window)
+        return meters
+
     def _observe(self) -> None:
-        reading = None if self.meter is None else self.meter.observe()
-        if reading is not None:
-            self.angles.append((reading.step, reading.angle))
-            self.log(Decision(**vars(reading), lr=(self.driver.lr,)))
+        for name, meter in self.meters.items():
+            reading = meter.observe()
+            if reading is not None:
+                self.angles[name].append((reading.step, reading.angle))
+                if name == "angles":
+                    self.log(Decision(**vars(reading), lr=(self.driver.lr,)))
 
     def _measure_statistics(self) -> None:
         """Batch-norm statistics of parameters that no batch has been run through."""
@@ -203,15 +220,17 @@ class _Run:
         """After an epoch, with the optimizer in evaluation mode; the first rank writes."""
         state = {
             "spec": asdict(self.spec),
+            "recipe": self.spec.recipe_in_use(self.task.recipe),
             "epoch": self.epoch,
             "curve": self.curve,
             "angles": self.angles,
             "diverged": self.diverged,
             "model": self.model.state_dict(),
             "driver": self.driver.state_dict(),
-            "meter": None if self.meter is None else self.meter.state_dict(),
+            "meters": {name: meter.state_dict() for name, meter in self.meters.items()},
             "random": self.random.get_state(),
             "torch_random": torch.get_rng_state(),
+            "cuda_random": self._cuda_random(),
             "log_size": self.log.path.stat().st_size if self.ranks.first else 0,
         }
         if not self.ranks.first:
@@ -230,15 +249,20 @@ class _Run:
                 self.log.path.unlink(missing_ok=True)
             return
         state = torch.load(path, map_location=self.spec.device, weights_only=True)
-        check_same(self.spec, state["spec"], path)
+        check_same(self.spec, self.task.recipe, state, path)
         self.epoch, self.curve, self.diverged = state["epoch"], state["curve"], state["diverged"]
-        self.angles = [(step, angle) for step, angle in state["angles"]]
+        self.angles = {
+            name: [(step, angle) for step, angle in pairs]
+            for name, pairs in state["angles"].items()
+        }
         self.model.load_state_dict(state["model"])
         self.driver.load_state_dict(state["driver"])
-        if self.meter is not None:
-            self.meter.load_state_dict(state["meter"])
+        for name, meter in self.meters.items():
+            meter.load_state_dict(state["meters"][name])
         self.random.set_state(state["random"].cpu())
         torch.set_rng_state(state["torch_random"].cpu())
+        if state["cuda_random"] is not None:
+            torch.cuda.set_rng_state(state["cuda_random"].cpu(), self.spec.device)
         if self.ranks.first:
             os.truncate(self.log.path, state["log_size"])
 
@@ -248,9 +272,10 @@ class _Run:
         last = self.curve[-1]
         return {
             "spec": asdict(self.spec),
+            "recipe": self.spec.recipe_in_use(self.task.recipe),
             "measure": self.task.measure,
             "initial_lr": self.setup.lr,
-            "settings": _plain(self.setup.settings),
+            "settings": self.setup.plain_settings(),
             "steps_per_epoch": self.task.steps_per_epoch,
             "diverged": self.diverged,
             "error": None if self.diverged else last["error"],
@@ -260,19 +285,22 @@ class _Run:
             "lr": last["lr"],
             "drops": self.driver.drops,
             "curve": self.curve,
-            "angles": [list(pair) for pair in self.angles],
+            "angles": [],
+            **{name: [list(pair) for pair in pairs] for name, pairs in self.angles.items()},
             "machine": machine(self.spec.device),
         }
 
     def close(self) -> None:
         self.log.close()
         self.driver.close()
-        if self.meter is not None:
-            self.meter.close()
+        for meter in self.meters.values():
+            meter.close()
 
-
-def _plain(settings: dict[str, Any]) -> dict[str, Any]:
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
+    def _cuda_random(self) -> torch.Tensor | None:
+        """State of the GPU's global generator, from which dropout draws there."""
+        if torch.device(self.spec.device).type != "cuda":
+            return None
+        return torch.cuda.get_rng_state(self.spec.device)
 
 
 @contextmanager

@@ -10,10 +10,11 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .curves import draw_bars, draw_curves, draw_rates
-from .exhibits import EXHIBITS, Entry, Exhibit, PaperRun
+from .exhibits import EXHIBITS, Entry, Exhibit, PaperRun, data_of
+from .ranks import Ranks
 from .recipes import RECIPES
 from .report import markdown_table, mean_and_std
 from .run import RESULT, RunSpec, check_same, machine
@@ -63,16 +64,30 @@ def list_exhibits(options: Options) -> list[str]:
     rows = []
     for exhibit in EXHIBITS.values():
         specs = _known_specs(exhibit, options)
-        done = sum((spec.folder(options.output) / RESULT).is_file() for spec in specs)
-        missing = [name for name in exhibit.data if name not in options.data]
-        state = f"{done} of {len(specs)} runs" if specs else "no runs"
+        states = [_state(spec, options.output) for spec in specs]
+        runs = [entry.run for entry in exhibit.entries if _wanted(entry.run, options)]
+        missing = [name for name in data_of(runs) if name not in options.data]
+        state = f"{states.count('finished')} of {len(specs)} runs" if specs else "no runs"
+        others = states.count("other")
+        state += f", {others} more under other settings" if others else ""
         needs = f", needs {' and '.join(missing)}" if missing else ""
         rows.append(f"{exhibit.name:15} {exhibit.title} ({state}{needs})")
-    rows.append("")
-    for name, source in SOURCES.items():
-        option = "--data " + name + "=" + ("CHECKPOINT" if name == "bert" else "FOLDER")
-        rows.append(f"{option}: {source.title}; {source.holds}. From {source.origin}.")
-    return rows
+    return [*rows, "", *(_describe(name) for name in SOURCES)]
+
+
+def _describe(name: str) -> str:
+    """What a data set's folder holds and where it comes from."""
+    source = SOURCES[name]
+    option = "--data " + name + "=" + ("CHECKPOINT" if name == "bert" else "FOLDER")
+    return f"{option}: {source.title}; {source.holds}. From {source.origin}."
+
+
+def _state(spec: RunSpec, output: Path) -> Literal["finished", "other", "open"]:
+    """Whether a run has ended; "other": its folder holds one of a subset or of another recipe."""
+    try:
+        return "open" if finished(spec, output) is None else "finished"
+    except ValueError:
+        return "other"
 
 
 def make_exhibit(name: str, options: Options, train: Train | None) -> list[Path]:
@@ -84,15 +99,17 @@ def make_exhibit(name: str, options: Options, train: Train | None) -> list[Path]
         train: trains specs under a title; None: only what is finished is taken.
 
     Returns:
-        Files that were written below ``options.output``: ``NAME.md`` and pictures.
+        Files that were written below ``options.output``: ``NAME.md`` and pictures. With several
+        ranks all of them train; the first one writes and measures, and the others return nothing.
     """
     exhibit = EXHIBITS[name]
     folder = options.output
     folder.mkdir(parents=True, exist_ok=True)
+    first = Ranks().first
     if exhibit.kind == "theory":
-        return _theory(exhibit, folder)
+        return _theory(exhibit, folder) if first else []
     if exhibit.kind == "time":
-        return [_write(exhibit, folder, _times(options), options)]
+        return [_write(exhibit, folder, _times(options), options)] if first else []
     entries = [e for e in exhibit.entries if _wanted(e.run, options)]
     unique: list[PaperRun] = []
     for entry in entries:
@@ -107,10 +124,15 @@ def make_exhibit(name: str, options: Options, train: Train | None) -> list[Path]
         text = _table(exhibit, entries, results)
     else:
         text = [f"{e.column}: {len(results(e.run))} finished runs." for e in entries]
-    missing = [d for d in exhibit.data if d not in options.data]
+    if not first:
+        return []
+    missing = [d for d in data_of(unique) if d not in options.data]
     if missing and train is not None:
-        needed = "; ".join(f"--data {d}={SOURCES[d].title}" for d in missing)
-        text += ["", f"Not run for want of data: {needed}."]
+        text += ["", "Some runs lack their data:", "", *(f"- {_describe(d)}" for d in missing)]
+    alone = dict.fromkeys(RECIPES[run.model].title for run in unique if not _shares(run))
+    if alone and train is not None:
+        text += ["", f"Not run, because it takes one process: {', '.join(alone)}. Run it again "]
+        text[-1] += "without torchrun; finished runs are kept."
     lines = {e.column: results(e.run) for e in entries if results(e.run)}
     pictures = []
     picture = folder / f"{name}.png"
@@ -118,7 +140,7 @@ def make_exhibit(name: str, options: Options, train: Train | None) -> list[Path]
         draw_curves(lines, picture, title=exhibit.title)
         pictures.append(picture)
     elif exhibit.kind == "rates" and lines:
-        draw_rates(lines, picture, title=exhibit.title)
+        draw_rates(lines, picture, title=exhibit.title, angles=exhibit.angles)
         pictures.append(picture)
     elif exhibit.kind == "epochs":
         bars: dict[str, dict[str, float]] = {}
@@ -132,6 +154,11 @@ def make_exhibit(name: str, options: Options, train: Train | None) -> list[Path]
     text += ["", *(f"![{exhibit.title}]({p.name})" for p in pictures)]
     machines = sorted({r["machine"] for _, found in of_run for r in found})
     return [_write(exhibit, folder, text, options, machines), *pictures]
+
+
+def _shares(run: PaperRun) -> bool:
+    """Whether the processes that there are can share a run: CIFAR is whole on one device."""
+    return Ranks().size == 1 or RECIPES[run.model].kind != "cifar"
 
 
 def _wanted(run: PaperRun, options: Options) -> bool:
@@ -166,8 +193,7 @@ def _seeds(run: PaperRun, options: Options) -> Sequence[int]:
 def _results(run: PaperRun, options: Options, train: Train | None, title: str) -> list[Result]:
     """Of all seeds that are finished, after training what can be trained."""
     base = base_spec(run, options)
-    needed = (RECIPES[run.model].data, *(("bert",) if RECIPES[run.model].kind == "glue" else ()))
-    if train is None or any(name not in options.data for name in needed):
+    if any(name not in options.data for name in data_of([run])) or not _shares(run):
         train = None
     title = f"{title}: {run.model}, {run.schedule}"
 
@@ -210,7 +236,12 @@ def _known_specs(exhibit: Exhibit, options: Options) -> list[RunSpec]:
         base = base_spec(entry.run, options)
         specs += [s for s in _tries(entry.run, base) if s not in specs]
         settled = _settled(
-            entry.run, base, lambda tries: [finished(s, options.output) for s in tries]
+            entry.run,
+            base,
+            lambda tries: [
+                finished(s, options.output) if _state(s, options.output) == "finished" else None
+                for s in tries
+            ],
         )
         for seed in _seeds(entry.run, options):
             spec = replace(settled or base, seed=seed)
@@ -229,7 +260,7 @@ def finished(spec: RunSpec, output: Path) -> Result | None:
     if not path.is_file():
         return None
     result: Result = json.loads(path.read_text())
-    check_same(spec, result["spec"], path, ignored=_OF_THE_MACHINE)
+    check_same(spec, RECIPES[spec.model].recipe, result, path, ignored=_OF_THE_MACHINE)
     return result
 
 
@@ -273,8 +304,13 @@ def _theory(exhibit: Exhibit, folder: Path) -> list[Path]:
     """Figures that need no training: ``autodrop demo`` draws them."""
     task, picture = exhibit.command
     made = folder / "theory"
-    command = [sys.executable, "-m", "autodrop_ext", "demo", "--task", task, "--output", str(made)]
-    subprocess.run(command, check=True)
+    arguments = ["-m", "autodrop_ext", "demo", "--task", task, "--output", str(made)]
+    ended = subprocess.run([sys.executable, *arguments], check=False)
+    if ended.returncode:
+        raise ChildProcessError(
+            f"{exhibit.name}: `python {' '.join(arguments)}` ended with status {ended.returncode}; "
+            "its own message is above"
+        )
     target = folder / f"{exhibit.name}.png"
     shutil.copyfile(made / picture, target)
     return [target]

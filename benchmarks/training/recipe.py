@@ -19,15 +19,18 @@ class Recipe:
         rates: grid of initial rates that settings are chosen from.
         epochs: of a run.
         window: AutoDrop's ``k``; None: the rule of
-            :func:`~autodrop_ext.schedulers.auto_window.window_for`.
+            :func:`~autodrop_ext.schedulers.auto_window.window_for`, which has no floor, where
+            ``window="auto"`` of the package never goes below 16.
         momentum, nesterov: of SGD.
         weight_decay: as the optimizer takes it.
         betas, eps: of Adam and AdamW.
-        batch: examples a step, or tokens a step of a translation task; None: the task's own.
+        batch: examples a step, or tokens of each language of a translation task; None: the
+            task's own.
         settings: of schedules, by the schedule's name, where they differ from its usual ones.
         search: values of settings that are tried before a schedule's runs count, by the schedule's
             name; they come on top of what the schedule itself searches.
         warmup_steps: of those schedules in ``warmed``; the rate rises linearly from nearly zero.
+        warmup_share: of the run, instead of a number of steps.
         warmed: names of schedules.
     """
 
@@ -45,6 +48,7 @@ class Recipe:
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     search: Mapping[str, Mapping[str, tuple[Any, ...]]] = field(default_factory=dict)
     warmup_steps: int = 0
+    warmup_share: float = 0.0
     warmed: tuple[str, ...] = ()
 
 

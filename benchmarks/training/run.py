@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -38,8 +39,9 @@ class RunSpec:
         checkpoint: folder or hub name of the pretrained model that GLUE's tasks start from.
         warmup_steps: over which the rate rises linearly; None: those of the recipe, for the
             schedules that it warms.
-        angles: window of an angular-velocity meter that only watches, in steps, or "epoch"; None:
-            none.
+        angles: window of an angular-velocity meter that only watches, in steps; None: none. "epoch"
+            is three meters: of the means of epochs, of the parameters at the ends of epochs, and
+            of the recipe's window.
         log_every: steps between two lines of the log.
     """
 
@@ -63,17 +65,35 @@ class RunSpec:
     angles: int | str | None = None
     log_every: int = 50
 
-    def warmup(self, recipe: Recipe) -> int:
-        """Steps of warm-up in this run."""
+    def warmup(self, recipe: Recipe, steps: int) -> int:
+        """Steps of warm-up in a run of so many steps."""
         if self.warmup_steps is not None:
             return self.warmup_steps
-        return recipe.warmup_steps if self.schedule in recipe.warmed else 0
+        if self.schedule not in recipe.warmed:
+            return 0
+        return recipe.warmup_steps or round(recipe.warmup_share * steps)
 
     def schedule_settings(self, recipe: Recipe) -> dict[str, Any]:
         """The schedule's own, then the recipe's, then the run's."""
         schedule = SCHEDULES[self.schedule]
         changes = {**recipe.settings.get(self.schedule, {}), **self.settings}
         return schedule.settings_with(changes)
+
+    def recipe_in_use(self, recipe: Recipe) -> dict[str, Any]:
+        """All of the recipe and of the schedule's settings that decides this run, for JSON."""
+        used = asdict(recipe)
+        for name in ("rates", "search", "settings", "warmed"):
+            del used[name]
+        for name in ("lr", "epochs", "batch"):
+            if getattr(self, name) is not None:  # the run's own, not the recipe's
+                del used[name]
+        if self.warmup_steps is not None or self.schedule not in recipe.warmed:
+            del used["warmup_steps"], used["warmup_share"]
+        if self.schedule != "autodrop":
+            del used["window"]
+        used["schedule"] = self.schedule_settings(recipe)
+        plain: dict[str, Any] = json.loads(json.dumps(used))
+        return plain
 
     def folder(self, root: Path) -> Path:
         """Where the run keeps its files: one folder for each combination of settings."""
@@ -114,16 +134,34 @@ _OF_NO_EFFECT = ("data", "cache", "log_every", "workers")
 
 
 def check_same(
-    spec: RunSpec, found: dict[str, Any], path: Path, ignored: tuple[str, ...] = _OF_NO_EFFECT
+    spec: RunSpec,
+    recipe: Recipe,
+    found: Mapping[str, Any],
+    path: Path,
+    ignored: tuple[str, ...] = _OF_NO_EFFECT,
 ) -> None:
-    """Raises ValueError unless a run that was found is the one of the spec."""
-    wanted = json.loads(json.dumps(asdict(spec)))
-    found = json.loads(json.dumps(found))
-    differing = [
-        f"{k} (expected {wanted[k]!r}, found {found.get(k)!r})"
-        for k in wanted
-        if k not in ignored and wanted[k] != found.get(k)
-    ]
+    """Check that a run that was found is the one of a spec under a recipe.
+
+    Args:
+        spec: what is wanted.
+        recipe: of its model, as it is now.
+        found: has the keys "spec" and "recipe" of the run that was found.
+        path: of its file.
+        ignored: fields of the spec that may differ.
+
+    Raises:
+        ValueError: a field of the spec or of the recipe differs; the message names it.
+    """
+    differing = []
+    for name, wanted in (("spec", asdict(spec)), ("recipe", spec.recipe_in_use(recipe))):
+        wanted = json.loads(json.dumps(wanted))
+        there = json.loads(json.dumps(found.get(name, {})))
+        prefix = "" if name == "spec" else "the recipe's "
+        differing += [
+            f"{prefix}{k} (expected {v!r}, found {there.get(k)!r})"
+            for k, v in wanted.items()
+            if (k not in ignored or name == "recipe") and v != there.get(k)
+        ]
     if differing:
         raise ValueError(
             f"{path}: holds another run: {', '.join(differing)}; give another folder, or delete it"

@@ -55,6 +55,26 @@ class Setup:
         """Of the run, without its warm-up; at least 1."""
         return max(1, self.epochs * self.steps_per_epoch - self.warmup_steps)
 
+    @property
+    def window(self) -> int:
+        """AutoDrop's ``k`` in this run: the setting, or the recipe's, or the rule's."""
+        window = self.settings["window"]
+        if window is None:
+            window = self.recipe.window or "auto"
+        if window == "auto":
+            # Without the floor of 16 of the package's window="auto": short runs would never drop.
+            window = window_for(
+                self.steps,
+                factor=self.settings["factor"],
+                min_samples=self.settings["min_samples"],
+            )
+        return int(window)
+
+    def plain_settings(self) -> dict[str, Any]:
+        """For JSON, with AutoDrop's window as it is in this run."""
+        settings = {k: list(v) if isinstance(v, tuple) else v for k, v in self.settings.items()}
+        return {**settings, "window": self.window} if "window" in settings else settings
+
     def optimizer(self) -> Optimizer:
         """The recipe's, at the initial rate."""
         r, params = self.recipe, self.model.parameters()
@@ -126,11 +146,7 @@ def _constant(s: Setup) -> Driver:
 
 def _autodrop(s: Setup) -> Driver:
     optimizer = s.optimizer()
-    settings = dict(s.settings)
-    if settings["window"] is None:
-        settings["window"] = s.recipe.window or "auto"
-    if settings["window"] == "auto":
-        settings["window"] = window_for(s.steps, factor=settings["factor"])
+    settings = {**s.settings, "window": s.window}
     return Driver(
         optimizer,
         AutoDrop(optimizer, **settings, warmup_steps=s.warmup_steps, on_reading=s.on_reading),
@@ -283,8 +299,8 @@ SCHEDULES: dict[str, Schedule] = {
     "constant": Schedule("constant", "", _constant),
     "autodrop": Schedule(
         "AutoDrop",
-        "UAI 2024, section 4.1; window: 64 on CIFAR (Table 15), 640 on ImageNet, elsewhere the "
-        "package's rule that it can reach 1/100 of the initial rate",
+        "UAI 2024, section 4.1; window: 64 on CIFAR (Table 15), 640 on ImageNet, elsewhere "
+        "the package's rule that it can reach 1/100 of the initial rate, without its floor of 16",
         _autodrop,
         {
             "window": None,

@@ -223,7 +223,8 @@ def make_task(
         device: where it trains.
         data: folder of the data set.
         cache: file of what is decoded once, next to the data unless given.
-        batch: examples a step (tokens of a translation task); None: the recipe's.
+        batch: examples a step (tokens of each language of a translation task); None: the
+            recipe's.
         subset: examples to train on, and at most as many to test on; None: all.
         workers: processes that decode images (ImageNet).
         validation: test on a fifth of the training data, and train on the rest.

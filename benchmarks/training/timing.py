@@ -40,9 +40,11 @@ def time_steps(
 
     Every schedule has a model, an optimizer and the same random images of its own. In each round
     all of them take ``steps`` steps, one schedule after the other, in an order that turns by one
-    from round to round. A step is the loss, its gradient, the optimizer and the schedule. What
-    happens less often than once a step, such as AutoDrop's closing of a window or TLR's change of
-    the rate, is in those rounds in which it happens, so that the mean over rounds is what counts.
+    from round to round. A step is the loss, its gradient, the optimizer and the schedule, as in
+    training: channels last and cuDNN's choice of kernels on a GPU. What happens less often than
+    once a round, AutoDrop's closing of a window and TLR's change of the rate, is made to happen
+    once in each: their window and gap are ``steps`` where the paper's are longer. So the times of
+    these two are bounds from above.
 
     Args:
         model: of :data:`training.recipes.RECIPES`, an image model.
@@ -59,45 +61,70 @@ def time_steps(
     if paper.build is None or paper.classes is None:
         raise ValueError(f"model: expected an image model, got {model!r}")
     side = side or _SIDES[paper.kind]
+    kind = torch.device(device).type
+    memory = torch.channels_last if kind == "cuda" else torch.contiguous_format
     random = torch.Generator().manual_seed(0)
-    images = torch.randn(batch, 3, side, side, generator=random).to(device)
+    images = torch.randn(batch, 3, side, side, generator=random).to(device, memory_format=memory)
     labels = torch.randint(paper.classes or 1, (batch,), generator=random).to(device)
     drivers: dict[str, Any] = {}
     models: dict[str, torch.nn.Module] = {}
     for name in schedules:
         torch.manual_seed(0)
-        models[name] = paper.build(paper.classes).to(device)
+        models[name] = paper.build(paper.classes).to(device, memory_format=memory)
         schedule = SCHEDULES[name]
-        drivers[name] = schedule.driver(
-            Setup(
-                models[name],
-                paper.recipe,
-                paper.recipe.lr,
-                paper.recipe.epochs,
-                _EXAMPLES[paper.kind] // batch,
-                schedule.settings_with(paper.recipe.settings.get(name, {})),
-            )
+        setup = Setup(
+            models[name],
+            paper.recipe,
+            paper.recipe.lr,
+            paper.recipe.epochs,
+            _EXAMPLES[paper.kind] // batch,
+            schedule.settings_with(paper.recipe.settings.get(name, {})),
         )
+        setup.settings.update(_once_a_round(setup, name, steps))
+        drivers[name] = schedule.driver(setup)
     seconds: dict[str, list[float]] = {name: [] for name in schedules}
-    kind = torch.device(device).type
-    for turn in range(rounds + 1):
-        for i in range(len(schedules)):
-            name = schedules[(turn + i) % len(schedules)]
-            net, driver = models[name], drivers[name]
-            _wait(kind)
-            start = time.perf_counter()
-            for _ in range(steps):
-                with torch.autocast(kind, torch.bfloat16, enabled=bf16):
-                    loss = functional.cross_entropy(net(images), labels)
-                driver.optimizer.zero_grad()
-                loss.backward()
-                driver.step()
-            _wait(kind)
-            if turn:
-                seconds[name].append((time.perf_counter() - start) / steps)
-    for driver in drivers.values():
-        driver.close()
+    benchmark = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = kind == "cuda"
+    try:
+        for turn in range(rounds + 1):
+            for name in order(schedules, turn):
+                net, driver = models[name], drivers[name]
+                _wait(kind)
+                start = time.perf_counter()
+                for _ in range(steps):
+                    with torch.autocast(kind, torch.bfloat16, enabled=bf16):
+                        loss = functional.cross_entropy(net(images), labels)
+                    driver.optimizer.zero_grad()
+                    loss.backward()
+                    driver.step()
+                _wait(kind)
+                if turn:
+                    seconds[name].append((time.perf_counter() - start) / steps)
+    finally:
+        torch.backends.cudnn.benchmark = benchmark
+        for driver in drivers.values():
+            driver.close()
     return seconds
+
+
+def order(schedules: Sequence[str], turn: int) -> list[str]:
+    """The order of a round: the schedules turned by one from round to round."""
+    first = turn % len(schedules)
+    return [*schedules[first:], *schedules[:first]]
+
+
+def _once_a_round(setup: Setup, name: str, steps: int) -> dict[str, Any]:
+    """Settings with which a schedule does all that it does within so many steps."""
+    settings = setup.settings
+    if name == "autodrop":
+        return {"window": min(setup.window, steps)}
+    if name == "tlr":
+        part = steps / setup.steps_per_epoch
+        return {
+            "gap_epochs": min(settings["gap_epochs"], part),
+            "least_gap": min(settings["least_gap"], steps),
+        }
+    return {}
 
 
 def describe(seconds: Sequence[float]) -> str:

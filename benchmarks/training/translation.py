@@ -29,6 +29,7 @@ _SMOOTHING = 0.1
 _MOST_TOKENS = 256  # longer pairs are left out of training
 _BEAMS, _LENGTH_PENALTY, _LONGER = 4, 0.6, 50  # Vaswani et al. 2017: at most 50 more than the input
 _TRANSLATED = 64  # sentences at a time
+_ENCODED = 10_000  # sentences at a time
 STEPS = 1000  # of a nominal epoch: 10,000 iterations are ten of them
 
 
@@ -65,6 +66,30 @@ def read_pairs(root: Path, split: str) -> tuple[list[str], list[str]]:
     return sides
 
 
+class Sentences(Sequence[np.ndarray]):
+    """Token ids of many sentences, end to end in one array.
+
+    Args:
+        ids: uint16 ``[tokens]``.
+        lengths: int64 ``[n]``, tokens of each sentence.
+    """
+
+    def __init__(self, ids: np.ndarray, lengths: np.ndarray) -> None:
+        self.ids, self.lengths = ids, lengths
+        self._starts = np.cumsum(lengths) - lengths
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, i: Any) -> np.ndarray:
+        start = self._starts[i]
+        return self.ids[start : start + self.lengths[i]]
+
+    def only(self, kept: np.ndarray) -> Sentences:
+        """Those that a mask ``[n]`` chooses."""
+        return Sentences(self.ids[np.repeat(kept, self.lengths)], self.lengths[kept])
+
+
 class Translation:
     """A transformer on parallel text.
 
@@ -76,8 +101,9 @@ class Translation:
         data: folder with ``train``, ``valid`` and ``test`` in both languages; see
             :func:`read_pairs`.
         device: where the model trains.
-        cache: file of the vocabulary; ``subwords.json`` next to the data unless given.
-        batch: tokens a step, source and target together, padding included.
+        cache: file of the vocabulary; ``subwords.json`` next to the data unless given. The encoded
+            training sentences are kept next to it.
+        batch: tokens a step of each language, padding included.
         subset: pairs to train on, and at most as many to validate and to test on; None: all.
         validation: translate the validation sentences instead of the test's.
         subwords: how many are learned.
@@ -89,7 +115,7 @@ class Translation:
     """
 
     measure = "100 - BLEU"
-    evaluate_every = 5
+    evaluate_every = 1  # UAI 2024, Figure 12, is a curve
 
     def __init__(
         self,
@@ -113,18 +139,20 @@ class Translation:
         self._vocabulary = _vocabulary(path, train, subwords)
         self._end = self._vocabulary.token_to_id(_END)
         self._pad = self._vocabulary.token_to_id(_PAD)
-        self._train = self._encoded(train, most=_MOST_TOKENS)
+        self._train = self._encoded_once(path, train)
         self._valid = self._encoded(valid)
-        self._test_sources = self._encoded([test[0], test[0]])[0]
+        self._test_sources = self._side(test[0])
         self._references = test[1]
         self._tokens = (batch or 25_000) // self._ranks.size
-        self._sizes = np.array(
-            [max(len(s), len(t) + 1) for s, t in zip(*self._train, strict=True)], dtype=np.int64
-        )
-        if not len(self._sizes) or 2 * int(self._sizes.min()) > self._tokens:
+        self._sizes = np.maximum(self._train[0].lengths, self._train[1].lengths)
+        if not len(self._sizes):
             raise ValueError(
-                f"batch: expected at least {2 * int(self._sizes.min(initial=1))} tokens for each "
-                f"of {self._ranks.size} ranks, the shortest training pair, got {self._tokens}"
+                f"{root}: expected training pairs of 1 to {_MOST_TOKENS - 1} subwords, got none"
+            )
+        if int(self._sizes.min()) > self._tokens:
+            raise ValueError(
+                f"batch: expected at least {self._sizes.min()} tokens for each of "
+                f"{self._ranks.size} ranks, the shortest training pair, got {self._tokens}"
             )
         self._order: list[np.ndarray] = []
         # Fewer than 1,000 only where the data have no more batches: an epoch repeats none.
@@ -195,7 +223,11 @@ class Translation:
         return iter(())
 
     def _cross_entropy(
-        self, model: nn.Module, data: Sequence[list[np.ndarray]], part: np.ndarray, smoothing: float
+        self,
+        model: nn.Module,
+        data: tuple[Sentences, Sentences],
+        part: np.ndarray,
+        smoothing: float,
     ) -> Tensor:
         sources, mask = self._padded([data[0][i] for i in part])
         targets, _ = self._padded([data[1][i] for i in part])
@@ -218,36 +250,61 @@ class Translation:
         return ids, (ids != self._pad).long()
 
     def _cut(
-        self, order: np.ndarray, data: Sequence[list[np.ndarray]] | None = None
+        self, order: np.ndarray, data: tuple[Sentences, Sentences] | None = None
     ) -> list[np.ndarray]:
-        """Batches of neighbours in an order, each of as many pairs as its longest one allows."""
-        sizes = self._sizes
-        if data is not None:
-            sizes = np.array([max(len(s), len(t)) for s, t in zip(*data, strict=True)])
+        """Batches of neighbours in an order, each of as many pairs as its longest side allows."""
+        sizes = self._sizes if data is None else np.maximum(data[0].lengths, data[1].lengths)
         batches: list[np.ndarray] = []
         start, longest = 0, 0
         for end, index in enumerate(order):
             longest = max(longest, int(sizes[index]))
-            if 2 * longest * (end + 1 - start) > self._tokens and end > start:
+            if longest * (end + 1 - start) > self._tokens and end > start:
                 batches.append(order[start:end])
                 start, longest = end, int(sizes[index])
         batches.append(order[start:])
         return batches
 
-    def _encoded(
-        self, sides: Sequence[list[str]], most: int | None = None
-    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Token ids with an end each; pairs with a side that is longer than ``most`` left out."""
-        ids = [
-            [np.array([*e.ids, self._end], np.uint16) for e in self._vocabulary.encode_batch(side)]
-            for side in sides
-        ]
-        if most is None:
-            return ids[0], ids[1]
-        kept = [
-            (s, t) for s, t in zip(*ids, strict=True) if 1 < len(s) <= most and 1 < len(t) <= most
-        ]
-        return [s for s, _ in kept], [t for _, t in kept]
+    def _encoded(self, sides: Sequence[list[str]]) -> tuple[Sentences, Sentences]:
+        """Token ids with an end each."""
+        return self._side(sides[0]), self._side(sides[1])
+
+    def _side(self, lines: list[str]) -> Sentences:
+        blocks, lengths = [np.empty(0, np.uint16)], []
+        # All at once, millions of the library's encodings with their offsets would fill the memory.
+        for start in range(0, len(lines), _ENCODED):
+            encoded = self._vocabulary.encode_batch(lines[start : start + _ENCODED])
+            ids = [np.array([*e.ids, self._end], np.uint16) for e in encoded]
+            lengths += [len(row) for row in ids]
+            blocks.append(np.concatenate(ids))
+        return Sentences(np.concatenate(blocks), np.array(lengths, np.int64))
+
+    def _encoded_once(self, path: Path, sides: Sequence[list[str]]) -> tuple[Sentences, Sentences]:
+        """The training pairs that are neither empty nor too long, encoded or from their file."""
+        kept_in = path.with_name(f"{path.name}.train.npz")
+        key = hashlib.sha256(f"{_MOST_TOKENS} {self._vocabulary.to_str()}".encode())
+        key.update(_digest(sides).encode())
+        if kept_in.exists():
+            with np.load(kept_in) as kept:
+                if str(kept["key"]) == key.hexdigest():
+                    names = (("sources", "source_lengths"), ("targets", "target_lengths"))
+                    source, target = (Sentences(kept[ids], kept[n]) for ids, n in names)
+                    return source, target
+        encoded = self._encoded(sides)
+        lengths = np.stack([side.lengths for side in encoded])
+        kept_pairs = ((lengths > 1) & (lengths <= _MOST_TOKENS)).all(axis=0)
+        source, target = (side.only(kept_pairs) for side in encoded)
+        part = kept_in.with_name(f"{kept_in.name}.{os.getpid()}.part")
+        with part.open("wb") as file:
+            np.savez(
+                file,
+                key=key.hexdigest(),
+                sources=source.ids,
+                source_lengths=source.lengths,
+                targets=target.ids,
+                target_lengths=target.lengths,
+            )
+        os.replace(part, kept_in)
+        return source, target
 
 
 def build(subwords: int, pad: int, end: int, size: str = "base") -> nn.Module:
@@ -293,14 +350,10 @@ def _vocabulary(path: Path, train: Sequence[list[str]], subwords: int) -> Any:
     The file says which text it was learned from; for other text or another size it is not used.
     """
     tokenizers = _needed("tokenizers")
-    digest = hashlib.sha256(str(subwords).encode())
-    for side in train:
-        for line in side:
-            digest.update(line.encode())
-            digest.update(b"\n")
+    learned_from = f"{subwords} {_digest(train)}"
     if path.exists():
         kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept.get("learned_from") == digest.hexdigest():
+        if kept.get("learned_from") == learned_from:
             return tokenizers.Tokenizer.from_str(kept["vocabulary"])
     vocabulary = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token=_UNKNOWN))
     vocabulary.normalizer = tokenizers.normalizers.NFKC()
@@ -310,12 +363,22 @@ def _vocabulary(path: Path, train: Sequence[list[str]], subwords: int) -> Any:
         vocab_size=subwords, special_tokens=[_PAD, _UNKNOWN, _END], show_progress=False
     )
     vocabulary.train_from_iterator((line for side in train for line in side), trainer)
-    content = {"learned_from": digest.hexdigest(), "vocabulary": vocabulary.to_str()}
+    content = {"learned_from": learned_from, "vocabulary": vocabulary.to_str()}
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     part.write_text(json.dumps(content), encoding="utf-8")
     os.replace(part, path)
     return vocabulary
+
+
+def _digest(sides: Sequence[list[str]]) -> str:
+    """Of all lines, one side after the other."""
+    digest = hashlib.sha256()
+    for side in sides:
+        for line in side:
+            digest.update(line.encode())
+            digest.update(b"\n")
+    return digest.hexdigest()
 
 
 def _needed(name: str) -> Any:

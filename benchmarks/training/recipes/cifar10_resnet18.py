@@ -30,6 +30,7 @@ RECIPE = PaperRecipe(
     sources="Both papers take the setting from Lookahead (Zhang et al. 2019): heavy-ball momentum "
     "0.9, 200 epochs of batches of 128, rate times 0.2 after 60, 120 and 160 epochs. Rate 0.05 is "
     "the one of 2021, Table 2, whose numbers are those of its Table 1. Neither paper prints the "
-    "weight decay; 5e-4 is that of Wide ResNets. The 2021 authors' program trains ResNets with "
-    "Nesterov momentum; the recipe follows the papers.",
+    "weight decay; 5e-4 is the one of the 2021 authors' program for this model, as is the rate "
+    "(resnet_cifar.sh: wd=0.0005, lr=0.05). That program trains CIFAR's ResNets with Nesterov "
+    "momentum; the recipe follows the papers.",
 )

@@ -24,7 +24,7 @@ RECIPE = PaperRecipe(
         batch=256,
         settings={
             "step": {"milestones": MILESTONES, "factor": 0.1},
-            "epoch-autodrop": {"factor": 0.1},
+            "epoch-autodrop": {"factor": 0.1, "delay": 20},
         },
         search=IMAGE_SEARCH,
     ),
