@@ -21,6 +21,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
+import autodrop_ext.meter
 from autodrop_ext import AngularVelocity, AutoDrop
 
 SETTINGS: dict[str, Any] = {"window": 2, "factor": 0.5, "buffer_size": 2, "min_samples": 2}
@@ -489,3 +490,15 @@ def test_a_library_that_calls_step_is_not_blamed(
     with pytest.warns(RuntimeWarning, match="without an optimizer step") as caught:
         namespace["train"]()
     assert [w.filename for w in caught] == [__file__]
+
+
+def test_a_lost_rank_is_reported_with_the_name_of_the_scheduler(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def gather_text(text: str) -> list[str]:
+        raise RuntimeError("connection closed by peer")
+
+    ranks = types.SimpleNamespace(rank=1, size=4, stage=0, num_stages=1, gather_text=gather_text)
+    monkeypatch.setattr(autodrop_ext.meter, "find_group", lambda group, shards: ranks)
+    with pytest.raises(RuntimeError, match=r"^AutoDrop on rank 1: its settings could not be"):
+        Training().step()

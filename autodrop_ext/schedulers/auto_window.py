@@ -29,7 +29,7 @@ def window_for(
         total_decay: in (0, 1).
 
     This is the package's only rule; the benchmarks use it too, without the floor of
-    :data:`LEAST_WINDOW` steps that ``AutoDrop(window="auto")`` adds.
+    ``LEAST_WINDOW`` steps that ``AutoDrop(window="auto")`` adds.
 
     Returns:
         Optimizer steps, at least 1.

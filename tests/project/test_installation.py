@@ -18,6 +18,10 @@ CSRC = ROOT / "csrc"
 if not CSRC.exists():
     pytest.skip("the sources are not beside the installed package", allow_module_level=True)
 
+pytestmark = pytest.mark.skipif(
+    shutil.which("cmake") is None, reason="needs cmake: pip install cmake"
+)
+
 KNOWN = "compute_80 compute_86 compute_89 compute_90 compute_120"
 ALL = "80-real 86-real 89-real 90-real 120-real 120-virtual"
 
@@ -81,6 +85,20 @@ def test_kernels_are_compiled_for_the_gpus_that_are_seen(
 
 def test_the_users_choice_of_architectures_stays(tmp_path: pathlib.Path) -> None:
     assert chosen(tmp_path, "echo 9.0", CUDAARCHS="native")[0] == ""
+
+
+@pytest.mark.skipif(shutil.which("script") is None, reason="needs script, of util-linux")
+def test_a_terminal_is_told_what_takes_long(tmp_path: pathlib.Path) -> None:
+    """pip swallows the output of a build."""
+    code = tmp_path / "announce.cmake"
+    code.write_text(
+        f"include({CSRC}/cuda/architectures.cmake)\n"
+        "set(CMAKE_CUDA_ARCHITECTURES 80-real 90)\nautodrop_announce()\n"
+    )
+    command = f"cmake -P '{code}' > /dev/null 2>&1"
+    script = ["script", "-qec", command, "/dev/null"]
+    done = subprocess.run(script, capture_output=True, text=True, check=True)
+    assert "compiling CUDA kernels for 2 GPU architectures takes about 1 min" in done.stdout
 
 
 @pytest.mark.slow
