@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import pathlib
 import re
+import runpy
+import types
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -231,3 +233,27 @@ def test_messages_are_in_the_troubleshooting_page() -> None:
     assert len(found) > 30  # the search itself works
     missing = [f"{where}: {text}" for where, text in found if text not in page]
     assert not missing, "not in docs/troubleshooting.md:\n" + "\n".join(missing)
+
+
+# ---- pictures ---------------------------------------------------------------------------------
+
+
+def test_dark_pages_show_dark_pictures(tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("sphinx")
+    from docutils import frontend, nodes, utils
+
+    conf = runpy.run_path(str(DOCS / "conf.py"))
+    for name in ("a.png", "a-dark.png", "b.png"):
+        (tmp_path / name).touch()
+    settings = frontend.get_default_settings()
+    settings.env = types.SimpleNamespace(docname="page", doc2path=lambda name: tmp_path / "page.md")
+    document = utils.new_document("page", settings)
+    uris = ("a.png", "b.png", "https://example.org/a.png")
+    document.extend([nodes.image(uri=uri) for uri in uris])
+    conf["DarkPictures"](document).apply()
+    assert [(image["uri"], image["classes"]) for image in document.findall(nodes.image)] == [
+        ("a.png", ["only-light"]),
+        ("a-dark.png", ["only-dark"]),
+        ("b.png", []),
+        ("https://example.org/a.png", []),
+    ]
