@@ -42,8 +42,8 @@ function(autodrop_announce)
   # 10 seconds for each architecture on one core, and 20 for everything else.
   math(EXPR minutes "(20 + 10 * ${count} / ${cores} + 59) / 60")
   string(CONCAT line "autodrop_ext: compiling CUDA kernels for ${count} GPU architectures takes "
-                     "about ${minutes} min on ${cores} cores. CUDAARCHS=native compiles for this "
-                     "machine's GPU alone, AUTODROP_CUDA=0 compiles none.")
+                     "about ${minutes} min on ${cores} cores. CUDAARCHS=native, or a number such as "
+                     "90, compiles for one GPU; AUTODROP_CUDA=0 compiles none.")
   message(STATUS "${line}")
   execute_process(COMMAND sh -c "printf '\\n%s\\n' \"$1\" > /dev/tty" sh "${line}"
                   OUTPUT_QUIET ERROR_QUIET RESULT_VARIABLE unused)
