@@ -185,7 +185,9 @@ def resumes(rank: int, folder: str, form: str, at: int) -> Seen:
         dcp.load(state, checkpoint_id=folder)
         set_model_state_dict(model, state["model"])
         # torch's helper for the optimizer's state would restore the rates too.
-        for group, lr in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
+        for group, lr in zip(
+            scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True
+        ):
             group["lr"] = lr
         return train(model, scheduler, at)
 
