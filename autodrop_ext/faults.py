@@ -32,6 +32,9 @@ _CALLERS = (
 class Warnings:
     """Warnings that carry the name of what the user made and point to the user's line.
 
+    Between :meth:`hold` and :meth:`release` they wait, because a warning that is an error would
+    leave what is between them half done.
+
     Args:
         owner: class that the user made, such as "AutoDrop".
     """
@@ -39,6 +42,8 @@ class Warnings:
     def __init__(self, owner: str) -> None:
         self.owner = owner
         self._said: set[str] = set()
+        self._held = False
+        self._waiting: list[str] = []
 
     def once(self, kind: str, message: str) -> None:
         """Warn, unless there was a warning of this kind."""
@@ -51,8 +56,21 @@ class Warnings:
         return kind in self._said
 
     def warn(self, message: str) -> None:
-        """Warn."""
-        warnings.warn(f"{self.owner}: {message}", RuntimeWarning, stacklevel=_users_level())
+        """Warn, or let the warning wait."""
+        self._waiting.append(message)
+        if not self._held:
+            self.release()
+
+    def hold(self) -> None:
+        """Let warnings wait for :meth:`release`."""
+        self._held = True
+
+    def release(self) -> None:
+        """Warn of what has waited; after an error, the rest waits for the next call."""
+        self._held = False
+        while self._waiting:
+            message = f"{self.owner}: {self._waiting.pop(0)}"
+            warnings.warn(message, RuntimeWarning, stacklevel=_users_level())
 
 
 def _users_level() -> int:
@@ -87,7 +105,7 @@ class Faults:
         self._unknown_errors = 0
 
     def parameters_changed(self, windows: int) -> None:
-        """The tensors are not those that the plan was made of."""
+        """Warn that the parameters were changed."""
         self.warnings.once(
             "changed",
             "the watched parameters were moved, replaced, added or frozen; the window is discarded "
@@ -95,7 +113,7 @@ class Faults:
         )
 
     def interrupted(self, windows: int) -> None:
-        """An observation did not come to its end."""
+        """Warn that an observation was interrupted."""
         self.warnings.once(
             "interrupted",
             "the last observation was interrupted (by Ctrl-C or an error); the window is discarded "
@@ -103,7 +121,7 @@ class Faults:
         )
 
     def cannot_continue(self, reason: str, windows: int) -> None:
-        """A checkpoint's sums do not fit."""
+        """Warn that saved sums do not fit."""
         self.warnings.once(
             "rewarm",
             f"the saved sums cannot be continued ({reason}); the meter warms up again and the next "

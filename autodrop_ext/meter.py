@@ -18,7 +18,7 @@ from .distributed.gathered import discard_gathered
 from .distributed.group import check_group, find_group
 from .distributed.layout import Layout, elements_here
 from .distributed.shards import LocalShard
-from .faults import Faults
+from .faults import Faults, Warnings
 from .ops import check_name
 from .ops.device_sums import NamedArenas
 from .ops.interface import Form, Sums
@@ -114,8 +114,9 @@ class AngularVelocity(Windows):
         self._make_sums: Callable[..., WindowSums] = functools.partial(
             sums_of(self.sample, self.seed), backend=backend
         )
-        self._exchange = Exchange(self._settings, self._owner)
         self._faults = Faults()
+        self._warns_by_itself = True
+        self._exchange = Exchange(self._faults.warnings.owner)
         self._sums: WindowSums | None = None
         self._restore: SavedSums | None = None  # sums of a checkpoint, until the next step
         self._resharded: SavedSums | None = None  # the same, loaded through arena_state
@@ -145,17 +146,24 @@ class AngularVelocity(Windows):
         """
         if self._averaging:
             raise RuntimeError("observe: expected parameters of a training step, got averaged ones")
+        # A warning may be an error. It must not leave this half done, and must not keep one rank
+        # from the collective.
+        self._faults.warnings.hold()
         if self._observing:
-            self.interrupted()
+            self._discard_interrupted()
+            self._faults.interrupted(WINDOWS_FOR_ANGLE)
         self._observing = True
         self.steps += 1
         if self.position == 1 or self._sums is None:
             self._begin_window()
-        self._exchange.compare_once(facts)
+        if not self._exchange.compared:
+            self._exchange.compare_once(self._with_settings(facts))
         if self.is_snapshot():
             self._take_snapshot()
         reading = self._close_window(calls, facts) if self.position >= self.window else None
         self._observing = False
+        if self._warns_by_itself:
+            self._faults.warnings.release()
         return reading
 
     def _begin_window(self) -> None:
@@ -200,7 +208,7 @@ class AngularVelocity(Windows):
             self._sums,
             totals or Sums(0.0, 0.0, 0.0, 0.0),
             [] if totals is None else self._extras,
-            facts,
+            self._with_settings(facts),
         )
         self.next_window()
         if changed:
@@ -399,11 +407,17 @@ class AngularVelocity(Windows):
 
         Call it after an interrupt between an optimizer step and :meth:`observe`, or inside of it.
         """
-        self._observing = False
+        at_once = self._discard_interrupted()
         self._faults.interrupted(WINDOWS_FOR_ANGLE)
+        if self._warns_by_itself:
+            self._faults.warnings.release()
+        return at_once
+
+    def _discard_interrupted(self) -> bool:
         at_once = super().interrupted()
         if at_once:
             self._start_over()
+        self._observing = False
         return at_once
 
     # ---- building ---------------------------------------------------------------------------
@@ -489,7 +503,10 @@ class AngularVelocity(Windows):
         """
         if self._sums is None and not self._exchange.compared:
             self._find_group()
-        self._exchange.compare_once(facts)
+        self._exchange.compare_once(self._with_settings(facts))
+
+    def _with_settings(self, facts: Facts) -> Facts:
+        return lambda: {**self._settings(), **facts()}
 
     def _settings(self) -> dict[str, Any]:
         """What readings depend on, next to the parameters."""
@@ -518,12 +535,11 @@ class AngularVelocity(Windows):
         """Bytes of the sums and of a survey's copies on all devices; 0 before the first step."""
         return 0 if self._sums is None else self._sums.device_bytes
 
-    def warn_as(self, owner: str) -> None:
-        """Let warnings carry the name of the class that the user made."""
-        self._faults.warnings.owner = owner
-
-    def _owner(self) -> str:
-        return self._faults.warnings.owner
+    def warn_through(self, warnings: Warnings) -> None:
+        """Give warnings to the object that uses this meter, which decides when to release them."""
+        self._faults.warnings = warnings
+        self._exchange.owner = warnings.owner
+        self._warns_by_itself = False
 
     @property
     def num_groups(self) -> int:
@@ -579,7 +595,6 @@ class AngularVelocity(Windows):
         saved = SavedMeter.read(Entries(state_dict, name))
         self._sums = None
         self._observing = False
-        self._exchange.restart()
         self.window, self.snapshots = saved.window, saved.snapshots
         self.steps, self.windows = saved.steps, saved.windows
         self._start_over()
@@ -637,6 +652,6 @@ class AngularVelocity(Windows):
     def __setstate__(self, state: dict[str, Any]) -> None:
         saved = state.pop("_restore")
         self.__dict__.update(state)
-        self._exchange = Exchange(self._settings, self._owner)
+        self._exchange = Exchange(self._faults.warnings.owner)
         self._restore = None
         self.load_state_dict(saved)

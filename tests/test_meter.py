@@ -227,3 +227,20 @@ def test_parameters_are_freed_with_their_meter(source: Any) -> None:
     del parameter, meter
     gc.collect()
     assert gone() is None
+
+
+def test_a_meter_is_freed_without_the_garbage_collector() -> None:
+    """It holds 12 bytes a parameter, which must not wait for a collection."""
+    parameter = torch.randn(8)
+    meter = AngularVelocity([parameter], window=2)
+    for _ in range(5):
+        parameter.add_(torch.randn(8))
+        meter.observe()
+    gone = weakref.ref(meter)
+    gc.collect()
+    gc.disable()
+    try:
+        del meter
+        assert gone() is None
+    finally:
+        gc.enable()

@@ -163,11 +163,13 @@ class ArenaState:
             raise ValueError(f"state_dict: expected a state of ArenaState, got no {missing[0]!r}")
         state = Entries(state_dict)
         form, steps = state.read("form", _check_form), state.count("steps")
-        arenas = {
-            shard.name: {role: local_tensor(t).clone() for role, t in saved.items()}
-            for key, shard in self._shards().items()
-            if (saved := state_dict["arenas"].get(key)) is not None
-        }
+        saved, arenas = state.inner("arenas"), {}
+        for key, shard in self._shards().items():
+            if key in saved:
+                roles = saved.inner(key)
+                arenas[shard.name] = {
+                    role: roles.read(role, _check_arena).clone() for role in ROLES
+                }
         self._keep(SavedSums(form, steps, arenas))
 
 
@@ -219,12 +221,13 @@ def check_arenas(state: Entries) -> NamedArenas:
 def _check_arena(name: str, value: Any) -> Tensor:
     if not isinstance(value, Tensor):
         raise ValueError(f"{name}: expected a float32 tensor, got {value!r}")
-    if value.dtype != torch.float32 or value.layout != torch.strided or value.is_meta:
+    arena = local_tensor(value)
+    if arena.dtype != torch.float32 or arena.layout != torch.strided or arena.is_meta:
         raise ValueError(
-            f"{name}: expected a dense float32 tensor with data, got {value.dtype}, "
-            f"{value.layout} on {value.device}"
+            f"{name}: expected a dense float32 tensor with data, got {arena.dtype}, "
+            f"{arena.layout} on {arena.device}"
         )
-    return value
+    return arena
 
 
 def check_drawn(state: Entries) -> Mapping[str, Any]:

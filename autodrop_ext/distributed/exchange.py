@@ -1,4 +1,4 @@
-"""The end of a window on all ranks: one row and the numbers next to it, one collective."""
+"""What ranks exchange at the end of a window: one row and some numbers, in one collective."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Facts = Callable[[], Mapping[str, Any]]
 
 
 class Counts(NamedTuple):
-    """Where a rank is: entries of :class:`Row` of the same names."""
+    """The counts of a rank, which its :class:`Row` has under the same names."""
 
     steps: int
     windows: int
@@ -41,28 +41,22 @@ class Exchange:
     """Brings this rank's sums together with those of the others.
 
     Args:
-        settings: returns the meter's settings, which all ranks must share.
-        owner: returns the name of the class that the user made, for messages.
+        owner: class that the user made, for messages.
 
     Attributes:
+        owner: the argument.
         group: who decides together.
         compared: whether the ranks have compared their settings.
     """
 
-    def __init__(self, settings: Facts, owner: Callable[[], str]) -> None:
+    def __init__(self, owner: str) -> None:
+        self.owner = owner
         self.group: Group = Alone()
         self.compared = False
-        self._settings = settings
-        self._owner = owner
         self._numbers: int | None = None  # sent by all ranks next to their rows, once agreed
 
-    def restart(self) -> None:
-        """Begin again: with a comparison of settings, and with the rows alone."""
-        self.compared = False
-        self._numbers = None
-
     def compare_once(self, facts: Facts) -> None:
-        """Compare settings and facts unless that was done; two collectives, none where alone.
+        """Compare facts unless that was done; two collectives, none where alone.
 
         Raises:
             DisagreementError: a value differs; raised on all ranks alike.
@@ -74,25 +68,22 @@ class Exchange:
     def _compare(self, facts: Facts) -> None:
         if isinstance(self.group, Alone):
             return
-        here = json.dumps([self.group.stage, self._all(facts)])
+        here = json.dumps([self.group.stage, dict(facts())])
         with self._waiting("its settings could not be compared"):
             gathered = [json.loads(text) for text in self.group.gather_text(here)]
         check_facts([values for _, values in gathered], [stage for stage, _ in gathered])
 
     @contextlib.contextmanager
     def _waiting(self, problem: str) -> Iterator[None]:
-        """Say what it means where a collective fails."""
+        """Add to the error of a failed collective what it means."""
         try:
             yield
         except RuntimeError as error:
             raise RuntimeError(
-                f"{self._owner()} on rank {self.group.rank}: {problem} with the other "
+                f"{self.owner} on rank {self.group.rank}: {problem} with the other "
                 f"{self.group.size - 1} ranks: one of them is dead, late, or counts fewer steps; "
                 "no learning rate was changed"
             ) from error
-
-    def _all(self, facts: Facts) -> dict[str, Any]:
-        return {**self._settings(), **facts()}
 
     def close(
         self,
@@ -130,10 +121,10 @@ class Exchange:
             return Agreement(totals, elements, effective, counts.restart, bad), numbers
         row = self._row(counts, layout, sums, totals, facts, len(numbers))
         sent, self._numbers = self._numbers, None
-        more = numbers if len(numbers) == sent else [math.nan] * (sent or 0)
+        sent_numbers = numbers if len(numbers) == sent else [math.nan] * (sent or 0)
         ended = f"window {counts.windows} ended after {counts.steps} optimizer steps"
         with self._waiting(f"{ended}, but its sums could not be exchanged"):
-            gathered = self.group.gather([*row, *more])
+            gathered = self.group.gather([*row, *sent_numbers])
         rows = [Row(*values[: len(row)]) for values in gathered]
         every = [values[len(row) :] for values in gathered]
         agreement = agree(rows)
@@ -148,7 +139,7 @@ class Exchange:
         return agreement, add_in_order(every) if len(every[0]) == len(numbers) else None
 
     def _concentration(self, sums: WindowSums, counts: Counts) -> float:
-        """There are no sums of this window where it was not closed."""
+        """Return the sums' concentration, or 0 where the window was not closed."""
         return 0.0 if counts.restart or counts.windows_since_restart == 0 else sums.concentration()
 
     def _row(
@@ -160,7 +151,7 @@ class Exchange:
         facts: Facts,
         numbers: int,
     ) -> Row:
-        values = self._all(facts)
+        values = dict(facts())
         rates = values.pop("lr", None)
         return Row(
             **counts._asdict(),

@@ -80,7 +80,7 @@ class CudaOperations:
         self.per_tensor = sums((plan.num_rows, 4), device=plan.device)
         self._partials = sums((plan.num_chunks, 4), device=plan.device)
         self._total = sums((4,), device=plan.device)
-        self._host_total = sums((4,), pin_memory=True)
+        self._host_total = sums((4,), device="cpu", pin_memory=True)
         tables = (plan.chunks, plan.tiles, plan.tensor_chunks, plan.row_weights)
         buffers = (self._partials, self.per_tensor, self._total)
         parameters = (part for s in plan.segments for part in (s.alias, s.flat))

@@ -96,7 +96,7 @@ def _share_elements(a: Tensor, b: Tensor) -> bool:
     span = max(t.data_ptr() // size + _span(t) for t in (a, b)) - start // size
     if (a.data_ptr() - b.data_ptr()) % size or span > _MAX_COMPARED_SPAN:
         return True
-    touched = torch.zeros(span, dtype=torch.bool)
+    touched = torch.zeros(span, dtype=torch.bool, device="cpu")
     touched.as_strided(a.shape, a.stride(), (a.data_ptr() - start) // size).fill_(True)
     return bool(touched.as_strided(b.shape, b.stride(), (b.data_ptr() - start) // size).any())
 

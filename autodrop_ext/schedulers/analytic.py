@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from torch.optim import Optimizer
 
 from .. import checks
+from ..distributed.exchange import Exchange
+from ..distributed.group import check_group, find_group
 from ..saved import Entries, problems_named
 from ..theory.velocity_model import (
     Phase,
@@ -18,7 +20,7 @@ from ..theory.velocity_model import (
     check_tau0,
     learning_rate,
 )
-from .base import Changes, StepScheduler, check_optimizer, in_precision_of
+from .base import Changes, StepScheduler, as_floats, check_optimizer, in_precision_of
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -70,12 +72,16 @@ class AnalyticAutoDrop(StepScheduler):
             ``(i + 2)^(-1)`` of its proof (the two contradict each other), or decreasing numbers,
             the last of which stays.
         warmup_steps: optimizer steps of linear warm-up, before the model's first.
+        process_group: the ranks that train the model together, as in :class:`AngularVelocity`. They
+            compare their settings once, at the first step.
         on_drop: called with every :class:`AnalyticDrop`.
         last_epoch: as in torch's schedulers.
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message gives it, what was expected and
             what came.
+        DisagreementError: ranks have different settings; raised by the first :meth:`step` on all of
+            them alike.
 
     Attributes:
         history: the last 10,000 :class:`AnalyticDrop` objects.
@@ -93,10 +99,14 @@ class AnalyticAutoDrop(StepScheduler):
         *,
         rates: RateSequence | Sequence[float] = "theorem",
         warmup_steps: int = 0,
+        process_group: Any = None,
         on_drop: Callable[[AnalyticDrop], object] | None = None,
         last_epoch: int = -1,
     ) -> None:
         checks.callback("on_drop", on_drop)
+        check_group(process_group)
+        self._process_group = process_group
+        self._compared = False
         optimizer = check_optimizer(optimizer)
         self.model = VelocityModel(checks.number("gamma", gamma), checks.number("epsilon", epsilon))
         self.tau0 = check_tau0(tau0)
@@ -107,6 +117,17 @@ class AnalyticAutoDrop(StepScheduler):
         self._gap = self._next_gap(0)
 
     # ---- deciding ---------------------------------------------------------------------------
+
+    def _on_marked_step(self) -> None:
+        if not self._compared:
+            exchange = Exchange(type(self).__name__)
+            exchange.group = find_group(self._process_group, ())
+            exchange.compare_once(self._facts)
+            self._compared = True
+
+    def _facts(self) -> dict[str, Any]:
+        """What drops depend on; equal on all ranks."""
+        return {**self._settings(), "num_drops": self.num_drops, "lr": as_floats(self.base_lrs)}
 
     def _on_optimizer_step(self) -> None:
         self._since_drop += 1

@@ -171,8 +171,7 @@ class AnytimeAutoDrop(DropScheduler):
         self._optimizer_steps = steps
         self._set_lrs(self._warmed(self.base_lrs) if steps < self.warmup_steps else lrs)
         self._last_lr = self._lrs()
-        while self._time() >= 2 * self.windows * self.meter.window:
-            self.meter.window *= 2
+        self.meter.window = _windows_until(self._time(), self.min_window, self.windows)[-1]
 
     # ---- deciding ---------------------------------------------------------------------------
 
@@ -298,6 +297,13 @@ class AnytimeAutoDrop(DropScheduler):
             "warmup_steps": settings.count("warmup_steps"),
         }
 
+    def _saved_windows(self, state: Entries) -> Sequence[int]:
+        settings = state.inner("settings")
+        t = state.count("optimizer_steps") - settings.count("warmup_steps")
+        return _windows_until(
+            t, settings.count("min_window", 1), settings.count("windows", _LEAST_WINDOWS)
+        )
+
     def _progress(self) -> dict[str, Any]:
         return {
             "cosines": list(self._cosines),
@@ -317,6 +323,14 @@ class AnytimeAutoDrop(DropScheduler):
             "_mean_cosine": state.maybe("mean_cosine", _check_cosine),
             "_factor": state.read("factor", _check_product),
         }
+
+
+def _windows_until(t: int, min_window: int, windows: int) -> list[int]:
+    """The lengths that windows may have had after ``t`` steps since the warm-up."""
+    lengths = [min_window]
+    while t >= 2 * windows * lengths[-1]:
+        lengths.append(2 * lengths[-1])
+    return lengths
 
 
 def _check_cosine(name: str, value: Any) -> float:

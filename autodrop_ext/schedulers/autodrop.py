@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch.optim import Optimizer
@@ -320,9 +320,17 @@ class AutoDrop(DropScheduler):
             "group_drops": drops,
         }
 
-    def _saved_window(self, state: Entries) -> int:
-        return state.inner("settings").count("window", 1)
+    def _saved_windows(self, state: Entries) -> Sequence[int]:
+        return [state.inner("settings").count("window", 1)]
 
     def _load_meter(self, state: Entries) -> None:
+        settings = state.inner("settings")
+        per_group = "per_group" in settings and settings.flag("per_group")
+        watched, groups = self.meter.num_groups, len(self.optimizer.param_groups)
+        if per_group and watched != groups:
+            raise ValueError(
+                f"{settings.name('per_group')}: expected False, because params= has {watched} "
+                f"param groups and the optimizer {groups}, got True"
+            )
         super()._load_meter(state)
-        self.meter.per_group = "per_group" in (s := state.inner("settings")) and s.flag("per_group")
+        self.meter.per_group = per_group

@@ -88,6 +88,8 @@ class StepScheduler(LRScheduler):
                 "is measured; call step() without an argument (torch's own schedulers deprecate "
                 "it)",
             )
+        # A warning may be an error, and must not leave this half done.
+        self._warnings.hold()
         if self._stepping:
             self._recover()
         self._stepping = True
@@ -109,15 +111,18 @@ class StepScheduler(LRScheduler):
                 self._on_optimizer_step()
         self._last_lr = self._lrs()
         self._stepping = False
+        self._warnings.release()
 
     def _on_marked_step(self) -> None:
-        """A real step, of the warm-up too."""
+        """Called at every real step, also during the warm-up."""
 
     def _on_optimizer_step(self) -> None:
         raise NotImplementedError
 
     def _recover(self) -> None:
-        """After a call that was interrupted: finish what had been decided."""
+        """Finish what a call that was interrupted had decided."""
+        if self._optimizer_steps < self.warmup_steps:
+            self._set_lrs(self._warmed(self.base_lrs))
         if self._changes is not None:
             self._carry_out(self._changes)
 
@@ -128,6 +133,7 @@ class StepScheduler(LRScheduler):
         end leaves the changes to be repeated at the next call.
         """
         self._changes = changes
+        before = as_floats(self._rates())
         pairs = zip(self.optimizer.param_groups, changes.lrs, strict=False)
         writes = [_write(group, lr) for group, lr in pairs if lr is not None]
         writes.append(functools.partial(self.__dict__.update, changes.attributes))
@@ -135,6 +141,7 @@ class StepScheduler(LRScheduler):
             # Python looks for signals between its own instructions, and here there are none.
             collections.deque(map(functools.partial.__call__, writes), maxlen=0)
         self._last_lr = self._lrs()
+        self._note_lowered(before)
         if not (self.history and self.history[-1] is changes.record):
             remember(self.history, changes.record, HISTORY)
         self._changes = None
@@ -166,6 +173,12 @@ class StepScheduler(LRScheduler):
                 f"{steps} optimizer steps passed since the last step(); call it after every "
                 "optimizer.step(), not once an epoch (Lightning: 'interval': 'step')",
             )
+
+    def _note_lowered(self, before: Sequence[float]) -> None:
+        """Remember what lowered rates were, for :meth:`_watch_rates`."""
+        now = as_floats(self._rates())
+        if any(lr < old for lr, old in zip(now, before, strict=True)):
+            self._dropped_from = list(zip(before, now, strict=True))
 
     def _watch_rates(self) -> None:
         """Notice a script that sets the rate by itself, and so undoes a drop at the next step."""
@@ -293,7 +306,7 @@ class StepScheduler(LRScheduler):
         marked = state.flag("stepped")
         before = self._settings()
         self._load_meter(state)
-        self.__dict__.update(attributes)
+        self._take_over(attributes)
         self._hook.marked = marked
         self._stepping, self._changes, self._dropped_from = False, None, []
         changed = {k: v for k, v in self._settings().items() if before[k] != v}
@@ -302,6 +315,10 @@ class StepScheduler(LRScheduler):
                 "the checkpoint's settings replace those given: "
                 + ", ".join(f"{k}={v!r} (was {before[k]!r})" for k, v in changed.items())
             )
+
+    def _take_over(self, attributes: dict[str, Any]) -> None:
+        """Set attributes that were read from a state; nothing here can fail."""
+        self.__dict__.update(attributes)
 
     def _load_meter(self, state: Entries) -> None:
         """Load what the state holds for a meter, the last thing that can fail."""

@@ -65,7 +65,7 @@ class DropScheduler(StepScheduler):
         self._cooldown: Cooldown | None = None
         super().__init__(optimizer, warmup_steps=warmup_steps, last_epoch=last_epoch)
         self.min_lrs = checks.floors(min_lr, len(self.optimizer.param_groups))
-        meter.warn_as(type(self).__name__)
+        meter.warn_through(self._warnings)
 
     # ---- deciding ---------------------------------------------------------------------------
 
@@ -145,12 +145,6 @@ class DropScheduler(StepScheduler):
         pairs = zip(as_floats(self._rates()), lower, strict=True)
         return tuple(lr if new is None else new for lr, new in pairs)
 
-    def _carry_out(self, changes: Changes) -> None:
-        before = as_floats(self._rates())
-        super()._carry_out(changes)
-        if any(lr is not None for lr in changes.lrs):
-            self._dropped_from = list(zip(before, as_floats(self._rates()), strict=True))
-
     def _facts(self) -> dict[str, Any]:
         """What decisions depend on; equal on all ranks."""
         cooldown = Cooldown.saved(self._cooldown)
@@ -228,6 +222,7 @@ class DropScheduler(StepScheduler):
             now = as_floats(self._rates())
             lower = self._cooldown.lrs_at(self._optimizer_steps, self.min_lrs)
             self._set_lrs(map(min, now, lower))
+            self._note_lowered(now)
 
     def close(self) -> None:
         """Take the hooks off the optimizer and free the sums. The learning rates stay."""
@@ -254,21 +249,23 @@ class DropScheduler(StepScheduler):
         if self._stepping:
             self._recover()
             self._stepping = False
+            self._warnings.release()
         cooldown = Cooldown.saved(self._cooldown)
         meter = self.meter.state_dict()
         return {**super().state_dict(), "cooldown": cooldown, "meter": meter}
 
     def _load_meter(self, state: Entries) -> None:
-        expected, meter = self._saved_window(state), state.inner("meter")
-        if expected is not None and (window := meter.count("window", 1)) != expected:
+        meter, possible = state.inner("meter"), self._saved_windows(state)
+        if (window := meter.count("window", 1)) not in possible:
             raise ValueError(
-                f"{meter.name('window')}: expected this scheduler's window={expected}, got {window}"
+                f"{meter.name('window')}: expected this scheduler's window="
+                f"{' or '.join(map(str, possible))}, got {window}"
             )
         self.meter.load_state_dict(state.value("meter"), name=state.name("meter"))
 
-    def _saved_window(self, state: Entries) -> int | None:
-        """The window that the meter in a saved state must have; None where it may be any."""
-        return None
+    def _saved_windows(self, state: Entries) -> Sequence[int]:
+        """Return the windows that the meter in a saved state may have."""
+        raise NotImplementedError
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue where :meth:`state_dict` was taken. Settings are restored too, as in torch.

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -379,19 +379,14 @@ class EpochAutoDrop(DropScheduler):
             "_saved_real_steps": state.count("real_steps"),
         }
 
-    def _saved_window(self, state: Entries) -> int:
-        return 1
+    def _saved_windows(self, state: Entries) -> Sequence[int]:
+        return [1]
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue where :meth:`state_dict` was taken. Settings are restored too, as in torch.
-
-        Raises:
-            ValueError: not a state of this class; the message names the entry, and nothing has been
-                changed.
-        """
-        super().load_state_dict(state_dict)
-        self._mean.restore(self.__dict__.pop("_saved_mean"))
-        self._hook.real_steps = self.__dict__.pop("_saved_real_steps")
+    def _take_over(self, attributes: dict[str, Any]) -> None:
+        mean = attributes.pop("_saved_mean")
+        self._hook.real_steps = attributes.pop("_saved_real_steps")
+        super()._take_over(attributes)
+        self._mean.restore(mean)  # last, because it may warn
 
 
 def _check_threshold(name: str, value: Any) -> float:

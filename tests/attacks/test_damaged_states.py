@@ -22,10 +22,13 @@ from oracle import count
 from torch import Tensor
 from trials import Trial
 
-from autodrop_ext import AnalyticAutoDrop, AutoDrop, EpochAutoDrop
+from autodrop_ext import AnalyticAutoDrop, AnytimeAutoDrop, AutoDrop, EpochAutoDrop
 
 Path = tuple[Any, ...]
-KINDS = ("meter", "AutoDrop", "per_group", "EpochAutoDrop", "averaging", "AnalyticAutoDrop")
+KINDS = (
+    *("meter", "AutoDrop", "per_group", "EpochAutoDrop", "averaging"),
+    *("AnalyticAutoDrop", "AnytimeAutoDrop"),
+)
 
 PATIENCE = 4.0
 """Seconds in which a state must load and train; an undamaged one takes a hundredth."""
@@ -81,7 +84,12 @@ class Subject(Trial):
 
     def __init__(self, kind: str) -> None:
         self.asked = kind
-        super().__init__("EpochAutoDrop" if kind == "averaging" else kind)
+        like = {"averaging": "EpochAutoDrop", "AnytimeAutoDrop": "AutoDrop"}
+        super().__init__(like.get(kind, kind))
+        if kind == "AnytimeAutoDrop":
+            self.measure.close()
+            self.measure = AnytimeAutoDrop(self.optimizer, min_window=3, windows=2)
+            self.measure.cooldown(1000)
         if kind == "averaging":
             self.measure.close()
             self.measure = EpochAutoDrop(
@@ -95,6 +103,8 @@ class Subject(Trial):
             settings = self.measure.state_dict()
             settings = settings.get("settings", settings)
             window = max(1, settings.get("window", 1))
+            if self.asked == "AnytimeAutoDrop":
+                window = self.measure.window
             # The rest of this window, one with whatever sums were loaded, three good ones.
             calls = min(6 * window, 60)
             self.reported.clear()

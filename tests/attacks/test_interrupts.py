@@ -304,3 +304,57 @@ def test_an_interrupted_close_doubles_the_window() -> None:
         wrong += [f"{interrupter.where}: {problem}" for problem in problems(scheduler)]
     assert not wrong, f"{len(wrong)} in {len(tried)} places:\n" + "\n".join(wrong[:6])
     assert doubled > len(tried) / 2  # most places come after the window was counted
+
+
+@pytest.mark.parametrize("kind", ["AutoDrop", "AnalyticAutoDrop"])
+def test_an_interrupt_in_the_last_step_of_a_warm_up(kind: str) -> None:
+    """The rate is the initial one afterwards, wherever the call was interrupted."""
+
+    def run(at: int | None) -> tuple[float, Interrupter]:
+        parameter = torch.nn.Parameter(torch.ones(4))
+        optimizer = torch.optim.SGD([parameter], lr=0.5)
+        scheduler: Any = (
+            autodrop_ext.AutoDrop(optimizer, warmup_steps=4)
+            if kind == "AutoDrop"
+            else autodrop_ext.AnalyticAutoDrop(optimizer, 0.1, 0.1, 0.01, warmup_steps=4)
+        )
+        for step in range(6):
+            parameter.grad = torch.ones(4)
+            optimizer.step()
+            interrupter = Interrupter(at if step == 2 else None)
+            with contextlib.suppress(KeyboardInterrupt), interrupter:
+                scheduler.step()
+            if step == 2:
+                of_last = interrupter
+        return optimizer.param_groups[0]["lr"], of_last
+
+    total = run(None)[1].places
+    assert total > 10
+    wrong = [(x.where, rate) for at in range(total) for rate, x in [run(at)] if rate != 0.5]
+    assert not wrong
+
+
+@pytest.mark.parametrize("moment", CALLS)
+@pytest.mark.parametrize("kind", ["meter in sum form", "AutoDrop"])
+def test_a_warning_that_is_an_error_comes_after_the_window_was_discarded(
+    kind: str, moment: str
+) -> None:
+    """The next call raises it, and every angle after that is right."""
+    call = call_of(kind, moment)
+    wrong = []
+    for at in places(kind, call, 8):
+        trial, interrupter, _ = interrupted(kind, call, at)
+        raised = 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for _ in range(8 * trial.window):
+                trial.train()
+                try:
+                    trial.measured()
+                except RuntimeWarning:
+                    raised += 1
+                trial.note()
+        problems = list(trial.problems())
+        if raised > 1 or problems or not trial.reported:
+            wrong.append(f"{interrupter.where}: {raised} raised, {problems[:2]}")
+    assert not wrong, "\n".join(wrong[:6])

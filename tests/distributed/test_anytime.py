@@ -164,7 +164,6 @@ def scheduler_in(form: Any, model: nn.Module) -> AnytimeAutoDrop:
     """One whose sums stay in a form."""
     scheduler = AnytimeAutoDrop(optimizer_of(model), **SETTINGS)
     scheduler.meter = AngularVelocity(scheduler.optimizer, 4, snapshots=4, form=form)
-    scheduler.meter.warn_as("AnytimeAutoDrop")
     return scheduler
 
 

@@ -305,3 +305,53 @@ def test_a_rank_without_elements() -> None:
     assert (shape0, shape1) == ("(1,)", "(0,)")
     assert here == there
     assert all(abs(abs(c) - 1.0) < 1e-12 for c in here if c is not None)  # one coordinate: a line
+
+
+def warned_as_error(rank: int) -> tuple[int, list[str], int]:
+    """Parameters move on one rank, and there the warning is an error."""
+    model = Driven()
+    optimizer = optimizer_of(nn.parallel.DistributedDataParallel(model))
+    scheduler = AutoDrop(optimizer, **SETTINGS)
+    said = []
+    for t in range(30):
+        if rank == 1 and t == 9:
+            model.share_memory()
+        model(t).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error" if rank == 1 else "ignore")
+            try:
+                scheduler.step()
+            except RuntimeWarning as warning:
+                said.append(str(warning))
+    return scheduler.meter.windows, said, len(scheduler.history)
+
+
+def test_a_warning_that_is_an_error_on_one_rank_leaves_no_rank_waiting() -> None:
+    (windows, _, readings), (same, said, as_many) = run(2, warned_as_error)
+    assert windows == same >= 5 and readings == as_many > 0
+    assert len(said) == 1 and "parameters were moved" in said[0]
+
+
+def loaded_alone(rank: int) -> tuple[str, int]:
+    """One rank loads a state in the middle of training."""
+    model = Driven()
+    optimizer = optimizer_of(nn.parallel.DistributedDataParallel(model))
+    scheduler = AutoDrop(optimizer, **SETTINGS)
+    for t in range(40):
+        model(t).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        try:
+            scheduler.step()
+        except DisagreementError as error:
+            return str(error), t
+        if t == 17 and rank == 1:
+            scheduler.load_state_dict(scheduler.state_dict())
+    return "", -1
+
+
+def test_a_rank_that_loads_a_state_alone_keeps_its_place() -> None:
+    """A state of the same step changes nothing, so that the ranks still agree."""
+    assert run(2, loaded_alone) == [("", -1)] * 2

@@ -62,7 +62,6 @@ class Run:
     def hold(self, form: Any) -> None:
         """Let a meter decide whose sums stay in one form."""
         self.scheduler.meter = AngularVelocity(self.optimizer, WINDOW, form=form)
-        self.scheduler.meter.warn_as("AutoDrop")
 
     def state(self) -> dict[str, Any]:
         return {

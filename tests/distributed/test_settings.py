@@ -16,7 +16,13 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from autodrop_ext import AngularVelocity, AnytimeAutoDrop, AutoDrop, EpochAutoDrop
+from autodrop_ext import (
+    AnalyticAutoDrop,
+    AngularVelocity,
+    AnytimeAutoDrop,
+    AutoDrop,
+    EpochAutoDrop,
+)
 from autodrop_ext.distributed import DisagreementError
 
 
@@ -36,8 +42,14 @@ def differing(
     if kind == "AutoDrop":
         scheduler: Any = AutoDrop(optimizer, **(SETTINGS | {name: values[rank]}))
     else:
-        made = {"AnytimeAutoDrop": AnytimeAutoDrop, "EpochAutoDrop": EpochAutoDrop}[kind]
-        scheduler = made(optimizer, **{name: values[rank]})
+        made = {
+            "AnytimeAutoDrop": AnytimeAutoDrop,
+            "EpochAutoDrop": EpochAutoDrop,
+            "AnalyticAutoDrop": AnalyticAutoDrop,
+        }[kind]
+        model_of_velocity = {"gamma": 4.0, "epsilon": 0.1, "tau0": 0.05}
+        settings = model_of_velocity if kind == "AnalyticAutoDrop" else {}
+        scheduler = made(optimizer, **(settings | {name: values[rank]}))
     for t in range(30):
         model(t).backward()
         optimizer.step()
@@ -93,6 +105,11 @@ def test_every_setting_of_autodrop(engine: str, name: str, values: tuple[Any, An
         ("EpochAutoDrop", "average", (True, False)),
         ("EpochAutoDrop", "threshold", (0.01, 0.02)),
         ("EpochAutoDrop", "max_threshold", (1.0, 2.0)),
+        ("AnytimeAutoDrop", "snapshots", (32, 16)),
+        ("AnytimeAutoDrop", "warmup_steps", (0, 7)),
+        ("AnalyticAutoDrop", "gamma", (4.0, 5.0)),
+        ("AnalyticAutoDrop", "rates", ("theorem", "proof")),
+        ("AnalyticAutoDrop", "warmup_steps", (0, 7)),
     ],
 )
 def test_settings_of_the_other_schedulers(kind: str, name: str, values: tuple[Any, Any]) -> None:

@@ -183,3 +183,11 @@ def test_more_than_2_to_the_31_elements_for_real() -> None:
     operations.write_back(running, None, 0.25)
     assert x[-1].item() == 1.5
     assert x[2**31 - 1 : 2**31 + 1].tolist() == [0.5, 0.5]
+
+
+def test_strided_views_are_compared_under_any_default_device() -> None:
+    """Their spans meet, and they have no element in common."""
+    whole = torch.zeros(16)
+    with torch.device("meta"):
+        plan = Plan([("even", whole[::2]), ("odd", whole[1::2])], torch.device("cpu"))
+    assert len(plan.segments) == 2

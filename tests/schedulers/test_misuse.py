@@ -48,6 +48,24 @@ def test_a_script_that_writes_the_rate_is_pointed_out(write: Any) -> None:
     assert "drops have no effect where a script" in said[0]
 
 
+def test_a_script_that_undoes_modelled_drops_is_pointed_out() -> None:
+    scheduler = made(kind=AnalyticAutoDrop, gamma=4.0, epsilon=0.1, tau0=0.05)
+    (said,) = train(scheduler, 30, lambda t: 0.5)
+    assert "AnalyticAutoDrop: the learning rate of param group 0 was lowered from 0.5" in said
+
+
+@pytest.mark.parametrize("kind", [AutoDrop, AnytimeAutoDrop])
+def test_a_script_that_undoes_a_cooldown_is_pointed_out(kind: Any) -> None:
+    scheduler = made(kind=kind, **({"threshold": -1e6} if kind is AutoDrop else {}))
+    train(scheduler, 2)
+    scheduler.cooldown(10)
+    (said,) = train(scheduler, 10, lambda t: 0.5)
+    assert f"{kind.__name__}: the learning rate of param group 0 was lowered from 0.5" in said
+    quiet = made(kind=kind)
+    quiet.cooldown(10)
+    assert train(quiet, 12) == []
+
+
 def test_a_chained_scheduler_is_no_cause() -> None:
     scheduler = made()
     chained = lr_scheduler.ChainedScheduler(
