@@ -5,15 +5,18 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parameters_to_vector
 from training import run
 from training.driver import Driver
 from training.loop import train
 from training.recipe import Recipe
-from training.run import CHECKPOINT, LOG, RunSpec
+from training.run import CHECKPOINT, LOG, RESULT, RunSpec
 from training.schedules import SCHEDULES, Setup, window_for
 from training.task import Scores
 
@@ -151,6 +154,58 @@ def test_a_finished_run_is_read_and_another_one_refused(blobs, tmp_path):
     with pytest.raises(ValueError, match=r"holds another run: bf16 \(expected True, found False\)"):
         train(RunSpec("blobs", "constant", epochs=2, bf16=True), tmp_path)
     assert RunSpec("blobs", "constant", lr=0.1).folder(tmp_path) != spec.folder(tmp_path)
+
+
+def test_a_run_of_another_recipe_is_refused(blobs, tmp_path):
+    """Finished or not: it would be served, or resumed, under the settings of before."""
+    task = blobs(Blobs())
+    spec = RunSpec("blobs", "step", epochs=2)
+    train(spec, tmp_path)
+    task.recipe = replace(task.recipe, weight_decay=2e-3)
+    message = r"holds another run: the recipe's weight_decay \(expected 0\.002, found 0\.001\)"
+    with pytest.raises(ValueError, match=message):
+        train(spec, tmp_path)
+    (spec.folder(tmp_path) / RESULT).unlink()
+    with pytest.raises(ValueError, match=message):
+        train(spec, tmp_path)
+    task.recipe = Recipe(
+        "sgd", 0.05, (0.02,), 4, weight_decay=1e-3, settings={"step": {"milestones": (0.5,)}}
+    )
+    with pytest.raises(ValueError, match=r"the recipe's schedule \(expected .*\[0\.5\]"):
+        train(spec, tmp_path)
+    # What the run itself sets may change in the recipe, and so may what only searches use.
+    task.recipe = Recipe("sgd", 0.05, (0.1,), epochs=9, weight_decay=1e-3)
+    train(spec, tmp_path)
+
+
+def test_runs_by_epochs_have_three_meters(blobs, tmp_path):
+    """Of the means of epochs, of their ends, and of the recipe's window; also after a kill."""
+    task = blobs(Blobs(epochs=5))
+    task.recipe = replace(task.recipe, window=6)
+    make, models, ends = task.model, [], []
+    task.model = lambda: models.append(make()) or models[-1]
+    spec = RunSpec("blobs", "constant", angles="epoch")
+    whole = train(
+        spec,
+        tmp_path / "whole",
+        on_epoch=lambda *rest: ends.append(parameters_to_vector(models[-1].parameters()).detach()),
+    )
+    moved = [b - a for a, b in pairwise(ends)]
+    angles = [
+        float(torch.rad2deg(torch.acos(nn.functional.cosine_similarity(a, b, dim=0))))
+        for a, b in pairwise(moved)
+    ]
+    assert [step for step, _ in whole["end_angles"]] == [36, 48, 60]
+    # Float32 differences of parameters of size 1 that move by some 0.1.
+    assert [angle for _, angle in whole["end_angles"]] == pytest.approx(angles, abs=0.05)
+    assert [step for step, _ in whole["angles"]] == [36, 48, 60]
+    assert whole["angles"] != whole["end_angles"]
+    assert [step for step, _ in whole["window_angles"]] == list(range(18, 61, 6))
+    task.calls, task.stop_at = 0, 40
+    with pytest.raises(KeyboardInterrupt):
+        train(spec, tmp_path / "killed")
+    task.stop_at = None
+    assert train(spec, tmp_path / "killed") == whole
 
 
 @pytest.mark.parametrize("schedule", ["constant", "plateau", "cosine"])
@@ -337,6 +392,19 @@ def test_the_window_lets_short_runs_reach_a_hundredth():
     # ln 0.01 / ln 0.95 is 89.8 drops of 11 windows each; rounded up, as the package does.
     assert [window_for(steps) for steps in (640, 2980, 78_200)] == [1, 4, 80]
     assert window_for is auto_window.window_for
+
+
+def test_the_window_of_a_run_follows_the_rule_without_a_floor():
+    def window(epochs, warmup=0, **settings):
+        changed = SCHEDULES["autodrop"].settings_with(settings)
+        recipe = Recipe("sgd", 0.1, (0.1,), epochs=epochs)
+        return Setup(nn.Linear(2, 1), recipe, 0.1, epochs, 149, changed, warmup_steps=warmup).window
+
+    # One window for each 11 * 89.8 steps, begun ones included: of 2,980, 1,480 and 740 steps.
+    assert (window(20), window(20, warmup=1500), window(20, warmup=2240)) == (4, 2, 1)
+    # 2,980 steps in (m + 1) * 89.8 windows of k: 2 at m = 20, 6 at m = 5.
+    assert window(20, min_samples=20) == 2 and window(20, min_samples=5) == 6
+    assert window(20, window=7) == 7
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
