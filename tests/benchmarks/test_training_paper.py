@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import re
@@ -10,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import tiny_data
+import torch
 from click.testing import CliRunner
-from training import command, models, run
+from training import command, imagenet, models, paper, run, schedules, translation
 from training.exhibits import (
     EXHIBITS,
     FIGURE_3_RATES,
@@ -24,6 +26,7 @@ from training.exhibits import (
     score,
 )
 from training.paper import GROUP, Options, base_spec, finished, make_exhibit
+from training.ranks import Ranks
 from training.recipes import RECIPES
 from training.schedules import SCHEDULES
 from training.sources import SOURCES
@@ -104,7 +107,7 @@ def test_the_papers_numbers_are_printed():
         ("uai-table-4", "Transformer", "AutoDrop"): "20.37",
         ("uai-table-5", "QQP", "linear"): "90.51",
         ("uai-table-5", "CoLA", "constant"): "83.41",
-        ("uai-table-6", "rate 0.03", ""): "0.22",
+        ("uai-table-6", "rate 0.03", "epochs"): "0.22",
         ("uai-table-7", m, ten): "7.41 ± 0.111",
         ("uai-table-10", "rho = 0.99", ""): "7.36 ± 0.021",
         ("uai-table-13", "m = 20", ten): "23.59 ± 0.22",
@@ -138,7 +141,8 @@ def test_values_of_a_run():
     assert score(result(80.0)) == 20.0 and accuracy(result(8.5)) == 91.5
     # Of eight angles the second half: 1, 2, 3, 4 spread by sqrt(5 / 3).
     angles = [[s, a] for s, a in enumerate([9.0, None, 7.0, 8.0, 6.0, 1.0, 2.0, 3.0, 4.0])]
-    assert angle_spread(result(1.0, angles=angles)) == pytest.approx(math.sqrt(5 / 3))
+    spread = angle_spread("window_angles")
+    assert spread(result(1.0, window_angles=angles)) == pytest.approx(math.sqrt(5 / 3))
     assert Entry("", "", PaperRun("cifar10-resnet18", "step")).value(result(3.0)) == 3.0
 
 
@@ -198,6 +202,134 @@ def test_a_table_is_run_once_and_printed_next_to_the_papers(tmp_path):
     assert "2021-table-2    Initial rates of ResNet-18, CIFAR-10 (16 of 16 runs)" in listed.output
 
 
+def test_runs_of_other_settings_are_counted_apart(tmp_path):
+    """A run of a part of the data is no run of the paper, and the list does not fail over it."""
+    tiny(tmp_path, "2021-table-2")
+    arguments = ("--model", "cifar10-resnet18", "--seeds", 2, "--epochs", 2)
+    listed = invoke("paper", *arguments, "--output", tmp_path / "out")
+    assert listed.exit_code == 0, listed.output
+    assert "CIFAR-10 (0 of 16 runs, 16 more under other settings, needs cifar10)" in listed.output
+    failed = invoke("paper", "2021-table-2", "--finished", *arguments, "--output", tmp_path / "out")
+    assert failed.exit_code == 1 and isinstance(failed.exception, SystemExit)
+    assert "subset (expected None, found 8)" in failed.output
+
+
+def test_a_changed_recipe_is_noticed(tmp_path, monkeypatch):
+    tiny(tmp_path, "2021-table-2")
+    changed = replace(RECIPES["cifar10-resnet18"].recipe, weight_decay=1e-3)
+    other = replace(RECIPES["cifar10-resnet18"], recipe=changed)
+    monkeypatch.setitem(RECIPES, "cifar10-resnet18", other)
+    run.made_task.cache_clear()
+    assert "(0 of 16 runs, 16 more under other settings)" in tiny(tmp_path).output
+    again = tiny(tmp_path, "2021-table-2")
+    assert again.exit_code == 1
+    assert "the recipe's weight_decay (expected 0.001, found 0.0005)" in " ".join(
+        again.output.split()
+    )
+
+
+def test_missing_data_are_described(tmp_path):
+    done = invoke("paper", "uai-table-2", "--model", "cifar100-resnet34", "--output", tmp_path)
+    assert done.exit_code == 0, done.output
+    assert "- --data cifar100=FOLDER: CIFAR-100; the published pickles (train, test)" in done.output
+    assert "www.cs.toronto.edu" in done.output
+    assert "imagenet" not in done.output and "--data cifar10=" not in done.output
+    listed = invoke("paper", "--model", "cifar100-resnet34", "--output", tmp_path)
+    assert "All schedules on image models (0 of 39 runs, needs cifar100)" in listed.output
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "schedule", "write"),
+    [
+        ("uai-figure-11", "imagenet-resnet50", "step", tiny_data.write_imagenet),
+        ("uai-table-4", "wmt14-transformer", "plateau", tiny_data.write_parallel_text),
+        ("uai-table-5", "glue-sst2", "tlr", tiny_data.write_glue),
+    ],
+)
+def test_the_other_data_sets(tmp_path, monkeypatch, name, model, schedule, write):
+    needed = {"uai-table-4": "tokenizers", "uai-table-5": "accelerate"}.get(name)
+    if needed and importlib.util.find_spec(needed) is None:
+        pytest.skip(f"{needed} is not installed; it comes with autodrop_ext[bench]")
+    monkeypatch.setattr(imagenet, "SIDE", 32)
+    monkeypatch.setattr(imagenet, "_SHORTER", 40)
+    monkeypatch.setattr(translation, "SUBWORDS", 60)
+    monkeypatch.setattr(translation, "STEPS", 2)
+    build = translation.build
+    monkeypatch.setattr(translation, "build", lambda n, pad, end, size: build(n, pad, end, "tiny"))
+    recipe = RECIPES[model].recipe
+    write(tmp_path / "data")
+    arguments = ["--data", f"{RECIPES[model].data}={tmp_path / 'data'}"]
+    if name == "uai-table-5":
+        tiny_data.write_bert(tmp_path / "bert")
+        arguments += ["--data", f"bert={tmp_path / 'bert'}"]
+    arguments += ["--model", model, "--schedule", schedule, "--epochs", 2, "--subset", 12]
+    arguments += ["--batch", 50 if model.startswith("wmt") else 4, "--workers", 0]
+    arguments += ["--device", "cpu", "--cache", tmp_path / "cache", "--output", tmp_path / "out"]
+    done = invoke("paper", name, *arguments)
+    assert done.exit_code == 0, done.output
+    (path,) = (tmp_path / "out").rglob("result.json")
+    found = json.loads(path.read_text())
+    assert found["spec"]["schedule"] == schedule and len(found["curve"]) == 2
+    assert found["initial_lr"] == recipe.lr and found["error"] is not None
+    if name == "uai-figure-11":
+        assert (tmp_path / "out" / "uai-figure-11.png").read_bytes().startswith(PNG)
+    else:
+        (row,) = [line for line in done.output.splitlines() if line.endswith("| 1 |")]
+        error = found["best_error" if name == "uai-table-5" else "error"]
+        assert float(row.split(" | ")[3]) == pytest.approx(100 - error, abs=0.01)
+    assert not list((tmp_path / "out").rglob("checkpoint*"))
+    listed = invoke("paper", *arguments)
+    assert "(1 of 1 runs)" in listed.output
+
+
+def test_several_ranks_leave_out_what_takes_one(tmp_path, monkeypatch):
+    """And the first of them alone writes, draws and measures."""
+
+    class Two(Ranks):
+        def __init__(self, rank):
+            self.rank, self.size, self.first = rank, 2, rank == 0
+
+    data = tmp_path / "data"
+    tiny_data.write_cifar10_binaries(data)
+    options = Options(tmp_path / "out", {"cifar10": str(data)}, models=["cifar10-resnet18"])
+
+    def train(specs, title):
+        raise AssertionError("CIFAR takes one process")
+
+    for rank in (1, 0):
+        monkeypatch.setattr(paper, "Ranks", lambda rank=rank: Two(rank))
+        monkeypatch.setattr(paper, "_theory", lambda *rest: ["drawn"])
+        monkeypatch.setattr(paper, "_times", lambda *rest: ["measured"])
+        names = ("2021-table-2", "uai-figure-1", "uai-table-3")
+        written = [make_exhibit(name, options, train) for name in names]
+        assert bool(list((tmp_path / "out").iterdir())) == (rank == 0)
+        if rank:
+            assert written == [[], [], []]
+    assert written[1] == ["drawn"]
+    text = written[0][0].read_text()
+    assert "it takes one process: ResNet-18, CIFAR-10. Run it again without torchrun" in text
+
+
+def test_failures_end_in_words(tmp_path, monkeypatch):
+    broken = replace(EXHIBITS["uai-figure-5"], command=("nothing", "x.png"))
+    monkeypatch.setitem(EXHIBITS, "uai-figure-5", broken)
+    failed = invoke("paper", "uai-figure-5", "--output", tmp_path)
+    assert failed.exit_code == 1 and isinstance(failed.exception, SystemExit)
+    assert "ended with status 2" in " ".join(failed.output.split())
+
+    def full(*rest, **options):
+        raise torch.cuda.OutOfMemoryError("tried to allocate 2 GiB")
+
+    for place, arguments in ((paper, ("uai-table-3",)), (command, ("uai-table-6",))):
+        name = "time_steps" if place is paper else "train_all"
+        monkeypatch.setattr(place, name, full)
+        (tmp_path / "data").mkdir(exist_ok=True)
+        options = ("--data", f"cifar10={tmp_path / 'data'}", "--output", tmp_path)
+        failed = invoke("paper", *arguments, *options)
+        assert failed.exit_code == 1 and isinstance(failed.exception, SystemExit)
+        assert "give a smaller --batch" in " ".join(failed.output.split())
+
+
 def test_searches_come_first_and_curves_are_drawn(tmp_path, monkeypatch):
     recipe = replace(
         RECIPES["cifar10-resnet18"].recipe, search={"exponential": {"gamma": (0.5, 0.9)}}
@@ -221,8 +353,8 @@ def test_figure_3_and_table_6_come_from_the_same_runs(tmp_path):
     assert done.exit_code == 0, done.output
     assert (tmp_path / "out" / "uai-figure-3.png").read_bytes().startswith(PNG)
     assert len(list((tmp_path / "out").rglob("result.json"))) == len(FIGURE_3_RATES)
-    # Two epochs have no angle: it takes three.
-    assert done.output.count("| not run | 0 |") == 3
+    # Two epochs have no angle: it takes three. Nor has a run of four steps a window of 64.
+    assert done.output.count("| not run | 0 |") == 6
 
 
 def test_finished_runs_alone_are_taken_on_demand(tmp_path):
@@ -234,7 +366,8 @@ def test_finished_runs_alone_are_taken_on_demand(tmp_path):
         spec = base_spec(run, options)
         folder = spec.folder(tmp_path)
         folder.mkdir(parents=True)
-        found = result(5.0, spec=vars(spec), machine="a machine")
+        recipe = spec.recipe_in_use(RECIPES[model].recipe)
+        found = result(5.0, spec=vars(spec), recipe=recipe, machine="a machine")
         found["curve"] = found["curve"][:epochs]
         (folder / "result.json").write_text(json.dumps(found))
     (text, picture) = make_exhibit("2021-figure-7", options, None)
@@ -253,6 +386,25 @@ def test_steps_are_timed_in_turns():
     assert all(len(rounds) == 2 and min(rounds) > 0 for rounds in seconds.values())
     with pytest.raises(ValueError, match="expected an image model, got 'wmt14-transformer'"):
         time_steps("wmt14-transformer", schedules, **options)
+
+
+@pytest.mark.parametrize("model", ["cifar10-wrn28-10", "imagenet-resnet50"])
+def test_timed_rounds_hold_all_that_schedules_do(model, monkeypatch):
+    """A window of AutoDrop, and a change of TLR's rate, in each of three rounds."""
+    changed, windows = [], []
+    autodrop = schedules.AutoDrop
+    monkeypatch.setattr(
+        schedules, "AutoDrop", lambda *a, **k: windows.append(k["window"]) or autodrop(*a, **k)
+    )
+    monkeypatch.setattr(
+        schedules.TrainableLearningRate,
+        "_relative_step",
+        lambda self, *rest: changed.append(self.steps) or 0.0,
+    )
+    options = {"device": "cpu", "bf16": False, "rounds": 3, "steps": 2, "batch": 2, "side": 32}
+    time_steps(model, ("tlr", "autodrop"), **options)
+    assert windows == [2]
+    assert changed == [4, 6, 8]  # not in the round that is not counted
 
 
 def test_the_table_of_times_is_measured(tmp_path):

@@ -193,6 +193,17 @@ def test_commands_say_what_is_wrong(arguments, message, tmp_path, monkeypatch):
     assert message in " ".join(failed.output.split())
 
 
+def test_the_window_of_ablations_counts_no_warm_up(tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(command, "_train", lambda specs, *rest, **options: trained.extend(specs))
+    monkeypatch.setattr(command, "_report", lambda *rest: None)
+    for warmup in ((), ("--warmup", 1500)):
+        done = invoke("ablations", "--vary", "factor", *warmup, "--output", tmp_path)
+        assert done.exit_code == 0, done.output
+    # 2,980 steps, of which 1,500 are warm-up the second time.
+    assert [s.settings["window"] for s in trained] == 15 * [4] + 15 * [2]
+
+
 def test_help_names_every_command_and_list_every_schedule():
     text = invoke("--help").output
     for name in command.cli.commands:
