@@ -238,7 +238,7 @@ class _Part:
         dtype = torch.float64 if operations is None else torch.float32
         advice = (
             f"the average takes {dtype.itemsize} bytes for each of {plan.num_elements:,} "
-            "parameters. with average=False, EpochAutoDrop does not need it"
+            "parameters. EpochAutoDrop does not need it with average=False"
         )
         with needing(plan.arena_elements, dtype, plan.device, advice):
             self.arena = torch.zeros(plan.arena_elements, dtype=dtype, device=plan.device)

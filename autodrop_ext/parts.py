@@ -64,7 +64,7 @@ class Parts:
         return fields
 
     def unknown(self) -> dict[str, Any]:
-        """Nothing: such a reading has no parts."""
+        """Return no fields, because such a reading has no parts."""
         return {}
 
 

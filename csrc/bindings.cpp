@@ -1,4 +1,4 @@
-// autodrop_ext._C: addresses and sizes in, scalars out. Checks live in autodrop_ext/backends, the
+// autodrop_ext._C: addresses and sizes in, scalars out. Checks live in autodrop_ext/ops, the
 // arithmetic in cpu/; here is neither.
 #include <pybind11/pybind11.h>
 

@@ -2,7 +2,7 @@
 
 Installed as ``autodrop_ext.triton_kernels``, for machines without nvcc and for AMD GPUs. One
 source, specialised by dtype and alignment; offsets are int64. The kernels have no validation:
-:mod:`autodrop_ext.backends.triton` checks and launches. Importing this package imports triton.
+:mod:`autodrop_ext.ops.triton` checks and launches. Importing this package imports triton.
 """
 
 from .kernels import (

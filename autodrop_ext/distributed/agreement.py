@@ -292,7 +292,7 @@ def _same(
 ) -> None:
     members = range(len(rows)) if members is None else members
     if len({of(rows[rank]) for rank in members}) == 1:
-        return  # of thousands of ranks, in milliseconds
+        return  # thousands of ranks take milliseconds this way
     groups: dict[object, list[int]] = {}
     for rank in members:
         # NaN, for what is not known, equals itself here.

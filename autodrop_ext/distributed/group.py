@@ -58,11 +58,11 @@ class Alone:
         return 1.0
 
     def gather(self, row: Sequence[float]) -> list[list[float]]:
-        """The row itself."""
+        """Return the row alone."""
         return [list(row)]
 
     def gather_text(self, text: str) -> list[str]:
-        """The text itself."""
+        """Return the text alone."""
         return [text]
 
 
@@ -133,7 +133,7 @@ def check_group(process_group: Any) -> None:
 
 
 def find_group(process_group: Any, shards: Sequence[LocalShard]) -> Group:
-    """Who decides together.
+    """Find the ranks that decide together.
 
     Args:
         process_group: None for all ranks there are; or a process group, a mesh, PipelineStages.

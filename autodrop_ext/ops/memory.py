@@ -117,7 +117,7 @@ def needing(elements: int, dtype: torch.dtype, device: torch.device, advice: str
     try:
         yield
     except RuntimeError as error:
-        # The CPU's allocator has no error type of its own.
+        # The CPU's allocator raises a plain RuntimeError.
         if not (isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: " in str(error)):
             raise
         raise RuntimeError(

@@ -40,5 +40,5 @@ def window_for(
     checks.count("num_steps", num_steps, 1)
     checks.between_0_and_1("total_decay", total_decay)
     drops = math.log(total_decay) / math.log(factor)
-    # Less a hair, so that a quotient that is a whole number stays one.
+    # The small subtraction keeps a quotient whole that is whole but for rounding.
     return max(1, math.ceil(num_steps / ((min_samples + 1) * drops) - 1e-9))

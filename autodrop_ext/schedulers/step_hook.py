@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 _LATE_STEPS = 2  # optimizer steps between two calls that point to a wrong wiring
-_LATE_CALLS = 3  # of such calls in a row: SequentialLR hands over with one, GradScaler skips some
+_LATE_CALLS = 3  # in a row warn: SequentialLR causes one late call, and GradScaler skips some steps
 _KNOWN_LRS = 64  # tensor learning rates whose value is remembered
 
 _hooks: weakref.WeakKeyDictionary[Optimizer, weakref.WeakSet[StepHook]]
@@ -45,7 +45,7 @@ class StepHook:
         self._lr_versions: dict[int, tuple[Tensor, int, bool]] = {}
 
     def attach(self, optimizer: Optimizer) -> bool:
-        """Register the hooks unless they are there; whether they were there.
+        """Register the hooks if they are missing, and return whether they were already there.
 
         Copying or unpickling an optimizer loses its hooks. They are removed with this object.
         """

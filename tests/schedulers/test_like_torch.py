@@ -42,7 +42,7 @@ DIFFERENCES = {
     "step() before optimizer.step()": "no warning; the call counts nothing",
     "optimizer.step replaced after the scheduler was made": "no warning; hooks still run",
     "step(epoch)": "warns, as torch does, and never sets a rate",
-    "load_state_dict of another class": "ValueError instead of a scheduler with foreign attributes",
+    "load_state_dict with another class's state": "raises ValueError",
     "add_param_group": "the new group takes part, with min_lr 0",
 }
 """What torch's tests expect otherwise, and what happens here; the reasons are in the document."""
