@@ -143,7 +143,7 @@ def test_cifar_recipes(tmp_path, monkeypatch, model, write):
         model, "autodrop", data=str(tmp_path / "data"), subset=8, batch=4, epochs=2, angles=1
     )
     result = train_killed_and_resumed(spec, tmp_path, monkeypatch)
-    assert result["settings"]["window"] is None  # the recipe's 64, not a setting of this run
+    assert result["settings"]["window"] == 64  # the recipe's
     assert len(result["angles"]) == 2  # four windows of one step
     labels = load_cifar(tmp_path / "data", RECIPES[model].classes).train_labels
     assert int(labels.max()) < RECIPES[model].classes
@@ -178,7 +178,7 @@ def test_translation_recipe(tmp_path, monkeypatch, schedule):
         "wmt14-transformer",
         schedule,
         data=str(tmp_path / "data"),
-        batch=100,
+        batch=50,
         subset=12,
         epochs=2,
         warmup_steps=2,
@@ -279,6 +279,13 @@ def test_cifar100_has_its_fine_labels(tmp_path, write):
         load_cifar(tmp_path, 10, tmp_path / "cifar100-uint8.npy")
 
 
+def test_a_cache_of_cifar10_is_not_taken_for_cifar100(tmp_path):
+    tiny_data.write_cifar10_binaries(tmp_path)
+    load_cifar(tmp_path, 10)
+    with pytest.raises(ValueError, match=r"expected labels of 100 classes, .* not CIFAR-100"):
+        load_cifar(tmp_path, 100, tmp_path / "cifar10-uint8.npy")
+
+
 def test_a_folder_with_another_number_of_classes_is_refused(tmp_path):
     tiny_data.write_imagenet(tmp_path, classes=3)
     with pytest.raises(ValueError, match=r"train: expected 1000 folders, .* got 3"):
@@ -351,7 +358,7 @@ def test_a_trained_translator_translates(tmp_path):
     needs("sacrebleu", "tokenizers", "transformers")
     tiny_data.write_parallel_text(tmp_path, n=300)
     task = Translation(
-        RECIPES["wmt14-transformer"], tmp_path, device=torch.device("cpu"), batch=400, subwords=200
+        RECIPES["wmt14-transformer"], tmp_path, device=torch.device("cpu"), batch=200, subwords=200
     )
     torch.manual_seed(0)
     model = task.model()
@@ -370,6 +377,82 @@ def test_a_trained_translator_translates(tmp_path):
     assert before.error > 95 and after.error < 50
     assert after.test_loss < 0.5 * before.test_loss
     assert Path(tmp_path / "subwords.json").exists()
+
+
+@pytest.mark.usefixtures("small")
+def test_a_batch_counts_the_tokens_of_each_language(tmp_path):
+    """As Vaswani et al. 2017: so many source tokens, and as many target tokens."""
+    needs("sacrebleu", "tokenizers", "transformers")
+    tiny_data.write_parallel_text(tmp_path, n=100)
+    task = Translation(
+        RECIPES["wmt14-transformer"], tmp_path, device=torch.device("cpu"), batch=200, subwords=60
+    )
+    task.start_epoch(torch.Generator().manual_seed(0))
+    filled = []
+    for part in task._order:
+        for side in task._train:
+            ids, mask = task._padded([side[i] for i in part])
+            assert ids.numel() <= 200 and int(mask.sum()) == sum(len(side[i]) for i in part)
+        filled.append(max(side.lengths[part].max() for side in task._train) * len(part))
+    assert np.median(filled) > 100  # both languages together would be more than 200
+    cut = np.concatenate(task._cut(np.argsort(task._sizes)))
+    assert sorted(cut.tolist()) == list(range(len(task._train[0])))
+
+
+@pytest.mark.usefixtures("small")
+def test_encoded_sentences_are_kept(tmp_path, monkeypatch):
+    needs("sacrebleu", "tokenizers", "transformers")
+    tiny_data.write_parallel_text(tmp_path, n=25)
+    monkeypatch.setattr(translation, "_ENCODED", 10)  # three blocks
+    paper = RECIPES["wmt14-transformer"]
+
+    def made(subset=None):
+        options = {"device": torch.device("cpu"), "batch": 60, "subwords": 60, "subset": subset}
+        return Translation(paper, tmp_path, **options)
+
+    task = made()
+    lines = (tmp_path / "train.de").read_text(encoding="utf-8").splitlines()
+    for i, line in enumerate(lines):
+        ids = task._vocabulary.encode(line).ids
+        assert task._train[0][i].tolist() == [*ids, task._end]
+    stamp = (tmp_path / "subwords.json.train.npz").stat().st_mtime_ns
+    again = made()
+    assert (tmp_path / "subwords.json.train.npz").stat().st_mtime_ns == stamp
+    for side, other in zip(task._train, again._train, strict=True):
+        assert np.array_equal(side.ids, other.ids) and np.array_equal(side.lengths, other.lengths)
+    assert len(made(subset=7)._train[0]) == 7  # other sentences: encoded again
+
+
+def test_translations_are_searched_as_in_the_paper(tmp_path):
+    """Vaswani et al. 2017, section 6.1: beams of 4, a length penalty of 0.6, 50 more tokens."""
+    needs("sacrebleu", "tokenizers", "transformers")
+    tiny_data.write_parallel_text(tmp_path)
+    task = Translation(
+        RECIPES["wmt14-transformer"], tmp_path, device=torch.device("cpu"), batch=60, subwords=60
+    )
+    asked = []
+
+    class Model:
+        def generate(self, **options):
+            asked.append(options)
+            return options["input_ids"]
+
+    assert len(task.translate(Model())) == 6
+    (options,) = asked
+    width = options["input_ids"].shape[1]
+    assert {k: options[k] for k in ("num_beams", "length_penalty", "max_new_tokens")} == {
+        "num_beams": 4,
+        "length_penalty": 0.6,
+        "max_new_tokens": width + 50,
+    }
+    assert not options["do_sample"] and task.evaluate_every == 1
+    model = translation.build(60, 0, 1, "base")
+    assert (model.config.d_model, model.config.dropout, model.config.encoder_layers) == (
+        512,
+        0.1,
+        6,
+    )
+    assert translation._SMOOTHING == 0.1
 
 
 def test_glue_files_are_checked(tmp_path):
