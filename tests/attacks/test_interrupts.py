@@ -334,8 +334,11 @@ def test_an_interrupt_in_the_last_step_of_a_warm_up(kind: str) -> None:
     assert not wrong
 
 
-@pytest.mark.parametrize("moment", CALLS)
-@pytest.mark.parametrize("kind", ["meter in sum form", "AutoDrop"])
+# A scheduler's decision on a reading is carried out by the call after the interrupt.
+@pytest.mark.parametrize(
+    ("kind", "moment"),
+    [*(("meter in sum form", m) for m in CALLS), ("AutoDrop", "inside"), ("AutoDrop", "end")],
+)
 def test_a_warning_that_is_an_error_comes_after_the_window_was_discarded(
     kind: str, moment: str
 ) -> None:
@@ -358,3 +361,17 @@ def test_a_warning_that_is_an_error_comes_after_the_window_was_discarded(
         if raised > 1 or problems or not trial.reported:
             wrong.append(f"{interrupter.where}: {raised} raised, {problems[:2]}")
     assert not wrong, "\n".join(wrong[:6])
+
+
+@pytest.mark.parametrize("moment", ["reading", "after a reading"])
+def test_no_reading_is_decided_on_twice(moment: str) -> None:
+    """A second decision would put the same angle into the filter again, and could drop the rate."""
+    call = call_of("AutoDrop", moment)
+    for at in places("AutoDrop", call, 24):
+        trial, interrupter, _ = interrupted("AutoDrop", call, at)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trial.advance(5 * trial.window)
+        windows = [decision.window for decision in trial.history]
+        assert len(windows) > 1
+        assert windows == sorted(set(windows)), interrupter.where

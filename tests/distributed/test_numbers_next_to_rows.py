@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from driven import WINDOW, Driven, optimizer_of
 from launch import run
 from torch import nn
 
@@ -128,3 +129,28 @@ def test_arithmetic_of_a_sample_warns_of_nothing_before_the_collective() -> None
     first, second = run(2, infinite_on_one_rank)
     assert first == second
     assert first[-1] is None
+
+
+def norms_of_parts(rank: int) -> tuple[dict[str, float], float]:
+    """The length of each parameter's displacement, and that of all of them."""
+    model = Driven()
+    reduced = model if rank < 0 else nn.parallel.DistributedDataParallel(model)
+    optimizer = optimizer_of(reduced)
+    meter = AngularVelocity(list(model.named_parameters()), WINDOW, per_tensor=True)
+    for t in range(3 * WINDOW):
+        reduced(t).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        meter.observe()
+    reading = meter.history[-1]
+    assert reading.per_tensor is not None
+    return {name: part.norm for name, part in reading.per_tensor.items()}, reading.norm
+
+
+def test_parts_of_copies_are_as_long_as_those_of_one_process() -> None:
+    """Each rank counts its copy by half."""
+    alone, total = norms_of_parts(-1)
+    assert sum(norm**2 for norm in alone.values()) == pytest.approx(total**2, rel=1e-12)
+    for parts, norm in run(2, norms_of_parts):
+        assert norm == pytest.approx(total, rel=1e-12)
+        assert parts == pytest.approx(alone, rel=1e-12)
