@@ -215,4 +215,10 @@ def half_dropped(trial: Trial) -> str | None:
     for rate, drops in zip(trial.rates, counted, strict=False):
         if abs(rate / (0.5 * FACTOR**drops) - 1) > 1e-9:
             return f"{drops} drops are counted, but the rate is {rate!r}"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trial.measure.state_dict()  # finishes what was interrupted
+    windows = [decision.window for decision in trial.history]
+    if windows != sorted(set(windows)):
+        return f"the history has the windows {windows}"
     return None

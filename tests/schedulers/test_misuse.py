@@ -89,6 +89,14 @@ def test_two_schedulers_of_ours_on_one_optimizer() -> None:
     assert train(second, 10) == []
 
 
+def test_two_schedulers_are_noticed_where_one_is_also_stepped_for_micro_batches() -> None:
+    first = made()
+    second = AutoDrop(first.optimizer, **EAGER)  # type: ignore[arg-type]
+    said = train(first, 10, also=[first, second])  # the second call of first finds no new step
+    assert sum("another scheduler of this package is stepped" in s for s in said) >= 1
+    second.close()
+
+
 def test_a_discarded_scheduler_is_no_second_one_and_leaves_no_hook() -> None:
     optimizer = made().optimizer
     gc.collect()
