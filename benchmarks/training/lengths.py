@@ -340,6 +340,8 @@ def report(folder: pathlib.Path, to: pathlib.Path) -> None:
         of = values.setdefault((r["task"], r["rate"]), {}).setdefault(r["schedule"], {})
         of.setdefault(r["steps"], {})[r["seed"]] = r["value"]
     lines = [
+        "# One setting at many lengths",
+        "",
         "Mean over seeds; in brackets the paired difference to cosine with its standard error, and",
         "the number of seeds. Lower is better. `python benchmarks/training/lengths.py`.",
     ]
