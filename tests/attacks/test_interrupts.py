@@ -306,6 +306,7 @@ def test_an_interrupted_close_doubles_the_window() -> None:
     assert doubled > len(tried) / 2  # most places come after the window was counted
 
 
+@pytest.mark.filterwarnings("ignore:AutoDrop. the last observation was interrupted")
 @pytest.mark.parametrize("kind", ["AutoDrop", "AnalyticAutoDrop"])
 def test_an_interrupt_in_the_last_step_of_a_warm_up(kind: str) -> None:
     """The rate is the initial one afterwards, wherever the call was interrupted."""

@@ -145,6 +145,7 @@ def test_the_sinks_need_no_library_before_they_are_made() -> None:
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.filterwarnings(r"ignore:AutoDrop. step\(epoch=32\) sets last_epoch")
 def test_a_call_that_fails_and_is_repeated_decides_once() -> None:
     """DeepSpeed swallows a TypeError in ``step()`` and calls it again with another argument."""
     seen = []
