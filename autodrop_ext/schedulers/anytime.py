@@ -99,6 +99,9 @@ class AnytimeAutoDrop(DropScheduler):
 
     _record_type = AnytimeDecision
     averaged_windows = "all"
+    _window_follows_from = (
+        " by min_window, windows and warmup_steps of its settings, and optimizer_steps"
+    )
 
     def __init__(
         self,

@@ -41,6 +41,8 @@ class DropScheduler(StepScheduler):
     """
 
     _record_type: ClassVar[type[Decision]] = Decision
+    _window_follows_from: ClassVar[str] = ""
+    """For messages: entries of a saved state, if the window follows from several."""
     averaged_windows: ClassVar[Literal["last", "all"]] = "last"
     """What :meth:`averaged_parameters` takes the mean of: the last whole window, or both whole
     windows that the sums hold and the open one, weighted by their steps."""
@@ -259,7 +261,7 @@ class DropScheduler(StepScheduler):
         if (window := meter.count("window", 1)) not in possible:
             raise ValueError(
                 f"{meter.name('window')}: expected this scheduler's window="
-                f"{' or '.join(map(str, possible))}, got {window}"
+                f"{' or '.join(map(str, possible))}{self._window_follows_from}, got {window}"
             )
         self.meter.load_state_dict(state.value("meter"), name=state.name("meter"))
 
@@ -285,7 +287,8 @@ class DropScheduler(StepScheduler):
     def _read_progress(self, state: Entries, settings: Mapping[str, Any]) -> dict[str, Any]:
         newest = self.meter.history[-1].window if self.meter.history else None
         # Older states have no cooldown.
-        cooldown = Cooldown.read(state.inner("cooldown")) if "cooldown" in state else None
+        steps = state.count("optimizer_steps")
+        cooldown = Cooldown.read(state.inner("cooldown"), steps) if "cooldown" in state else None
         return {"_decided": newest, "_cooldown": cooldown}
 
 
@@ -324,12 +327,17 @@ class Cooldown(NamedTuple):
         return {**cooldown._asdict(), "lrs": list(cooldown.lrs)}
 
     @classmethod
-    def read(cls, state: Entries) -> Cooldown | None:
-        """The inverse of :meth:`saved`; raises ValueError where an entry is wrong."""
+    def read(cls, state: Entries, steps: int) -> Cooldown | None:
+        """The inverse of :meth:`saved`, after ``steps``; raises ValueError for a wrong entry."""
         if state.count("num_steps") == 0:
             return None
+        begin = state.count("begin")
+        if begin > steps:
+            raise ValueError(
+                f"{state.name('begin')}: expected at most optimizer_steps={steps}, got {begin}"
+            )
         return cls(
-            state.count("begin"),
+            begin,
             state.count("num_steps"),
             state.read("shape", lambda name, value: checks.one_of(name, value, SHAPES)),
             state.list("lrs", checks.at_least_zero),
