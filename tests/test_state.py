@@ -296,3 +296,37 @@ def test_pickled_schedulers_go_on() -> None:
     run.train(40)
     other.train(40)
     assert other.scheduler.history == run.scheduler.history
+
+
+@pytest.mark.parametrize(
+    "arenas",
+    [
+        3,
+        {"params[0]": 5},
+        {"params[0]": {}},
+        {"params[0]": {"running": 1.0, "previous": 1.0, "before": 1.0}},
+        {"params[0]": dict.fromkeys(("running", "previous", "before"), torch.ones(4).to("meta"))},
+        {"params[0]": dict.fromkeys(("running", "previous", "before"), torch.ones(4).double())},
+    ],
+)
+def test_damaged_arenas_are_refused(arenas: object) -> None:
+    meter = AngularVelocity([torch.zeros(4)], window=2)
+    state = {"form": "sum", "steps": 0, "arenas": arenas}
+    with pytest.raises(ValueError, match="arenas"):
+        meter.arena_state.load_state_dict(state)
+    assert meter.observe() is None
+
+
+def test_param_groups_that_cannot_decide_for_themselves_are_not_loaded() -> None:
+    """params= has one group and the optimizer two, which the constructor refuses as well."""
+    first, second = (torch.nn.Parameter(torch.randn(4)) for _ in range(2))
+
+    def made(**settings: object) -> AutoDrop:
+        optimizer = torch.optim.SGD([{"params": [first]}, {"params": [second]}], lr=0.1)
+        return AutoDrop(optimizer, window=2, **settings)  # type: ignore[arg-type]
+
+    state = made(per_group=True).state_dict()
+    other = made(params=[first, second])
+    with pytest.raises(ValueError, match=r"per_group.*expected False, because params= has 1"):
+        other.load_state_dict(state)
+    assert not other.per_group
