@@ -14,8 +14,7 @@ except ModuleNotFoundError as error:
         raise
     raise ImportError(
         "autodrop_ext needs torch, which is not installed. For NVIDIA GPUs: pip install torch; "
-        "for the CPU alone: pip install torch --index-url https://download.pytorch.org/whl/cpu; "
-        "https://pytorch.org has the commands for other GPUs",
+        "https://pytorch.org/get-started has the commands for the CPU alone and for other GPUs",
         name="torch",
     ) from None
 

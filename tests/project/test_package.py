@@ -48,7 +48,7 @@ def test_a_missing_torch_is_said_in_words(command: str, tmp_path: pathlib.Path) 
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("ImportError: autodrop_ext needs torch, which is not installed.")
-    assert "pip install torch --index-url https://download.pytorch.org/whl/cpu" in last
+    assert "https://pytorch.org/get-started has the commands for the CPU alone" in last
 
 
 def test_public_names_are_documented() -> None:
