@@ -17,6 +17,7 @@ import autodrop_ext
 
 project = "autodrop_ext"
 author = "the autodrop_ext authors"
+copyright = f"2026, {author}"  # noqa: A001 - the name that Sphinx reads
 version = release = autodrop_ext.__version__
 
 extensions = [
@@ -35,6 +36,8 @@ html_theme = "furo"
 html_title = f"autodrop_ext {release}"
 html_extra_path = ["redirect"]  # the site's first address leads to docs/index.html
 html_show_sourcelink = False
+html_static_path = ["static"]
+html_css_files = ["site.css"]
 
 # Reports in benchmarks/results are reached by links; a test looks for the pages of docs/.
 suppress_warnings = ["toc.not_included"]
