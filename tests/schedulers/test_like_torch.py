@@ -27,10 +27,12 @@ from autodrop_ext import AnalyticAutoDrop, AnytimeAutoDrop, AutoDrop, EpochAutoD
 
 Make = Callable[..., Any]
 
+EAGER = {"window": 1, "threshold": 1e6, "min_samples": 1, "buffer_size": 1}
 SCHEDULERS: dict[str, Make] = {
-    "AutoDrop": lambda o, **s: AutoDrop(
-        o, window=1, threshold=1e6, min_samples=1, buffer_size=1, **s
-    ),
+    "AutoDrop": lambda o, **s: AutoDrop(o, **EAGER, **s),
+    "AutoDrop, per_group": lambda o, **s: AutoDrop(o, **EAGER, per_group=True, **s),
+    "AutoDrop, sample": lambda o, **s: AutoDrop(o, **EAGER, sample=1 / 2, **s),
+    "AutoDrop, snapshots": lambda o, **s: AutoDrop(o, **EAGER | {"window": 2}, snapshots=1, **s),
     "EpochAutoDrop": lambda o, **s: EpochAutoDrop(o, threshold=1.0, delay=2, average=False, **s),
     "AnalyticAutoDrop": lambda o, **s: AnalyticAutoDrop(
         o, 0.1, 0.1, 1.5, rates=[0.3, 0.2, 0.1], **s
@@ -144,6 +146,18 @@ def test_get_last_lr_is_a_copy_of_the_present_rates(make: Make, lr: Any) -> None
 
 
 @each
+def test_what_is_done_to_returned_tensors_changes_no_rate(make: Make) -> None:
+    scheduler = make(optimizer(torch.tensor(0.5)))
+    train(scheduler, 80)
+    (rate,) = (float(lr) for lr in scheduler.get_last_lr())
+    scheduler.get_last_lr()[0].zero_()
+    assert float(scheduler.optimizer.param_groups[0]["lr"]) == rate > 0
+    scheduler.optimizer.param_groups[0]["lr"].fill_(0.25)
+    assert [float(lr) for lr in scheduler.base_lrs] == [0.5]
+    assert float(scheduler.optimizer.param_groups[0]["initial_lr"]) == 0.5
+
+
+@each
 def test_a_tensor_rate_stays_the_same_tensor(make: Make) -> None:
     scheduler = make(optimizer(torch.tensor(0.5)))
     rate = scheduler.optimizer.param_groups[0]["lr"]
@@ -161,13 +175,43 @@ def test_float_and_tensor_rates_fall_alike(make: Make) -> None:
 # ---- state ------------------------------------------------------------------------------------
 
 
-def copied(state: dict[str, Any]) -> dict[str, Any]:
+def copied(state: dict[str, Any], weights_only: bool = True) -> dict[str, Any]:
     """Through a file, as torch.load reads it by default."""
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
-    loaded: dict[str, Any] = torch.load(file, weights_only=True)
+    loaded: dict[str, Any] = torch.load(file, weights_only=weights_only)
     return loaded
+
+
+def plain(state: Any) -> Any:
+    """The same with lists in place of tensors and a word for NaN, so that == compares."""
+    if isinstance(state, dict):
+        return {key: plain(value) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return [plain(value) for value in state]
+    if isinstance(state, torch.Tensor):
+        return plain(state.tolist())
+    return "nan" if state != state else state
+
+
+@each
+@rates
+@pytest.mark.parametrize("weights_only", [True, False])
+def test_a_loaded_state_is_the_state_that_was_saved(
+    make: Make, lr: Any, weights_only: bool
+) -> None:
+    scheduler = make(optimizer(lr))
+    train(scheduler, 45)
+    saved = scheduler.state_dict()
+    other = make(optimizer(lr))
+    assert plain(other.state_dict()) != plain(saved)
+    with torch.no_grad():
+        for to, of in zip(params(other), params(scheduler), strict=True):
+            to.copy_(of)
+    other.optimizer.load_state_dict(scheduler.optimizer.state_dict())
+    other.load_state_dict(copied(saved, weights_only))
+    assert plain(other.state_dict()) == plain(saved)
 
 
 @each
@@ -208,9 +252,9 @@ def test_a_state_does_not_change_when_the_run_goes_on(make: Make) -> None:
     scheduler = make(optimizer())
     train(scheduler, 30)
     state = scheduler.state_dict()
-    before = repr(state)
+    before = plain(state)
     train(scheduler, 30)
-    assert repr(state) == before != repr(scheduler.state_dict())
+    assert plain(state) == before != plain(scheduler.state_dict())
 
 
 @each
@@ -320,6 +364,17 @@ def test_behind_a_warm_up_of_torch_the_run_begins_at_the_base_rate(make: Make) -
     assert seen[4] == 0.5
     assert seen[-1] < 0.5
     assert scheduler_optimizer.param_groups[0]["initial_lr"] == 0.5
+
+
+@each
+def test_before_a_schedule_of_torch_rates_fall_until_the_milestone(make: Make) -> None:
+    alone = train(make(optimizer()), 80)
+    scheduler = make(optimizer())
+    after = lr_scheduler.ConstantLR(scheduler.optimizer, 1.0, total_iters=0)
+    sequence = lr_scheduler.SequentialLR(scheduler.optimizer, [scheduler, after], milestones=[60])
+    seen = train(scheduler, 80, sequence)
+    assert seen[:59] == alone[:59]
+    assert seen[58] < 0.5 == seen[59] == seen[-1]  # the other schedule begins at the initial rate
 
 
 @each
