@@ -56,9 +56,9 @@ class ParameterAverage:
         self._restore: Mapping[str, Tensor] | None = None
         self.reset()
 
-    def warn_as(self, owner: str) -> None:
-        """Let warnings carry the name of the class that the user made."""
-        self._warnings.owner = owner
+    def warn_through(self, warnings: Warnings) -> None:
+        """Give warnings to the object that uses this average; it decides when to release them."""
+        self._warnings = warnings
 
     def reset(self) -> None:
         """Forget all snapshots and free the arena."""
@@ -112,7 +112,7 @@ class ParameterAverage:
             name = part.not_finite()
             if name is not None:
                 self._warnings.once(
-                    "nonfinite",
+                    "average not finite",
                     f"the average of {name} is not finite; the parameters stay as they are",
                 )
                 return False
@@ -128,7 +128,7 @@ class ParameterAverage:
             self._continue(self._restore)
         if self._parts is not None and not self._source.unchanged():
             self._warnings.once(
-                "changed",
+                "average changed",
                 "the averaged parameters were moved, replaced, added or frozen; the average starts "
                 "over",
             )
@@ -162,7 +162,7 @@ class ParameterAverage:
 
     def _cannot_continue(self, problem: str) -> None:
         self._warnings.once(
-            "restart", f"the saved average cannot be continued ({problem}); it starts over"
+            "average restarts", f"the saved average cannot be continued ({problem}); it starts over"
         )
         self.reset()
 

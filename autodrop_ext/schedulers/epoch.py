@@ -154,7 +154,6 @@ class EpochAutoDrop(DropScheduler):
             form="delta",  # after a write-back only this form can be measured from elsewhere
         )
         self._mean = ParameterAverage(watched, backend)
-        self._mean.warn_as(type(self).__name__)
         self.factor = checks.between_0_and_1("factor", factor)
         super().__init__(
             optimizer,
@@ -165,6 +164,7 @@ class EpochAutoDrop(DropScheduler):
             warmup_steps=0,
             last_epoch=last_epoch,
         )
+        self._mean.warn_through(self._warnings)
 
     # ---- deciding ---------------------------------------------------------------------------
 

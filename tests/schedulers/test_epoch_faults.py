@@ -405,6 +405,27 @@ def test_parameters_that_change_during_a_delay_are_not_written_wrong(
     assert run.scheduler.history[-1].angle is not None
 
 
+@pytest.mark.parametrize("change", [add_group, replace_data, freeze])
+def test_warnings_that_are_errors_leave_no_epoch_half_done(change: Callable[[Run], None]) -> None:
+    run, twin = Run(), Run()
+    for r in (run, twin):
+        r.train_until_waiting()
+        change(r)
+    raised = 0
+    for _ in range(8):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            try:
+                run.train(1)
+            except RuntimeWarning:
+                raised += 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            twin.train(1)
+    assert raised >= 1
+    assert run.outcome() == twin.outcome()
+
+
 def test_load_state_dict_in_place_is_no_change() -> None:
     run, twin = Run(), Run()
     for r in (run, twin):
