@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autodrop_ext.plotting.panels import log_if_wide, log_scale
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -58,7 +60,7 @@ def draw_curves(
         panels.append((grid[0, 2], "test_loss", held_out, "mean loss after the epoch"))
     colours = colormaps["viridis" if ordered else "tab20"]
     ends: list[tuple[float, list[tuple[float, float]]]] = []
-    highest = 0.0
+    values: dict[str, list[float]] = {key: [] for _, key, _, _ in panels}
     # The only line of AutoDrop among others stands out; several of it are told by their colours.
     ours = [name for name in lines if name.startswith("AutoDrop")]
     alone = ours[0] if len(ours) == 1 and not ordered else None
@@ -79,17 +81,22 @@ def draw_curves(
         points = {key: _mean(results, key) for _, key, _, _ in panels}
         if not points["error"]:
             continue
-        highest = max([highest, *(y for _, y in points["lr"])])
         for axes, key, _, _ in panels:
+            values[key] += [y for _, y in points[key]]
             if points[key]:
                 axes.plot(*zip(*points[key], strict=True), label=name, **style)
         ends.append((points["error"][-1][1], points["error"]))
     for axes, _, text, unit in panels:
         _name(axes, text, unit)
-    rate.set_yscale("log")
-    if highest > 0:
-        rate.set_ylim(highest * _LOWEST_RATE, highest * 1.5)
-    loss.set_yscale("log")
+    positive = [lr for lr in values["lr"] if lr > 0]
+    if positive:
+        highest = max(positive)
+        lowest = max(min(positive), highest * _LOWEST_RATE)
+        log_scale(rate, lowest, highest)
+        rate.set_ylim(lowest / 1.5, highest * 1.5)
+    for axes, key, _, _ in panels:
+        if key.endswith("loss"):
+            log_if_wide(axes, values[key])
     _enlarge(zoom, ends)
     handles, names = error.get_legend_handles_labels()
     if tested:  # the sixth place is the legend's
@@ -118,6 +125,7 @@ def draw_rates(
 
     figure = Figure(figsize=(9, 7), layout="constrained")
     loss, angle = figure.subplots(2, 1, sharex=True)
+    drawn: list[float] = []
     for i, (name, results) in enumerate(lines.items()):
         style = {
             "color": _DISTINCT[i % len(_DISTINCT)],
@@ -125,13 +133,14 @@ def draw_rates(
             "linewidth": 1.6,
         }
         losses, measured = _mean(results, "loss"), _mean_angles(results, angles)
+        drawn += [y for _, y in losses]
         for axes, points in ((loss, losses), (angle, measured)):
             if points:
                 axes.plot(*zip(*points, strict=True), label=name, **style)
     _name(loss, "Training loss", "mean loss of the epoch")
     _name(angle, "Angular velocity of epochs", "degrees")
     loss.set_xlabel("")
-    loss.set_yscale("log")
+    log_if_wide(loss, drawn)
     handles, names = loss.get_legend_handles_labels()
     # Next to the panels: a row above them would squeeze them where names are many or long.
     figure.legend(handles, names, loc="outside right center", frameon=False)
