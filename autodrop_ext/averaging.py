@@ -112,7 +112,7 @@ class ParameterAverage:
             name = part.not_finite()
             if name is not None:
                 self._warnings.once(
-                    "average not finite",
+                    "mean nonfinite",
                     f"the average of {name} is not finite; the parameters stay as they are",
                 )
                 return False
@@ -128,7 +128,7 @@ class ParameterAverage:
             self._continue(self._restore)
         if self._parts is not None and not self._source.unchanged():
             self._warnings.once(
-                "average changed",
+                "mean changed",
                 "the averaged parameters were moved, replaced, added or frozen; the average starts "
                 "over",
             )
@@ -162,7 +162,7 @@ class ParameterAverage:
 
     def _cannot_continue(self, problem: str) -> None:
         self._warnings.once(
-            "average restarts", f"the saved average cannot be continued ({problem}); it starts over"
+            "mean restart", f"the saved average cannot be continued ({problem}); it starts over"
         )
         self.reset()
 
