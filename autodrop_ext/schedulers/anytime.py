@@ -256,21 +256,10 @@ class AnytimeAutoDrop(DropScheduler):
             displacement=last.norm,
         )
 
-    def plot(self, path: Any = None) -> matplotlib.figure.Figure:
-        """Draw cosine, exponent and learning rate over the steps.
-
-        Args:
-            path: where to save the picture, if anywhere.
-
-        Raises:
-            ImportError: matplotlib is not installed; it comes with ``autodrop_ext[plot]``.
-        """
+    def _draw(self, records: list[dict[str, Any]], **options: Any) -> matplotlib.figure.Figure:
         from ..plotting.anytime import plot_anytime
-        from ..plotting.titles import title_of
 
-        records = [decision.as_dict() for decision in self.history]
-        title = title_of(self._described(), records) if records else None
-        return plot_anytime(records, critical=self.critical, path=path, title=title)
+        return plot_anytime(records, critical=self.critical, **options)
 
     # ---- state ------------------------------------------------------------------------------
 

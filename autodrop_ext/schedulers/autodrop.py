@@ -248,21 +248,10 @@ class AutoDrop(DropScheduler):
             displacement=last.norm,
         )
 
-    def plot(self, path: Any = None) -> matplotlib.figure.Figure:
-        """Draw angular velocity, its rise and the learning rate over the steps, drops marked.
-
-        Args:
-            path: where to save the picture, if anywhere.
-
-        Raises:
-            ImportError: matplotlib is not installed; it comes with ``autodrop_ext[plot]``.
-        """
+    def _draw(self, records: list[dict[str, Any]], **options: Any) -> matplotlib.figure.Figure:
         from ..plotting.run import plot_run
-        from ..plotting.titles import title_of
 
-        records = [decision.as_dict() for decision in self.history]
-        title = title_of(self._described(), records) if records else None
-        return plot_run(records, threshold=self._detectors[0].threshold, path=path, title=title)
+        return plot_run(records, threshold=self._detectors[0].threshold, **options)
 
     # ---- state ------------------------------------------------------------------------------
 

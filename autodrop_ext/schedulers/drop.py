@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from torch.optim import Optimizer
 
@@ -15,6 +15,9 @@ from ..meter import AngularVelocity
 from ..reading import Decision, Reading
 from ..saved import Entries
 from .base import Changes, StepScheduler, as_floats, dropped, lower_bounds
+
+if TYPE_CHECKING:
+    import matplotlib.figure
 
 Shape = Literal["linear", "sqrt", "cosine"]
 SHAPES = ("linear", "sqrt", "cosine")
@@ -166,6 +169,27 @@ class DropScheduler(StepScheduler):
                 if lrs[g] == before:  # it stays at its floor
                     break
         return lrs
+
+    # ---- looking ----------------------------------------------------------------------------
+
+    def plot(self, path: Any = None) -> matplotlib.figure.Figure:
+        """Draw what was measured, why rates were lowered or kept, and the learning rates.
+
+        Args:
+            path: where to save the picture, if anywhere.
+
+        Raises:
+            ImportError: matplotlib is not installed; it comes with ``autodrop_ext[plot]``.
+            ValueError: nothing has been measured yet.
+        """
+        from ..plotting.titles import title_of
+
+        records = [decision.as_dict() for decision in self.history]
+        title = title_of(self._described(), records) if records else None
+        return self._draw(records, path=path, title=title)
+
+    def _draw(self, records: list[dict[str, Any]], **options: Any) -> matplotlib.figure.Figure:
+        raise NotImplementedError
 
     # ---- averages and cooldown --------------------------------------------------------------
 

@@ -298,22 +298,10 @@ class EpochAutoDrop(DropScheduler):
             displacement=last.norm,
         )
 
-    def plot(self, path: Any = None) -> matplotlib.figure.Figure:
-        """Draw angular velocity, its change with the threshold, and the learning rate.
-
-        Args:
-            path: where to save the picture, if anywhere.
-
-        Raises:
-            ImportError: matplotlib is not installed; it comes with ``autodrop_ext[plot]``.
-            ValueError: no epoch has been measured.
-        """
+    def _draw(self, records: list[dict[str, Any]], **options: Any) -> matplotlib.figure.Figure:
         from ..plotting.epochs import plot_epochs
-        from ..plotting.titles import title_of
 
-        records = [decision.as_dict() for decision in self.history]
-        title = title_of(self._described(), records) if records else None
-        return plot_epochs(records, path=path, title=title)
+        return plot_epochs(records, **options)
 
     def close(self) -> None:
         """Take the hooks off the optimizer and free the arenas. The learning rates stay."""
