@@ -29,8 +29,9 @@ ABSENT = {
 }
 
 
-def compiled(target: str) -> list[dict]:
+def compiled(target: str, every: bool) -> list[dict]:
     command = [sys.executable, str(PROGRAM), "--block", str(BLOCK), "--targets", target]
+    command += ["--every"] * every
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
@@ -60,15 +61,18 @@ def expected_wide(variant: str, target: str) -> tuple[int, int]:
         return 0, 0
     parameters = elements * ITEMSIZE[words[0]] // 16 if words[1] == "aligned" else 0
     if kernel == "write_back":
-        return 2 * arena, parameters
-    reads = {"sum first": 0, "sum": 1, "delta": 2}[" ".join(words[2:])]
+        return arena if words[2:] else 2 * arena, parameters
+    reads = (words[2] == "delta") + ("first" not in words)
     return parameters + reads * arena, arena
 
 
+@pytest.mark.parametrize(
+    "every", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["usual", "every"]
+)
 @pytest.mark.parametrize("target", TARGETS)
-def test_every_variant_compiles_without_spills_and_moves_16_bytes(target: str) -> None:
-    rows = compiled(target)
-    assert [row["variant"] for row in rows] == [v.name for v in variants(BLOCK)]
+def test_variants_compile_without_spills_and_move_16_bytes(target: str, every: bool) -> None:
+    rows = compiled(target, every)
+    assert [row["variant"] for row in rows] == [v.name for v in variants(BLOCK, every)]
     errors = {row["error"] for row in rows if "error" in row}
     for sign, reason in ABSENT.items():
         if errors and all(sign in error for error in errors):
@@ -92,3 +96,6 @@ def test_the_variants_are_those_that_a_window_launches() -> None:
     for dtype in DTYPES:
         for words in ("aligned sum first", "aligned sum", "aligned delta", "misaligned sum"):
             assert f"accumulate {dtype} {words}" in names
+    everything = [v.name for v in variants(BLOCK, every=True)]
+    assert len(everything) == len(set(everything)) == 4 * 2 * (2**3 + 2) + 3
+    assert set(names) < set(everything)

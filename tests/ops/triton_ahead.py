@@ -1,8 +1,8 @@
 """Compiles the Triton kernels ahead of time, for GPUs that are not there.
 
-Run as a program: ``python tests/ops/triton_ahead.py [--block 1024] [--only WORDS]`` prints a JSON
-object for each kernel and target, one a line. Triton decides at its import whether kernels are
-interpreted, so the tests, which interpret them, run this in another process.
+Run as a program: ``python tests/ops/triton_ahead.py [--block 1024] [--only WORDS] [--every]``
+prints a JSON object for each kernel and target, one a line. Triton decides at its import whether
+kernels are interpreted, so the tests, which interpret them, run this in another process.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import collections
 import inspect
+import itertools
 import json
 import os
 import pathlib
@@ -25,6 +26,7 @@ POINTER_ALIGNMENT = 16  # bytes: arenas and tables come from torch's allocator
 DTYPES = {"float32": "float32", "float64": "float64", "float16": "float16", "bfloat16": "uint16"}
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32)}
 TARGETS["gfx942"] = ("hip", "gfx942", 64)
+OF_CHUNKS = {"chunks": "*i64", "rows": "*i64"}  # arguments of kernels that touch parameters
 
 
 class Variant(NamedTuple):
@@ -43,32 +45,17 @@ class Variant(NamedTuple):
     constants: dict[str, Any]
 
 
-def variants(block: int) -> Iterator[Variant]:
-    """Every dtype and alignment in every phase that a step of a window has."""
-    pointers = {"chunks": "*i64", "rows": "*i64"}
-    for name, element in DTYPES.items():
+def variants(block: int, every: bool = False) -> Iterator[Variant]:
+    """Those that a window of each dtype launches, or every specialisation that can be launched."""
+    for name in DTYPES:
         for aligned in (True, False):
-            kind = f"{name} {'aligned' if aligned else 'misaligned'}"
-            of_chunks = {"DTYPE": element, "ALIGNED": aligned, "BLOCK": block}
-            for phase, delta, first in (
-                ("sum first", False, True),
-                ("sum", False, False),
-                ("delta", True, False),
-            ):
-                if not aligned and phase != "sum":
-                    continue  # only the parameters' pointer differs
-                yield Variant(
-                    f"accumulate {kind} {phase}",
-                    "accumulate_kernel",
-                    pointers | {"running": "*fp32", "mean": "*fp32", "weight": "fp32"},
-                    of_chunks | {"DELTA": delta, "FIRST": first, "WEIGHTED": False},
-                )
-        yield Variant(
-            f"write_back {name} aligned",
-            "write_back_kernel",
-            pointers | {"arena": "*fp32", "mean": "*fp32", "scale": "*fp64"},
-            {"DTYPE": element, "ALIGNED": True, "WITH_MEAN": True, "BLOCK": block},
-        )
+            for delta, first, weighted in itertools.product((False, True), repeat=3):
+                usual = not weighted and not (delta and first) and (aligned or not (delta or first))
+                if every or usual:
+                    yield accumulate(block, name, aligned, delta, first, weighted)
+            for with_mean in (True, False):
+                if every or (aligned and with_mean):
+                    yield write_back(block, name, aligned, with_mean)
     arenas = {"chunks": "*i64", "running": "*fp32", "previous": "*fp32"}
     sums = {"partials": "*fp64"}
     constants: dict[str, Any] = {"BLOCK": block}
@@ -84,6 +71,30 @@ def variants(block: int) -> Iterator[Variant]:
         "tensor_kernel",
         {"tensor_chunks": "*i64", "partials": "*fp64", "per_tensor": "*fp64"},
         {"BLOCK": 256},
+    )
+
+
+def accumulate(
+    block: int, dtype: str, aligned: bool, delta: bool, first: bool, weighted: bool
+) -> Variant:
+    words = ["aligned" if aligned else "misaligned", "delta" if delta else "sum"]
+    words += ["first"] * first + ["weighted"] * weighted
+    return Variant(
+        f"accumulate {dtype} {' '.join(words)}",
+        "accumulate_kernel",
+        OF_CHUNKS | {"running": "*fp32", "mean": "*fp32", "weight": "fp32"},
+        {"DTYPE": DTYPES[dtype], "ALIGNED": aligned, "DELTA": delta, "FIRST": first}
+        | {"WEIGHTED": weighted, "BLOCK": block},
+    )
+
+
+def write_back(block: int, dtype: str, aligned: bool, with_mean: bool) -> Variant:
+    words = ["aligned" if aligned else "misaligned"] + ["without mean"] * (not with_mean)
+    return Variant(
+        f"write_back {dtype} {' '.join(words)}",
+        "write_back_kernel",
+        OF_CHUNKS | {"arena": "*fp32", "mean": "*fp32", "scale": "*fp64"},
+        {"DTYPE": DTYPES[dtype], "ALIGNED": aligned, "WITH_MEAN": with_mean, "BLOCK": block},
     )
 
 
@@ -147,6 +158,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--block", type=int, default=1024)
     parser.add_argument("--only", default="", help="variants whose name contains this")
+    parser.add_argument("--every", action="store_true", help="not only what a window launches")
     parser.add_argument("--targets", nargs="*", choices=TARGETS, default=list(TARGETS))
     arguments = parser.parse_args()
     os.environ.pop("TRITON_INTERPRET", None)
@@ -158,7 +170,7 @@ def main() -> None:
 
     from triton_kernels import kernels
 
-    for variant in variants(arguments.block):
+    for variant in variants(arguments.block, arguments.every):
         if arguments.only not in variant.name:
             continue
         for target in arguments.targets:
