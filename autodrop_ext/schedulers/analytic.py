@@ -20,7 +20,8 @@ from ..theory.velocity_model import (
     check_tau0,
     learning_rate,
 )
-from .base import Changes, StepScheduler, as_floats, check_optimizer, in_precision_of
+from .base import Changes, StepScheduler, check_optimizer
+from .rates import as_floats, in_precision_of
 
 if TYPE_CHECKING:
     import matplotlib.figure

@@ -14,8 +14,9 @@ from .. import checks
 from ..meter import AngularVelocity
 from ..reading import Decision, Reading
 from ..saved import Entries
-from .base import Changes, as_floats, check_optimizer, dropped, lower_bounds
+from .base import Changes, check_optimizer
 from .drop import DropScheduler
+from .rates import as_floats, dropped, lower_bounds
 
 if TYPE_CHECKING:
     import matplotlib.figure

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +17,7 @@ from ..distributed import unwrap_optimizer
 from ..faults import Warnings
 from ..reading import HISTORY, from_columns, remember, to_columns
 from ..saved import Entries
+from .rates import as_floats, write
 from .step_hook import StepHook
 
 # Where torch has no _update_lr, SequentialLR calls step(0) at a milestone.
@@ -135,7 +136,7 @@ class StepScheduler(LRScheduler):
         self._changes = changes
         before = as_floats(self._rates())
         pairs = zip(self.optimizer.param_groups, changes.lrs, strict=False)
-        writes = [_write(group, lr) for group, lr in pairs if lr is not None]
+        writes = [write(group, lr) for group, lr in pairs if lr is not None]
         writes.append(functools.partial(self.__dict__.update, changes.attributes))
         with torch.no_grad():
             # Python looks for signals between its own instructions, and here there are none.
@@ -243,7 +244,7 @@ class StepScheduler(LRScheduler):
         # add_param_group may have brought more groups than there are base rates.
         with torch.no_grad():
             for group, lr in zip(self.optimizer.param_groups, lrs, strict=False):
-                _write(group, lr)()
+                write(group, lr)()
 
     def _metrics(self, **values: float | None) -> dict[str, float]:
         """``lr`` of the first param group, ``num_drops`` and those ``values`` that are defined."""
@@ -380,37 +381,6 @@ def check_optimizer(optimizer: Any) -> Optimizer:
         if "lr" not in group:
             raise ValueError(f"optimizer: param_groups[{i}] has no 'lr' to change")
     return optimizer
-
-
-def dropped(lr: float | Tensor, factor: float, floor: float) -> float | None:
-    """``max(floor, factor * lr)`` in the rate's own precision; None where that is not lower."""
-    now = float(lr)
-    lower = in_precision_of(lr, max(floor, factor * now))
-    return lower if lower < now else None
-
-
-def in_precision_of(lr: float | Tensor, value: float) -> float:
-    """What a learning rate becomes when it is set to a value: a tensor rounds it."""
-    if not isinstance(lr, Tensor):
-        return value
-    return float(torch.tensor(value, dtype=lr.dtype, device="cpu"))
-
-
-def lower_bounds(min_lrs: Sequence[float], groups: int) -> Iterator[float]:
-    """One lower bound for each param group; 0 for those that were added later."""
-    return (min_lrs[i] if i < len(min_lrs) else 0.0 for i in range(groups))
-
-
-def _write(group: dict[str, Any], lr: float) -> functools.partial[Any]:
-    """What sets a param group's rate, in place if that is a tensor; call it without gradients."""
-    if isinstance(group["lr"], Tensor):
-        return functools.partial(group["lr"].fill_, lr)
-    return functools.partial(group.__setitem__, "lr", lr)
-
-
-def as_floats(lrs: Iterable[float | Tensor]) -> list[float]:
-    """Learning rates as plain floats, for logs and checkpoints."""
-    return [float(lr) for lr in lrs]
 
 
 def count_of_drops(state: Entries, name: str, value: Any) -> int:

@@ -14,7 +14,8 @@ from ..distributed.checkpoint import ArenaState
 from ..meter import AngularVelocity
 from ..reading import Decision, Reading
 from ..saved import Entries
-from .base import Changes, StepScheduler, as_floats, dropped, lower_bounds
+from .base import Changes, StepScheduler
+from .rates import as_floats, dropped, lower_bounds
 
 if TYPE_CHECKING:
     import matplotlib.figure
