@@ -86,7 +86,7 @@ def main() -> None:
     print("|--:|--:|--:|--:|--:|--:|")
     for count in options.counts:
         of = measure(count, options.repeats)
-        cells = [f"{1e6 * of[name]:.2g} us" for name in ("step", "StepLR", "foreach")]
+        cells = [f"{1e6 * of[name]:,.3g} µs" for name in ("step", "StepLR", "foreach")]
         cells += [f"{1e3 * of[name]:.2g} ms" for name in ("first", "close")]
         print(f"| {count:,} | {' | '.join(cells)} |")
 
