@@ -66,7 +66,7 @@ def anytime(
     lr, position, taken = 1.0, 0, []
     last = before = mean = None
     cosines: list[float] = []
-    fresh, closes = True, []
+    fresh, doubled, closes = True, False, []
     for t, x in enumerate(iterates, 1):
         position += 1
         if position % max(1, window // snapshots) == 0:
@@ -74,6 +74,12 @@ def anytime(
         if position < window:
             continue
         m, taken, position = np.mean(taken, axis=0), [], 0
+        power = None
+        if not np.isfinite(m).all():
+            closes.append((t, window, mean, power, lr))
+            last, before, doubled = None, None, False
+            continue
+        known = before is not None
         if before is not None:
             s, s_before = m - last, last - before
             cosine = float(s @ s_before / math.sqrt((s @ s) * (s_before @ s_before)))
@@ -83,12 +89,12 @@ def anytime(
             cosines = [*cosines, cosine][-8:]
             if mean is not None or len(cosines) >= 4:
                 mean = sum(cosines) / len(cosines)
-        power = None
-        if mean is not None:
+        if mean is not None and (known or doubled):
             power = min(0.5, 5 * max(0.0, 0.25 - mean))
             lr *= ((t - window) / t) ** power
         closes.append((t, window, mean, power, lr))
-        last, before = m, last
+        last, before, doubled = m, last, False
         if t >= 2 * windows * window and before is not None:
-            last, before, window, fresh = (last + before) / 2, None, 2 * window, True
+            last, before, window = (last + before) / 2, None, 2 * window
+            fresh = doubled = True
     return closes

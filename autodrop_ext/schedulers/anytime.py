@@ -37,7 +37,8 @@ class AnytimeDecision(Decision):
         mean_cosine: mean of the newest cosines, which the exponent follows from; None where there
             have not been four of them.
         power: exponent ``p``: the rates were multiplied by ``((t - w) / t)^p``. 0 where parameters
-            travel, None where there is no mean cosine.
+            travel, None where there is no mean cosine, or where the angle is not known for another
+            reason than a doubling of the window; the rates stay as they are then.
     """
 
     window_steps: int = 0
@@ -200,8 +201,12 @@ class AnytimeAutoDrop(DropScheduler):
                 mean = math.fsum(cosines) / len(cosines)
         t, w = self._time(), self.window
         grows = t >= 2 * self.windows * w and self.meter.windows_since_restart >= 2
+        # The first angle of a doubled window is not known yet; any other that is not known lowers
+        # nothing: parameters were not finite, did not move, or were replaced.
+        doubled = bool(self.history) and self.history[-1].window_steps < w
+        expected = doubled and self.meter.windows_since_restart == 2
         power = factor = None
-        if mean is not None:
+        if mean is not None and (known or expected):
             power = min(self.max_power, self.gain * max(0.0, self.critical - mean))
             factor = ((t - w) / t) ** power if t > w else 1.0
         everything = range(len(self.optimizer.param_groups))

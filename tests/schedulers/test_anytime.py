@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import io
 import math
 from collections.abc import Iterator
@@ -28,9 +29,15 @@ def run(iterates: np.ndarray, **settings: Any) -> AnytimeAutoDrop:
     return scheduler
 
 
+@pytest.mark.filterwarnings("ignore:AnytimeAutoDrop. .* held NaN:RuntimeWarning")
+@pytest.mark.parametrize(
+    "nan_at", [None, 1_500, 1_100], ids=["finite", "nan", "nan after doubling"]
+)
 @pytest.mark.parametrize("kind", ["drift", "walk", "mean-reverting"])
-def test_the_rule_step_by_step(kind: str) -> None:
+def test_the_rule_step_by_step(kind: str, nan_at: int | None) -> None:
     iterates = process(kind, 3_000, n=100)
+    if nan_at is not None:
+        iterates[nan_at - 1] = np.nan  # one of the steps that are read: every fourth one
     closes = anytime(iterates)
     history = run(iterates).history
     # A meter reports from the third window on; nothing has been decided before.
@@ -38,6 +45,7 @@ def test_the_rule_step_by_step(kind: str) -> None:
     for decision, (t, window, mean, power, lr) in zip(history, closes[2:], strict=True):
         assert (decision.step, decision.window_steps) == (t, window)
         assert (decision.mean_cosine is None) == (mean is None)
+        assert (decision.power is None) == (power is None)
         if mean is not None and power is not None:
             # float32 sums: angles are right to 0.02 degrees, 3.5e-4 in the cosine.
             assert decision.mean_cosine == pytest.approx(mean, abs=4e-4)
@@ -114,12 +122,53 @@ def test_nan_starts_over_and_keeps_time_window_and_rate() -> None:
     iterates[1_499] = np.nan  # step 1,500, which is read: every fourth one is
     with pytest.warns(RuntimeWarning, match="AnytimeAutoDrop: .* held NaN"):
         scheduler = run(iterates)
-    steps = [d.step for d in scheduler.history if d.angle is None and d.step > 1_000]
-    assert len(steps) >= 3  # the window with NaN, and two until there is an angle again
+    unknown = [d for d in scheduler.history if d.angle is None and d.window_steps == 128]
+    # The first window after the doubling, the one with NaN, and two until there is an angle again.
+    assert len(unknown) == 4
+    doubled, *faulty = unknown
+    assert doubled.power is not None
+    assert [d.power for d in faulty] == [None] * 3
+    assert not any(d.dropped for d in faulty)
+    before = max((d for d in scheduler.history if d.step < faulty[0].step), key=lambda d: d.step)
+    assert faulty[-1].lr == before.lr
     assert scheduler.history[-1].angle is not None
     assert scheduler.window == 256  # doubled at 256, 512, 1,024 and 2,048
     rates = [d.lr[0] for d in scheduler.history]
     assert all(a >= b for a, b in zip(rates, rates[1:], strict=False))
+
+
+@pytest.mark.filterwarnings("ignore:AnytimeAutoDrop. no parameter moved:RuntimeWarning")
+def test_nothing_is_lowered_while_nothing_moves() -> None:
+    iterates = process("mean-reverting", 2_000, n=50)
+    iterates[1_000:] = np.round(8 * iterates[1_000]) / 8  # float32 sums of these are exact
+    scheduler = run(iterates, windows=1_000)  # the window stays at 16 steps
+    # The window from 992 to 1,008 and the next one still hold some motion.
+    still = [d for d in scheduler.history if d.step > 1_024]
+    assert len(still) == (2_000 - 1_024) // 16
+    assert all(d.angle is None and d.power is None and not d.dropped for d in still)
+    assert scheduler.get_last_lr()[0] == still[0].lr[0] < 1.0
+
+
+def test_an_angle_of_unknown_error_lowers_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer = Given(process("mean-reverting", 2_000, n=50), dtype=torch.float64)
+    scheduler = AnytimeAutoDrop(optimizer)
+    decide = scheduler._decide
+    uncertain = range(1_100, 1_500)
+
+    def without_error(reading: Any) -> Any:
+        if reading.step in uncertain:
+            reading = dataclasses.replace(reading, standard_error=math.nan)
+        return decide(reading)
+
+    monkeypatch.setattr(scheduler, "_decide", without_error)
+    for _ in range(2_000):
+        optimizer.step()
+        scheduler.step()
+    # The first window after the doubling at 1,024 is lowered by the mean of the windows before.
+    late = [d for d in scheduler.history if d.step in uncertain and d.angle is not None]
+    assert len(late) >= 2
+    assert all(d.power is None and not d.dropped for d in late)
+    assert scheduler.history[-1].dropped
 
 
 def test_warm_up_does_not_count() -> None:
