@@ -91,8 +91,9 @@ cifar:   ## ResNet-18 on CIFAR-10 as in the papers, AutoDrop next to step decay
 	$(PYTHON) benchmarks/training/command.py run --model cifar10-resnet18 --schedule autodrop --schedule step --data "$(DATA)"
 	$(PYTHON) benchmarks/training/command.py report build/training --to build/training
 
-# The same on a part of the images: SUBSET of them, EPOCHS times. About an hour on two cores with
-# these, one schedule on each; a run that is interrupted goes on when the command is given again.
+# The same on a part of the images: SUBSET of them, EPOCHS times. With these it takes three quarters
+# of an hour on two cores, one schedule on each. A run that is interrupted goes on when the command
+# is given again.
 SUBSET ?= 1000
 EPOCHS ?= 40
 cifar-part:   ## ResNet-18 on a part of CIFAR-10 on a CPU

@@ -51,7 +51,7 @@ class AnytimeAutoDrop(DropScheduler):
 
     The length of the run need not be known. The meter's windows grow with the run, so that the
     angle between their displacements is that of the time scale the run has reached. Its cosine is
-    compared with that of a random walk, which is exactly 1/4 for window means: above it the
+    compared with that of a random walk, which is 1/4 for the means of long windows: above it the
     parameters travel and the rates stay, below it they are confined, and at the end of each window
     of ``w`` steps every rate is multiplied by ``((t - w) / t)^p``, with ``t`` steps since the
     warm-up and ``p = min(max_power, gain * max(0, critical - mean cosine))``. So ``d ln(lr) / d
