@@ -291,6 +291,11 @@ class AngularVelocity(Windows):
         self._precision.merged()
         self._observing = False
 
+    @property
+    def averaging(self) -> bool:
+        """Whether the parameters hold an average, within :meth:`averaged`."""
+        return self._averaging
+
     def rebase(self) -> None:
         """Measure the next displacement from the parameters as they are now.
 

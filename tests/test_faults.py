@@ -159,7 +159,7 @@ def test_zero_displacement_decides_nothing_and_warns_after_five_windows() -> Non
 def test_an_unrelated_optimizer_is_pointed_out() -> None:
     run = Training()
     with pytest.warns(
-        RuntimeWarning, match="called 1000 times without an optimizer step in between"
+        RuntimeWarning, match="called 100 times without an optimizer step in between"
     ):
         for _ in range(1001):
             run.scheduler.step()

@@ -209,6 +209,7 @@ def test_a_state_without_arenas_warms_up_again() -> None:
     state = run.scheduler.state_dict()
     state["meter"]["arenas"] = {}
     other = Run()
+    other.optimizer.load_state_dict(run.optimizer.state_dict())
     other.scheduler.load_state_dict(state)
     readings = len(other.scheduler.history)
     with pytest.warns(RuntimeWarning, match="saved without the arenas.*warms up again"):

@@ -37,8 +37,8 @@ class AnytimeDecision(Decision):
         mean_cosine: mean of the newest cosines, which the exponent follows from; None where there
             have not been four of them.
         power: exponent ``p``: the rates were multiplied by ``((t - w) / t)^p``. 0 where parameters
-            travel, None where there is no mean cosine, or where the angle is not known for another
-            reason than a doubling of the window; the rates stay as they are then.
+            travel, None where there is no mean cosine, in a cooldown, and where the angle is not
+            known for another reason than a doubling of the window; the rates stay as they are then.
     """
 
     window_steps: int = 0
@@ -206,7 +206,7 @@ class AnytimeAutoDrop(DropScheduler):
         doubled = bool(self.history) and self.history[-1].window_steps < w
         expected = doubled and self.meter.windows_since_restart == 2
         power = factor = None
-        if mean is not None and (known or expected):
+        if mean is not None and (known or expected) and self._cooldown is None:
             power = min(self.max_power, self.gain * max(0.0, self.critical - mean))
             factor = ((t - w) / t) ** power if t > w else 1.0
         everything = range(len(self.optimizer.param_groups))
@@ -229,7 +229,7 @@ class AnytimeAutoDrop(DropScheduler):
             _fresh=grows or (self._fresh and not known),
             _next_window=2 * w if grows else w,
             _mean_cosine=mean,
-            _factor=self._factor * (factor or 1.0) if self._cooldown is None else self._factor,
+            _factor=self._factor * (factor or 1.0),
         )
 
     def _get_closed_form_lr(self) -> list[float]:

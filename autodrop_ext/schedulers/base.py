@@ -59,6 +59,7 @@ class StepScheduler(LRScheduler):
         self._stepping = False  # stays True where a call of step() was interrupted
         self._changes: Changes | None = None  # being carried out
         self._dropped_from: list[tuple[float, float]] = []  # rates before and after the last drop
+        self._lrs_of_checkpoint: list[float] | None = None  # until the first step after loading
         if not hasattr(optimizer.step, "__func__"):
             # optimizer.step was replaced, by torch.compile for example. torch's base class would
             # fail to wrap it; our own hook does not need that wrapper.
@@ -153,7 +154,10 @@ class StepScheduler(LRScheduler):
 
     def _watch_wiring(self) -> None:
         self._calls_without_step = 0 if self._hook.marked else self._calls_without_step + 1
-        if self._calls_without_step == self._calls_without_step_allowed:
+        allowed = self._calls_without_step_allowed
+        if self._optimizer_steps == 0:  # more likely the wrong optimizer than many micro-batches
+            allowed = min(allowed, 100)
+        if self._calls_without_step == allowed:
             self._warnings.warn(
                 f"step() was called {self._calls_without_step} times without an optimizer step in "
                 "between; was this scheduler made for the optimizer that is stepped?"
@@ -183,6 +187,14 @@ class StepScheduler(LRScheduler):
 
     def _watch_rates(self) -> None:
         """Notice a script that sets the rate by itself, and so undoes a drop at the next step."""
+        saved, self._lrs_of_checkpoint = self._lrs_of_checkpoint, None
+        now = as_floats(self._rates())[: len(saved or ())]
+        if saved is not None and saved[: len(now)] != now:
+            self._warnings.warn(
+                f"the learning rates are {_listed(now)}, those of the checkpoint were "
+                f"{_listed(saved)}; to resume, make the scheduler first, and then load the "
+                "optimizer's state and the scheduler's"
+            )
         dropped, self._dropped_from = self._dropped_from, []
         for i, (before, after) in enumerate(dropped[: len(self.optimizer.param_groups)]):
             lr = float(self.optimizer.param_groups[i]["lr"]) if after < before else 0.0
@@ -275,6 +287,7 @@ class StepScheduler(LRScheduler):
             "step_count": self._step_count,
             "base_lrs": as_floats(self.base_lrs),
             "last_lr": as_floats(self._last_lr),
+            "lrs": as_floats(self._rates()),
             "optimizer_steps": self._optimizer_steps,
             "stepped": self._hook.marked,
             "num_drops": self.num_drops,
@@ -304,12 +317,15 @@ class StepScheduler(LRScheduler):
             "history": from_columns(state.inner("history"), self._record_type),
             **self._read_progress(state, settings),
         }
+        # Older states do not have them.
+        lrs = state.list("lrs", checks.at_least_zero) if "lrs" in state else None
         marked = state.flag("stepped")
         before = self._settings()
         self._load_meter(state)
         self._take_over(attributes)
         self._hook.marked = marked
         self._stepping, self._changes, self._dropped_from = False, None, []
+        self._lrs_of_checkpoint = lrs
         changed = {k: v for k, v in self._settings().items() if before[k] != v}
         if changed:
             self._warnings.warn(
@@ -381,6 +397,10 @@ def check_optimizer(optimizer: Any) -> Optimizer:
         if "lr" not in group:
             raise ValueError(f"optimizer: param_groups[{i}] has no 'lr' to change")
     return optimizer
+
+
+def _listed(lrs: Iterable[float]) -> str:
+    return ", ".join(f"{lr:g}" for lr in lrs)
 
 
 def count_of_drops(state: Entries, name: str, value: Any) -> int:

@@ -83,9 +83,9 @@ class DropScheduler(StepScheduler):
 
     def _on_optimizer_step(self) -> None:
         reading = self.meter.observe(calls=self._step_count, facts=self._facts)
+        self._cool()  # first, so that a decision holds the rates after this step
         if reading is not None:
             self._take(reading)
-        self._cool()
 
     def _take(self, reading: Reading) -> None:
         """Decide on a reading, carry the decision out and report it."""
@@ -198,10 +198,12 @@ class DropScheduler(StepScheduler):
     def averaged_parameters(self) -> Iterator[None]:
         """Within the block the parameters hold a mean of window means, :attr:`averaged_windows`.
 
-        For evaluation and for saving::
+        For evaluation, and for saving a model that is to be used::
 
             with scheduler.averaged_parameters():
                 evaluate(model)
+
+        Save what a run is to be resumed from outside of the block.
 
         Afterwards the parameters have their bits back, also after an exception. The meter's sums
         hold the mean already, so that the average costs no memory; within the block there is a copy
@@ -277,6 +279,11 @@ class DropScheduler(StepScheduler):
             self._recover()
             self._stepping = False
             self._warnings.release()
+        if self.meter.averaging:
+            self._warnings.warn(
+                "state_dict() was called within averaged_parameters(), where the parameters are "
+                "not those of the run; to resume, save everything outside of the block"
+            )
         cooldown = Cooldown.saved(self._cooldown)
         meter = self.meter.state_dict()
         return {**super().state_dict(), "cooldown": cooldown, "meter": meter}

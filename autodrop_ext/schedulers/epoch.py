@@ -187,10 +187,10 @@ class EpochAutoDrop(DropScheduler):
         else:
             finite = self.meter.started  # it starts over after NaN
         self._wait(finite)
+        self._cool()  # first, so that a decision holds the rates after this epoch
         self._take(
             dataclasses.replace(reading, step=self._hook.real_steps, window=self._optimizer_steps)
         )
-        self._cool()
 
     def _wait(self, finite: bool) -> None:
         """Go on with the delay of a pending drop, if there is one."""

@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import io
 import math
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -424,6 +425,42 @@ def test_a_cooldown_resumes() -> None:
     second.load_state_dict(first.state_dict())
     assert list(cooled(second, 7)) == pytest.approx(list(cooled(first, 7)), rel=0)
     assert second.optimizer.param_groups[0]["lr"] == 0.0
+
+
+@pytest.mark.parametrize("kind", [AutoDrop, AnytimeAutoDrop])
+def test_decisions_hold_the_rates_of_a_cooldown(kind: type) -> None:
+    seen: list[tuple[float, float]] = []
+    optimizer = torch.optim.SGD([nn.Parameter(torch.randn(30))], lr=0.5)
+    settings = {"window": 2} if kind is AutoDrop else {"min_window": 2, "windows": 1_000}
+    scheduler = kind(
+        optimizer,
+        on_reading=lambda d: seen.append((d.lr[0], optimizer.param_groups[0]["lr"])),
+        **settings,
+    )
+    list(cooled(scheduler, 40))
+    before = len(seen)
+    scheduler.cooldown(20)
+    list(cooled(scheduler, 20))
+    assert len(seen) == before + 10
+    assert [lr for lr, _ in seen] == [now for _, now in seen]
+    assert seen[-1][0] == 0.0
+    if kind is AnytimeAutoDrop:
+        assert [d.power for d in scheduler.history[before:]] == [None] * 10
+
+
+def test_a_state_of_averaged_parameters_is_pointed_out() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.randn(30))], lr=0.5)
+    scheduler = AnytimeAutoDrop(optimizer, min_window=2)
+    list(cooled(scheduler, 20))
+    with (
+        scheduler.averaged_parameters(),
+        pytest.warns(RuntimeWarning, match="save everything outside of the block") as caught,
+    ):
+        scheduler.state_dict()
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scheduler.state_dict()
 
 
 def test_no_drops_during_a_cooldown_and_none_before_the_warm_up_ends() -> None:

@@ -248,6 +248,44 @@ def params(scheduler: Any) -> list[Any]:
 
 
 @each
+def test_an_optimizer_that_was_loaded_too_early_is_pointed_out(make: Make) -> None:
+    scheduler = make(optimizer())
+    train(scheduler, 80)
+    (rate,) = scheduler.get_last_lr()
+    early, right = optimizer(), make(optimizer())
+    early.load_state_dict(scheduler.optimizer.state_dict())
+    early.param_groups[0]["lr"] = 0.3  # as a scheduler with a warm-up sets it where it is made
+    wrong = make(early)
+    right.optimizer.load_state_dict(scheduler.optimizer.state_dict())
+    for other in (wrong, right):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            other.load_state_dict(copied(scheduler.state_dict()))
+    message = f"the learning rates are 0.3, those of the checkpoint were {rate:g}"
+    with pytest.warns(RuntimeWarning, match=message) as caught:
+        wrong.step()
+        wrong.step()
+        right.step()
+    assert len(caught) == 1
+
+
+@each
+def test_a_checkpoint_of_chained_schedules_is_loaded_without_a_warning(make: Make) -> None:
+    def chained() -> tuple[Any, Any]:
+        scheduler = make(optimizer())
+        cosine = lr_scheduler.CosineAnnealingLR(scheduler.optimizer, 100)
+        return scheduler, lr_scheduler.ChainedScheduler([scheduler, cosine])
+
+    (scheduler, both), (other, others) = chained(), chained()
+    train(scheduler, 45, both)
+    other.optimizer.load_state_dict(scheduler.optimizer.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        others.load_state_dict(both.state_dict())
+        others.step()
+
+
+@each
 def test_a_state_does_not_change_when_the_run_goes_on(make: Make) -> None:
     scheduler = make(optimizer())
     train(scheduler, 30)
