@@ -22,7 +22,7 @@ import autodrop_ext
 from ..meter import AngularVelocity
 from ..ops import report
 from ..ops.architectures import name_architectures
-from ..ops.native import REINSTALL
+from ..ops.native import repair
 
 LIMIT = 0.02  # degrees, what the package promises
 
@@ -110,7 +110,7 @@ def _describe_core(problems: list[str]) -> None:
     except ImportError as error:
         problems.append("the compiled core does not load")
         _line("loads", f"NO: {error}", "NO")
-        _line("to repair it", f"install a C++17 compiler, then in the checkout\n{REINSTALL}")
+        _line("to repair it", repair())
         return
     _line("loads", f"yes, version {core.version}", "yes")
     _line("CPU code", f"{core.cpu_isa}, the widest that runs on this processor")

@@ -1,8 +1,8 @@
 """Backends, and the choice between them.
 
 ``auto`` takes, for each device, the first of :data:`PREFERENCE` that serves it, and logs that
-choice once; as a warning where a GPU is left to the reference, which takes a launch for each tensor
-and operation. A backend named by the user is used or refused, never replaced.
+choice once; as a warning where only the reference is left, which takes a call of torch for each
+tensor and operation. A backend named by the user is used or refused, never replaced.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _best(device: torch.device) -> Backend:
     reasons = report(device)
     name = next(name for name in PREFERENCE if reasons[name] is None)
     passed = "; ".join(f"not {n}: {r}" for n, r in reasons.items() if r is not None)
-    slow = name == "reference" and device.type != "cpu"
+    slow = name == "reference"
     logger.log(
         logging.WARNING if slow else logging.INFO,
         "backend for %s: %s%s",

@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
+import importlib
+import pathlib
 from types import ModuleType
 
 # torch first: the extension then shares its OpenMP runtime and thread pool instead of a second one
 # whose idle threads would compete for the same cores.
 from torch import Tensor
 
-REINSTALL = "pip install --force-reinstall --no-deps ."
-"""The command, to be given in the checkout."""
-
 core: ModuleType | None = None
 import_error = ""
 try:
-    from .. import _C
+    core = importlib.import_module("autodrop_ext._C")
 except ImportError as error:
     import_error = str(error)
-else:
-    core = _C
+
+
+def repair() -> str:
+    """What to do where :data:`core` is None."""
+    checkout = pathlib.Path(__file__).parents[2]
+    if (checkout / "csrc").is_dir():
+        return (
+            f"Python imports the package from its checkout {checkout}, which holds nothing "
+            "compiled; run Python in another directory, or install with: pip install -e ."
+        )
+    return (
+        "with a C++17 compiler at hand, install the package again in its checkout: "
+        "pip install --force-reinstall --no-deps ."
+    )
 
 
 def why_missing() -> str:
     """Why :data:`core` is None and what to do about it."""
-    return (
-        f"the compiled core does not load ({import_error}); with a C++17 compiler at hand, install "
-        f"the package again in its checkout: {REINSTALL}"
-    )
+    return f"the compiled core does not load ({import_error}); {repair()}"
 
 
 def address(arena: Tensor | None) -> int:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+import pathlib
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +17,11 @@ from autodrop_ext.ops.cpu import CpuBackend
 from autodrop_ext.ops.cuda import CudaBackend
 from autodrop_ext.ops.plan import Plan
 from autodrop_ext.ops.triton import TritonBackend
+
+if importlib.util.find_spec("triton") is not None:
+    # Imported under the tests' TRITON_INTERPRET=1, which some tests below take away: kernels that
+    # were imported then would not be interpreted in any later test.
+    importlib.import_module("autodrop_ext.triton_kernels")
 
 GPU = torch.device("cuda", 1)
 
@@ -66,13 +74,13 @@ def test_a_gpu_that_triton_serves_is_no_warning(
     assert [r.levelno for r in caplog.records] == [logging.INFO]
 
 
-def test_the_cpu_without_its_compiled_core_is_no_warning(
+def test_the_cpu_without_its_compiled_core_is_a_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     replace(monkeypatch, cpu="the compiled core does not load", triton="it runs on GPUs")
     with caplog.at_level(logging.INFO, "autodrop_ext"):
         assert ops.select("auto", "cpu").name == "reference"
-    assert [r.levelno for r in caplog.records] == [logging.INFO]
+    assert [r.levelno for r in caplog.records] == [logging.WARNING]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
@@ -107,6 +115,23 @@ def test_auto_falls_back_to_the_reference_and_says_so(
         meter.observe()
     assert [r.message for r in caplog.records if "backend for cpu: reference" in r.message]
     assert "libfoo.so not found" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("sources", "advice"),
+    [
+        (["csrc"], r"imports the package from its checkout .* run Python in another directory"),
+        ([], "install the package again in its checkout: pip install --force-reinstall"),
+    ],
+    ids=["checkout", "installed"],
+)
+def test_what_repairs_a_missing_core(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, sources: list[str], advice: str
+) -> None:
+    for folder in sources:
+        (tmp_path / folder).mkdir()
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "autodrop_ext" / "ops" / "native.py"))
+    assert re.search(advice, native.why_missing())
 
 
 def test_an_unknown_instruction_set_is_refused() -> None:

@@ -153,15 +153,16 @@ def test_nothing_is_lowered_while_nothing_moves() -> None:
 def test_an_angle_of_unknown_error_lowers_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer = Given(process("mean-reverting", 2_000, n=50), dtype=torch.float64)
     scheduler = AnytimeAutoDrop(optimizer)
-    decide = scheduler._decide
+    observe = scheduler.meter.observe
     uncertain = range(1_100, 1_500)
 
-    def without_error(reading: Any) -> Any:
-        if reading.step in uncertain:
+    def without_error(**options: Any) -> Any:
+        reading = observe(**options)
+        if reading is not None and reading.step in uncertain:
             reading = dataclasses.replace(reading, standard_error=math.nan)
-        return decide(reading)
+        return reading
 
-    monkeypatch.setattr(scheduler, "_decide", without_error)
+    monkeypatch.setattr(scheduler.meter, "observe", without_error)
     for _ in range(2_000):
         optimizer.step()
         scheduler.step()
