@@ -70,7 +70,7 @@ def _draw(name: str, run: LogReader, target: Path, threshold: float | None) -> N
     kind = kind_of(run.readings)
     if threshold is not None and kind != "windows":
         raise click.UsageError("--threshold: expected none, the log has it with every reading")
-    title = printable(title_of(run.settings, run.readings, name))
+    title = printable(title_of(run.settings, run.readings, name, metrics=run.metrics))
     if kind == "epochs":
         plot_epochs(run.readings, path=target, title=title)
     elif kind == "anytime":

@@ -91,22 +91,23 @@ def render(reader: LogReader, *, width: int, silent: float | None = None) -> Ren
         lines.append(Text(printable(settings), style="dim"))
     lines.append("")
     losses = [m for m in reader.metrics if m.get("loss") is not None]
+    curve = _Curves([*losses, *readings], _room(width))
     if losses:
-        lines += [_curve("loss", column(losses, "loss"), width, _four), ""]
+        lines += [curve.line("loss", losses, column(losses, "loss"), _four), ""]
     if not readings:
         lines.append("No readings yet: the first comes at the end of the third window.")
         return Group(*lines)
     kind = kind_of(readings)
     if kind == "anytime":
         for name, label, form in (("cosine", "cosine", _two), ("power", "exponent", _two)):
-            lines.append(_curve(label, column(readings, name), width, form))
+            lines.append(curve.line(label, readings, column(readings, name), form))
     else:
-        lines.append(_curve("angle", column(readings, "angle"), width, _degrees))
+        lines.append(curve.line("angle", readings, column(readings, "angle"), _degrees))
         second = "change" if kind == "epochs" else "smoothed"
-        lines.append(_curve(second, column(readings, second), width, _degrees))
-    lines.append(_curve("rate", [_first_rate(r) for r in readings], width, _three))
+        lines.append(curve.line(second, readings, column(readings, second), _degrees))
+    lines.append(curve.line("rate", readings, [_first_rate(r) for r in readings], _three))
     if kind != "anytime" and _room(width):
-        lines.append(_drops(readings, _room(width)))
+        lines.append(curve.drops(readings))
     return Group(*lines, "", _newest(readings[-_NEWEST:], kind, width))
 
 
@@ -138,34 +139,54 @@ def _room(width: int) -> int:
     return room if room >= _SHORTEST else 0
 
 
-def _curve(label: str, values: Sequence[float], width: int, form: Form) -> Text:
-    """A name, one character for each part of the run, and the newest value."""
-    room = _room(width)
-    newest = next((v for v in reversed(values) if math.isfinite(v)), math.nan)
-    text = Text(f"{label:<{_LABEL}}", style="bold", no_wrap=True)
-    if room:
-        text.append(
-            f"{_sparkline([mean(part) for part in _parts(values, room)]):<{room}}",
-            style="not bold blue",
+class _Curves:
+    """Lines of characters that share an axis of steps, from the first to the last record.
+
+    Args:
+        records: Everything that is shown.
+        room: Columns of a curve; 0 if there are too few.
+    """
+
+    def __init__(self, records: Sequence[Record], room: int) -> None:
+        steps = [int(record["step"]) for record in records]
+        self._first = min(steps, default=0)
+        self._span = max(steps, default=0) - self._first + 1
+        self._room = room
+
+    def _parts(self, records: Sequence[Record], values: Sequence[Any]) -> list[list[Any]]:
+        """The values of each column."""
+        parts: list[list[Any]] = [[] for _ in range(self._room)]
+        for record, value in zip(records, values, strict=True):
+            parts[(int(record["step"]) - self._first) * self._room // self._span].append(value)
+        return parts
+
+    def line(
+        self, label: str, records: Sequence[Record], values: Sequence[float], form: Form
+    ) -> Text:
+        """A name, a character for each column, and the newest value.
+
+        Columns without a record have the value of the one before, up to the newest record.
+        """
+        newest = next((v for v in reversed(values) if math.isfinite(v)), math.nan)
+        text = Text(f"{label:<{_LABEL}}", style="bold", no_wrap=True)
+        if self._room:
+            parts = self._parts(records, values)
+            means: list[float] = []
+            for part in parts[: max((i + 1 for i, part in enumerate(parts) if part), default=0)]:
+                means.append(mean(part) if part else means[-1] if means else math.nan)
+            text.append(f"{_sparkline(means):<{self._room}}", style="not bold blue")
+        text.append(f"{form(newest):>{_VALUE}}" if math.isfinite(newest) else "", style="not bold")
+        return text
+
+    def drops(self, readings: Sequence[Record]) -> Text:
+        """A mark in each column with a drop."""
+        marks = "".join(
+            "▼" if any(part) else " "
+            for part in self._parts(readings, [bool(r.get("dropped")) for r in readings])
         )
-    text.append(f"{form(newest):>{_VALUE}}" if math.isfinite(newest) else "", style="not bold")
-    return text
-
-
-def _drops(readings: Sequence[Record], room: int) -> Text:
-    marks = "".join(
-        "▼" if any(r.get("dropped") for r in part) else " " for part in _parts(readings, room)
-    )
-    text = Text(f"{'drops':<{_LABEL}}", style="bold", no_wrap=True)
-    text.append(marks, style="not bold red")
-    return text
-
-
-def _parts(values: Sequence[Any], room: int) -> list[Sequence[Any]]:
-    """At most ``room`` runs of neighbours, as equal in length as can be."""
-    parts = min(room, len(values))
-    cuts = [i * len(values) // parts for i in range(parts + 1)]
-    return [values[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+        text = Text(f"{'drops':<{_LABEL}}", style="bold", no_wrap=True)
+        text.append(marks, style="not bold red")
+        return text
 
 
 def _sparkline(values: Sequence[float]) -> str:

@@ -62,7 +62,9 @@ def plot_runs(
     if len({_window_of(readings) for readings, _ in runs.values()}) > 1:
         angles += " (windows of different lengths: not comparable)"
     name_panel(angle, angles, "degrees")
-    name_panel(rate, "Learning rate", "learning rate")
+    several = any(len(r.get("lr") or ()) > 1 for readings, _ in runs.values() for r in readings)
+    rates_of = "Learning rate of param group 0" if several else "Learning rate"
+    name_panel(rate, rates_of, "learning rate")
     everything: list[float] = []
     lines = {}
     for name, (readings, _) in runs.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,18 +31,26 @@ _USUAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-def title_of(settings: Mapping[str, Any], readings: Sequence[Record], name: str = "") -> str:
+def title_of(
+    settings: Mapping[str, Any],
+    readings: Sequence[Record],
+    name: str = "",
+    *,
+    metrics: Sequence[Record] = (),
+) -> str:
     """Return a picture's title: the scheduler, its settings, the steps, and the drops if counted.
 
     Args:
         settings: Of the scheduler, as a log's header has them; none in logs of other programs.
         readings: At least one.
         name: Of the run, for a title where the settings do not say which scheduler it was.
+        metrics: Of the run; they may go on after the last reading.
     """
     what = describe(settings)
     if "scheduler" not in settings:
         what = ": ".join(filter(None, [name, what]))
-    facts = [count(int(number(readings[-1].get("step")) or 0), "step")]
+    ends = [number(records[-1].get("step")) for records in (readings, metrics) if records]
+    facts = [count(int(max(filter(math.isfinite, ends), default=0)), "step")]
     if not any("power" in reading for reading in readings):  # there it falls at nearly every one
         facts.append(count(sum(bool(r.get("dropped")) for r in readings), "drop"))
     return "; ".join(filter(None, [what, ", ".join(facts)]))

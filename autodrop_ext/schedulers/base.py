@@ -303,6 +303,11 @@ class StepScheduler(LRScheduler):
                 changed.
         """
         state = Entries(state_dict)
+        if "version" not in state:
+            raise ValueError(
+                f"state_dict: expected what state_dict() of {type(self).__name__} returns, got a "
+                "dict without 'version'"
+            )
         state.expect("version", 1)
         state.expect("scheduler", type(self).__name__)
         settings = self._read_settings(state.inner("settings"))

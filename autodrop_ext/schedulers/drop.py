@@ -312,9 +312,13 @@ class DropScheduler(StepScheduler):
         self._begin_log()
 
     def _read_settings(self, settings: Entries) -> dict[str, Any]:
-        return {
-            "min_lrs": settings.list("min_lr", checks.at_least_zero, length=len(self.min_lrs)),
-        }
+        lows = settings.list("min_lr", checks.at_least_zero)
+        if len(lows) != len(self.min_lrs):
+            raise ValueError(
+                f"{settings.name('min_lr')}: expected a value for each of the {len(self.min_lrs)} "
+                f"param groups that this scheduler was made for, got {len(lows)}"
+            )
+        return {"min_lrs": lows}
 
     def _read_progress(self, state: Entries, settings: Mapping[str, Any]) -> dict[str, Any]:
         newest = self.meter.history[-1].window if self.meter.history else None

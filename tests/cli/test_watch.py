@@ -119,6 +119,27 @@ def test_it_follows_a_log_that_grows(
     assert "step 256" in seen[2]
 
 
+def test_curves_share_an_axis_of_steps() -> None:
+    """Losses of steps 1 to 1,000 fill the width; readings of its middle stand in the middle."""
+    metrics = [{"step": n, "loss": 1000.0 / n} for n in range(1, 1_001)]
+    steps = range(256, 513, 64)
+    readings = [
+        {"step": n, "window": i, "angle": 80.0 + i, "lr": [0.1], "dropped": n == 512}
+        for i, n in enumerate(steps)
+    ]
+    lines = {line.split()[0]: line for line in shown(readings=readings, metrics=metrics) if line}
+    first, last = lines["loss"].index("█"), lines["loss"].rindex("▁")
+    columns = last - first + 1
+
+    def place(step: int) -> int:
+        return first + (step - 1) * columns // 1_000
+
+    angle = lines["angle"].removesuffix("84.00°")
+    assert angle.index("▁") == place(256)
+    assert angle.rindex("█") == place(512) == lines["drops"].index("▼")
+    assert " " not in angle[place(256) : place(512)]
+
+
 @pytest.mark.parametrize("width", [20, 40, 80, 200])
 def test_every_width_and_every_gap(width: int) -> None:
     readings = [
@@ -318,6 +339,11 @@ def test_plot_of_growing_windows(tmp_path: pathlib.Path, monkeypatch: pytest.Mon
     run("plot", path)
     assert drawn["critical"] == 0.2
     assert drawn["title"] == f"any: critical 0.2; {lines[-1]['step']} steps"
+    # Losses go on after the last reading.
+    with path.open("a") as file:
+        file.write(json.dumps({"event": "metrics", "step": 54_321, "loss": 1.0}) + "\n")
+    run("plot", path)
+    assert drawn["title"] == "any: critical 0.2; 54,321 steps"
 
 
 def test_plot_of_several_logs(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,7 +375,7 @@ def test_what_a_comparison_draws() -> None:
     figure = plot_runs({"windows": (measured, []), "epochs": (epochs, loss)})
     titles = [axes.get_title(loc="left") for axes in figure.axes]
     angles = "Angular velocity, running mean (windows of different lengths: not comparable)"
-    assert titles == ["Training loss", angles, "Learning rate"]
+    assert titles == ["Training loss", angles, "Learning rate of param group 0"]
     (loss_line,) = figure.axes[0].lines
     windows, of_epochs = figure.axes[1].lines
     assert loss_line.get_color() == of_epochs.get_color() != windows.get_color()
