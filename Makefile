@@ -82,7 +82,7 @@ ablations: $(VENV)/.bench   ## AutoDrop's settings one at a time; a quarter of a
 
 # WHAT is one table or figure of the papers or several, such as WHAT=uai-table-2; without it they are
 # listed with the data that they need. DATA is what --data takes, such as DATA="cifar10=FOLDER". The
-# interpreter is $(PYTHON), because most of them need a GPU and a torch of its own.
+# interpreter is $(PYTHON), because most of them need a GPU and their own build of torch.
 paper:   ## a table or figure of the papers; see docs/papers.md
 	$(PYTHON) benchmarks/training/command.py paper $(WHAT) $(foreach d,$(DATA),--data $(d)) $(OPTIONS)
 

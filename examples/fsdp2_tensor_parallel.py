@@ -102,7 +102,7 @@ def main():
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.get_device_module(device).set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group()  # gloo for what lies on the CPU, NCCL for what lies on GPUs
+    dist.init_process_group()  # gloo for tensors on the CPU, NCCL for those on GPUs
     torch.manual_seed(0)
     shape = (dist.get_world_size() // args.tensor_parallel, args.tensor_parallel)
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("data", "tensor"))

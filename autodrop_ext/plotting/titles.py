@@ -77,7 +77,7 @@ def describe(settings: Mapping[str, Any]) -> str:
 
 
 def _describe_cooldown(cooldown: Any) -> str:
-    """A cooldown in words; any text, because another program may have written the log."""
+    """A cooldown as text; it may be anything, because another program may have written the log."""
     if not isinstance(cooldown, Mapping):
         return f"cooldown {cooldown}"
     steps, begin, shape = (cooldown.get(key) for key in ("num_steps", "begin", "shape"))

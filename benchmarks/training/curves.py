@@ -61,7 +61,7 @@ def draw_curves(
     colours = colormaps["viridis" if ordered else "tab20"]
     ends: list[tuple[float, list[tuple[float, float]]]] = []
     values: dict[str, list[float]] = {key: [] for _, key, _, _ in panels}
-    # The only line of AutoDrop among others stands out; several of it are told by their colours.
+    # The only line of AutoDrop among others stands out; several of them differ in colour.
     ours = [name for name in lines if name.startswith("AutoDrop")]
     alone = ours[0] if len(ours) == 1 and not ordered else None
     for i, (name, results) in enumerate(lines.items()):

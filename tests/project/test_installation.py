@@ -16,7 +16,7 @@ ROOT = pathlib.Path(autodrop_ext.__file__).parent.parent
 CSRC = ROOT / "csrc"
 
 if not CSRC.exists():
-    pytest.skip("the sources are not beside the installed package", allow_module_level=True)
+    pytest.skip("the sources are not next to the installed package", allow_module_level=True)
 
 pytestmark = pytest.mark.skipif(
     shutil.which("cmake") is None, reason="needs cmake: pip install cmake"

@@ -33,7 +33,7 @@ NQM_SEEDS = 32
 NQM_LEAST = 22  # 21 angles make one mean of 20 and one change of it
 
 # The papers give no values. The time constant 1 / gamma of the first rate is 20 iterations; tau0
-# lies between the thresholds of the first and the last rates, so that both sides of
+# is between the thresholds of the first and the last rates, so that both sides of
 # min(tau0, gamma alpha / 2) occur.
 _MODEL = VelocityModel(gamma=0.05, epsilon=0.3)
 _TAU0 = 0.01  # radians per iteration
