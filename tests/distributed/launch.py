@@ -41,6 +41,10 @@ class RankFailedError(Exception):
     """A rank raised, or died without a word."""
 
 
+class NotConnectedError(Exception):
+    """gloo did not connect the ranks, before anything of this package ran."""
+
+
 def run(
     world: int,
     function: Callable[..., Any],
@@ -59,6 +63,21 @@ def run(
     Raises:
         RankFailedError: with the traceback of the first rank that raised.
     """
+    try:
+        return _run(world, function, args, timeout, may_die)
+    except NotConnectedError as error:
+        # On a busy machine gloo sometimes loses a connection while ranks are still meeting.
+        print(f"{error}\nThe ranks are started again.")
+        return _run(world, function, args, timeout, may_die)
+
+
+def _run(
+    world: int,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    timeout: float,
+    may_die: tuple[int, ...],
+) -> list[Any]:
     with tempfile.TemporaryDirectory() as folder:
         store = pathlib.Path(folder) / "store"
         workers = []
@@ -92,6 +111,8 @@ def _collect(workers: list[tuple[Any, Connection]], may_die: tuple[int, ...]) ->
                 if rank not in may_die:
                     raise RankFailedError(f"rank {rank} died without a word") from None
                 fine, result = True, None
+            if fine is None:
+                raise NotConnectedError(f"rank {rank}: {result}")
             if not fine:
                 raise RankFailedError(f"rank {rank}: {result}")
             results[rank] = result
@@ -111,13 +132,17 @@ def _work(
     warnings.simplefilter("ignore")  # of the engines; functions catch what they test
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # looked for, not used
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{store}",
-        rank=rank,
-        world_size=world,
-        timeout=datetime.timedelta(seconds=timeout),
-    )
+    try:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{store}",
+            rank=rank,
+            world_size=world,
+            timeout=datetime.timedelta(seconds=timeout),
+        )
+    except RuntimeError:
+        results.send((None, traceback.format_exc()))
+        raise
     try:
         results.send((True, function(rank, *args)))
     except BaseException:

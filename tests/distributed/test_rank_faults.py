@@ -8,6 +8,7 @@ import time
 import warnings
 from typing import Any
 
+import launch
 import pytest
 import torch
 import torch.distributed as dist
@@ -355,3 +356,20 @@ def loaded_alone(rank: int) -> tuple[str, int]:
 def test_a_rank_that_loads_a_state_alone_keeps_its_place() -> None:
     """A state of the same step changes nothing, so that the ranks still agree."""
     assert run(2, loaded_alone) == [("", -1)] * 2
+
+
+def test_ranks_that_do_not_meet_are_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    begin, failures = launch._run, [launch.NotConnectedError("rank 0: connection closed")]
+
+    def meeting(*args: Any) -> list[Any]:
+        if failures:
+            raise failures.pop()
+        return begin(*args)
+
+    monkeypatch.setattr(launch, "_run", meeting)
+    assert launch.run(2, own_rank) == [0, 1]
+    assert not failures
+
+
+def own_rank(rank: int) -> int:
+    return rank

@@ -47,6 +47,7 @@ def kept(params: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> tuple[
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is")
 @pytest.mark.filterwarnings("ignore:AutoDrop. the saved sums cannot be continued")
+@pytest.mark.filterwarnings("ignore:AutoDrop. the learning rates are")  # no optimizer is loaded
 @pytest.mark.parametrize(
     "options",
     [{}, {"per_group": True}, {"sample": 1 / 16}, {"sample": None, "seed": 5}],
