@@ -64,14 +64,14 @@ def run(
         RankFailedError: with the traceback of the first rank that raised.
     """
     try:
-        return _run(world, function, args, timeout, may_die)
+        return start_ranks(world, function, args, timeout, may_die)
     except NotConnectedError as error:
         # On a busy machine gloo sometimes loses a connection while ranks are still meeting.
         print(f"{error}\nThe ranks are started again.")
-        return _run(world, function, args, timeout, may_die)
+        return start_ranks(world, function, args, timeout, may_die)
 
 
-def _run(
+def start_ranks(
     world: int,
     function: Callable[..., Any],
     args: tuple[Any, ...],

@@ -359,14 +359,14 @@ def test_a_rank_that_loads_a_state_alone_keeps_its_place() -> None:
 
 
 def test_ranks_that_do_not_meet_are_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    begin, failures = launch._run, [launch.NotConnectedError("rank 0: connection closed")]
+    begin, failures = launch.start_ranks, [launch.NotConnectedError("rank 0: connection closed")]
 
     def meeting(*args: Any) -> list[Any]:
         if failures:
             raise failures.pop()
         return begin(*args)
 
-    monkeypatch.setattr(launch, "_run", meeting)
+    monkeypatch.setattr(launch, "start_ranks", meeting)
     assert launch.run(2, own_rank) == [0, 1]
     assert not failures
 
