@@ -15,13 +15,15 @@ import pathlib
 import shutil
 import subprocess
 import sysconfig
+import threading
+import types
 from types import ModuleType
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-from autodrop_ext.ops import native
+from autodrop_ext.ops import cuda, native
 from autodrop_ext.ops.cuda import CudaBackend, CudaOperations
 from autodrop_ext.ops.plan import Plan, tile_table
 
@@ -135,6 +137,9 @@ class Streams:
         return self.handle
 
 
+_BINDING = threading.Lock()
+
+
 class EmulatedCuda(CudaBackend):
     """The cuda backend on CPU tensors."""
 
@@ -151,8 +156,13 @@ class EmulatedCuda(CudaBackend):
         def without_pinning(*shape: object, pin_memory: bool = False, **options: object) -> Tensor:
             return zeros(*shape, **options)  # type: ignore[call-overload]
 
+        # Only what this backend sees is replaced, in one thread at a time: the memory watch of a
+        # meter in another thread needs the real core.
         with (
-            mock.patch.object(native, "core", module()),
+            _BINDING,
+            mock.patch.object(
+                cuda, "native", types.SimpleNamespace(core=module(), address=native.address)
+            ),
             mock.patch("torch.zeros", without_pinning),
         ):
             operations = CudaOperations(GpuPlan(plan))  # type: ignore[arg-type]
