@@ -188,13 +188,14 @@ class StepScheduler(LRScheduler):
     def _watch_rates(self) -> None:
         """Notice a script that sets the rate by itself, and so undoes a drop at the next step."""
         saved, self._lrs_of_checkpoint = self._lrs_of_checkpoint, None
-        now = as_floats(self._rates())[: len(saved or ())]
-        if saved is not None and saved[: len(now)] != now:
-            self._warnings.warn(
-                f"the learning rates are {_listed(now)}, those of the checkpoint were "
-                f"{_listed(saved)}; to resume, make the scheduler first, and then load the "
-                "optimizer's state and the scheduler's"
-            )
+        if saved is not None:  # only once, because reading a rate may wait for a GPU
+            now = as_floats(self._rates())[: len(saved)]
+            if saved[: len(now)] != now:
+                self._warnings.warn(
+                    f"the learning rates are {_listed(now)}, those of the checkpoint were "
+                    f"{_listed(saved)}; to resume, make the scheduler first, and then load the "
+                    "optimizer's state and the scheduler's"
+                )
         dropped, self._dropped_from = self._dropped_from, []
         for i, (before, after) in enumerate(dropped[: len(self.optimizer.param_groups)]):
             lr = float(self.optimizer.param_groups[i]["lr"]) if after < before else 0.0

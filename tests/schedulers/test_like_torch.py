@@ -172,6 +172,27 @@ def test_float_and_tensor_rates_fall_alike(make: Make) -> None:
     assert tensors == pytest.approx(floats, rel=1e-5)  # products of float32
 
 
+class Counted(float):
+    """A rate that counts how often it is read as a number; reading one from a GPU waits for it."""
+
+    reads = 0
+
+    def __float__(self) -> float:
+        Counted.reads += 1
+        return super().__float__()
+
+
+def test_a_step_within_a_window_reads_no_rate() -> None:
+    scheduler = AutoDrop(optimizer(), window=100)
+    train(scheduler, 3)
+    scheduler.optimizer.param_groups[0]["lr"] = Counted(0.5)
+    for _ in range(20):
+        scheduler.optimizer.step()
+        before = Counted.reads
+        scheduler.step()
+        assert Counted.reads == before
+
+
 # ---- state ------------------------------------------------------------------------------------
 
 
