@@ -15,14 +15,12 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
 from contextlib import closing
 
 import torch
+from optimizers import OneMoves
 from peers import Foreach
 from shapes import SHAPES, tensors
-from torch import Tensor
-from torch.optim import Optimizer
 
 from autodrop_ext import AngularVelocity, AnytimeAutoDrop
 from autodrop_ext.ops.window_sums import WindowSums
@@ -30,19 +28,6 @@ from autodrop_ext.ops.window_sums import WindowSums
 LENGTHS = (1_000, 10_000, 100_000, 1_000_000)
 MODELS = ("resnet50", "transformer60m")
 ROUNDS, WINDOW, SNAPSHOTS = 15, 64, 16
-
-
-class OneMoves(Optimizer):
-    """Moves its first parameter only: the time of a step must not hide that of the meter."""
-
-    def __init__(self, params: list[Tensor]) -> None:
-        super().__init__(params, {"lr": 0.1})
-        self.first = params[0]
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Add noise to it."""
-        self.first.add_(torch.randn_like(self.first), alpha=0.01)
 
 
 class Counted:

@@ -18,26 +18,12 @@ from collections.abc import Callable
 from contextlib import closing
 
 import torch
-from torch import Tensor
-from torch.optim import Optimizer
+from optimizers import OneMoves
 from torch.optim.lr_scheduler import StepLR
 
 from autodrop_ext import AutoDrop
 
 ELEMENTS, WINDOW = 64, 32
-
-
-class OneMoves(Optimizer):
-    """Moves its first parameter only."""
-
-    def __init__(self, params: list[Tensor]) -> None:
-        super().__init__(params, {"lr": 0.1})
-        self.first = params[0]
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Add noise to it."""
-        self.first.add_(torch.randn_like(self.first))
 
 
 def seconds(work: Callable[[], object]) -> float:
