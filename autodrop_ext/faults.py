@@ -1,115 +1,39 @@
-"""Trouble that the meter meets: recognised here, and reported once as a warning."""
+"""The meter's warnings: each kind of trouble is recognised here and reported once."""
 
 from __future__ import annotations
 
-import contextlib
-import math
-import os
-import pathlib
-import sys
-import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from .distributed.group import Alone, Group
-from .ops.device_sums import DeviceSums
-from .ops.interface import Sums
-from .ops.window_sums import WindowSums
-from .reading import Reading
+from .messages import Warnings
+from .ranks import Ranks
+from .sketch import Sketch, Totals
 
 _STILL_WINDOWS = 5  # windows without displacement before a warning
-_UNKNOWN_ERRORS = 5  # angles in a row whose error a sample cannot tell, before a warning
-_INNER_FOLDER = str(pathlib.Path(__file__).parent)
-# Packages whose code calls a scheduler's step() for the user.
-_CALLERS = (
-    *("torch", "accelerate", "deepspeed", "lightning", "lightning_fabric", "pytorch_lightning"),
-    "transformers",
-)
-
-
-class Warnings:
-    """Warnings that carry the name of what the user made and point to the user's line.
-
-    Between :meth:`hold` and :meth:`release` they wait, because a warning that is an error would
-    leave what is between them half done.
-
-    Args:
-        owner: class that the user made, such as "AutoDrop".
-    """
-
-    def __init__(self, owner: str) -> None:
-        self.owner = owner
-        self._said: set[str] = set()
-        self._held = False
-        self._waiting: list[str] = []
-
-    def once(self, kind: str, message: str) -> None:
-        """Warn, unless there was a warning of this kind."""
-        if kind not in self._said:
-            self._said.add(kind)
-            self.warn(message)
-
-    def said(self, kind: str) -> bool:
-        """Whether there was a warning of this kind."""
-        return kind in self._said
-
-    def warn(self, message: str) -> None:
-        """Warn, or let the warning wait."""
-        self._waiting.append(message)
-        if not self._held:
-            self.release()
-
-    def hold(self) -> None:
-        """Let warnings wait for :meth:`release`."""
-        self._held = True
-
-    def release(self) -> None:
-        """Warn of what has waited; after an error, the rest waits for the next call."""
-        self._held = False
-        while self._waiting:
-            message = f"{self.owner}: {self._waiting.pop(0)}"
-            warnings.warn(message, RuntimeWarning, stacklevel=_users_level())
-
-
-def _users_level() -> int:
-    """The caller's ``stacklevel`` of the first frame outside of this package and its callers."""
-    files = (getattr(sys.modules.get(name), "__file__", None) for name in _CALLERS)
-    folders = (_INNER_FOLDER, *(os.path.dirname(file) for file in files if file))
-    inner = (*(folder + os.sep for folder in folders), contextlib.__file__)
-    level = 1
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(inner):
-        frame = frame.f_back
-        level += 1
-    return level
-
-
-def _too_large(tensor: Tensor) -> bool:
-    """Whether all values are finite but float32 cannot hold the sum of a long window of them."""
-    return tensor.numel() > 0 and 1e33 < float(tensor.abs().max()) < float("inf")
 
 
 class Faults:
     """Reports each kind of trouble of a meter once.
 
+    Args:
+        warnings: through which it does that.
+
     Attributes:
-        warnings: how it does that.
-        still_windows: how many windows in a row had no displacement at all.
+        still_windows: windows in a row without any displacement.
     """
 
-    def __init__(self) -> None:
-        self.warnings = Warnings("AngularVelocity")
+    def __init__(self, warnings: Warnings) -> None:
+        self.warnings = warnings
         self.still_windows = 0
-        self._unknown_errors = 0
 
     def parameters_changed(self, windows: int) -> None:
         """Warn that the parameters were changed."""
         self.warnings.once(
             "changed",
-            "the watched parameters were moved, replaced, added or frozen; the window is discarded "
-            f"and the next angle comes after {windows} windows",
+            "the measured parameters were replaced, added, resized or frozen; the window is "
+            f"discarded and the next angle comes after {windows} windows",
         )
 
     def interrupted(self, windows: int) -> None:
@@ -121,115 +45,71 @@ class Faults:
         )
 
     def cannot_continue(self, reason: str, windows: int) -> None:
-        """Warn that saved sums do not fit."""
+        """Warn that saved tables do not fit."""
         self.warnings.once(
             "rewarm",
-            f"the saved sums cannot be continued ({reason}); the meter warms up again and the next "
-            f"angle comes after {windows} windows",
+            f"the saved tables cannot be continued ({reason}); the meter warms up again and the "
+            f"next angle comes after {windows} windows",
         )
 
     def not_finite(
         self,
-        sums: WindowSums,
+        tensors: Iterable[tuple[str, Tensor]],
         window: int,
         windows: int,
-        group: Group,
-        guilty: Sequence[int],
+        ranks: Ranks,
+        bad_ranks: Sequence[int],
     ) -> None:
-        """The sums of ``window`` are not finite: name the first tensor to blame, or the rank.
+        """Warn that a table is not finite, and name the first tensor that is not, or the rank.
 
         Args:
-            guilty: ranks whose sums are not finite. Those warn, and the first of all ranks.
+            tensors: names and tensors on this rank.
+            window: index of the window.
+            windows: that have to be finite before the next angle.
+            ranks: which this one belongs to.
+            bad_ranks: those whose tables are not finite. They warn, and the first of all ranks.
         """
         consequence = (
             f"held NaN or infinity during window {window}; the angle is undefined and no learning "
             f"rate is dropped until {windows} windows are finite again"
         )
-        if group.rank not in guilty:
-            if group.rank == 0:
-                ranks = ", ".join(map(str, guilty))
-                self.warnings.once("nonfinite", f"rank {ranks} {consequence}")
+        if ranks.rank not in bad_ranks:
+            if ranks.rank == 0:
+                listed = ", ".join(map(str, bad_ranks))
+                self.warnings.once("nonfinite", f"rank {listed} {consequence}")
             return
-        where = "" if isinstance(group, Alone) else f" on rank {group.rank}"
-        for device in sums.devices:
-            finite = torch.from_numpy(device.per_tensor()).isfinite().all(dim=1).tolist()
-            for segment, good in zip(device.plan.segments, finite, strict=True):
-                if not good and _too_large(segment.alias):
-                    self.warnings.once(
-                        "nonfinite",
-                        f"{segment.name}{where} held values during window {window} whose float32 "
-                        "sums overflow (beyond 3.4e38); the angle is undefined and no learning "
-                        "rate is dropped",
-                    )
-                    return
-                if not good:
-                    self.warnings.once("nonfinite", f"{segment.name}{where} {consequence}")
-                    return
+        where = f" on rank {ranks.rank}" if ranks.size > 1 else ""
+        bad = (name for name, tensor in tensors if not bool(tensor.isfinite().all()))
+        # The parameters may be finite again, if they were loaded or clipped since.
+        name = next(bad, "a parameter")
+        self.warnings.once("nonfinite", f"{name}{where} {consequence}")
 
-    def watch_displacement(self, totals: Sums, sums: WindowSums, *, first: bool) -> None:
+    def watch_motion(self, sketch: Sketch, totals: Totals, windows: int) -> None:
         """Look at a window's displacement for parameters that do not move.
 
         Args:
-            first: whether there is no displacement before it.
+            sketch: whose window it is.
+            totals: its sums.
+            windows: since the meter started; the first displacement comes with the second.
         """
-        # A displacement of denormal numbers may be lost where it becomes the previous one.
-        still = totals.norm == 0 or (totals.previous_norm == 0 and not first)
-        self.still_windows = self.still_windows + 1 if still else 0
-        if self.still_windows == _STILL_WINDOWS and sums.fraction < 1:
-            self.warnings.once(
-                "still",
-                f"no parameter of the sample moved during the last {_STILL_WINDOWS} windows, so "
-                "the angle is undefined and no learning rate is dropped; a larger sample= may hold "
-                "some that move",
-            )
-        elif self.still_windows == _STILL_WINDOWS and (totals.mean_norm == 0 or totals.norm > 0):
-            self.warnings.once(
-                "still",
-                f"the parameters were zero during the last {_STILL_WINDOWS} windows, or smaller "
-                "than float32 sums can hold (1.4e-45), so the angle is undefined and no learning "
-                "rate is dropped",
-            )
-        elif self.still_windows == _STILL_WINDOWS:
+        if windows < 2:
+            return
+        self.still_windows = 0 if totals.norm.any() else self.still_windows + 1
+        if self.still_windows == _STILL_WINDOWS:
             self.warnings.once(
                 "still",
                 f"no parameter moved during the last {_STILL_WINDOWS} windows, so the angle is "
                 "undefined and no learning rate is dropped; is this the optimizer that trains the "
-                "watched parameters, and is its learning rate above zero?",
+                "measured parameters, and is its learning rate above zero?",
             )
-        if not self.warnings.said("half"):
-            self._watch_half_precision(sums.devices)
-
-    def watch_certainty(self, reading: Reading) -> None:
-        """Look for a sample that holds too few moving parameters to know the angle's error."""
-        unknown = reading.angle is not None and math.isnan(reading.standard_error)
-        self._unknown_errors = self._unknown_errors + 1 if unknown else 0
-        if self._unknown_errors == _UNKNOWN_ERRORS:
-            self.warnings.once(
-                "certainty",
-                f"the standard error of the last {_UNKNOWN_ERRORS} angles is unknown, because too "
-                "few parameters of the sample moved; no learning rate is dropped on such an angle. "
-                "A larger sample= holds more of them, and sample=None all",
-            )
-
-    def _watch_half_precision(self, devices: Sequence[DeviceSums]) -> None:
-        lost = total = 0
-        for device in devices:
-            half = device.plan.half_precision
-            if not half:
-                continue
-            table = device.per_tensor()
-            for i in half:
-                segment, sums = device.plan.segments[i], Sums(*table[i])
-                # An element that moves at all moves by about eps / 2 of itself, and on average
-                # half of the window has passed by then: 0.003 eps^2 is one element in twenty.
-                eps = torch.finfo(segment.alias.dtype).eps
-                total += segment.flat.numel()
-                if sums.norm < 0.003 * eps**2 * sums.mean_norm:
-                    lost += segment.flat.numel()
-        if lost > total / 2:
-            self.warnings.once(
-                "half",
-                f"{lost:,} of {total:,} half-precision parameters hardly moved during a window: "
-                "their updates are smaller than the format can resolve, so the angle shows "
-                "rounding and not training; pass the float32 master weights as params=",
-            )
+        if sketch.half_precision and not self.warnings.was_given("half"):
+            # An element that moves at all moves by about eps / 2 of itself, and on average half of
+            # the window has passed by then: 0.003 eps^2 is one element in twenty.
+            eps = torch.finfo(sketch.half_precision).eps
+            if float(totals.norm.sum()) < 0.003 * eps**2 * sketch.mean_norm():
+                self.warnings.once(
+                    "half",
+                    "the half-precision parameters hardly moved during a window: their updates "
+                    "are smaller than the format can resolve, so the angle shows rounding and not "
+                    "training; pass the float32 master weights as params=",
+                )

@@ -2,136 +2,137 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
+import json
 import math
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from torch import Tensor
-
-from . import angle, checks
-from .averaging import own_bits_after
-from .distributed.checkpoint import ArenaState, SavedMeter, SavedSums
-from .distributed.exchange import Counts, Exchange, Facts
-from .distributed.gathered import discard_gathered
-from .distributed.group import check_group, find_group
-from .distributed.layout import Layout, elements_here
-from .distributed.shards import LocalShard
-from .faults import Faults, Warnings
+from . import checks
+from .faults import Faults
+from .messages import Warnings
 from .ops import check_name
-from .ops.device_sums import NamedArenas
-from .ops.interface import Form, Sums
-from .ops.memory import as_real, no_garbage_collection
-from .ops.window_sums import EVERYTHING, Extra, Watched, WindowSums, fields_of, on_cpu
+from .ops.plan import LANES, FloatArray
 from .parameters import ParameterSource
-from .parts import Parts
-from .reading import HISTORY, Reading, remember
-from .sampling.sums import sums_of
+from .ranks import Ranks, Row, agree, check_facts, check_group, digest, facts_differ, find_group
+from .reading import HISTORY, PartReading, Reading, remember
 from .saved import Entries
+from .sharding import LocalShard
+from .sketch import Sketch, Totals, standard_error
 from .windows import Windows
 
 WINDOWS_FOR_ANGLE = 3  # two displacements need three means
 
+Facts = Callable[[], Mapping[str, Any]]
+"""Returns what decisions depend on, plain values by name; "lr" holds the learning rates."""
 
-class AngularVelocity(Windows):
+
+class AngularVelocity:
     """Angle between the displacements of neighbouring windows (UAI 2024, Definition 3.3).
 
     A window holds the parameters after ``window`` optimizer steps, ``m_i`` is their mean,
     ``s_i = m_i - m_{i-1}`` its displacement, and the angular velocity is the angle between ``s_i``
     and ``s_{i-1}`` in degrees. Call :meth:`observe` once after each optimizer step.
 
-    The meter keeps 12 bytes per parameter on the parameter's device and reads every parameter once
-    a step. ``snapshots=`` reads them less often. ``sample=`` reads only a random part of them, and
-    every reading comes with its standard error (``docs/scaling.md``). The meter starts in delta
-    form, which resolves any step size, and turns to the cheaper sum form once the rounding error of
-    that form is known to be small, and back if it grows.
+    The meter reads every parameter once a step and adds it to a table of ``buckets`` float64 sums,
+    of which it keeps three (6 MiB by default), whatever the size of the model. The angle has the
+    standard error ``sin(angle) / sqrt(buckets)``, 0.11 degrees at most by default. It is exact if
+    the model has at most ``buckets`` elements. See ``docs/scaling.md``.
 
-    Where ``torch.distributed`` is initialised, every rank measures its own part (DDP, FSDP, tensor
-    parallel, pipelines, ZeRO), and one ``all_gather`` of 168 bytes a rank at the end of each window
-    gives all of them the same reading; see ``docs/distributed.md``.
+    If ``torch.distributed`` is initialised, every rank adds its own part (DDP, FSDP, tensor
+    parallel, pipelines, ZeRO). At the end of each window one ``all_gather`` of a short row and one
+    ``all_reduce`` of the table give all ranks the same reading; see ``docs/distributed.md``.
 
     Args:
         params: tensors, ``(name, tensor)`` pairs, param groups, an optimizer, or a function that
-            returns one of the first three and is asked again at each end of a window. Frozen
-            parameters are not watched, tied ones count once.
+            returns one of the first three and is asked again at each end of a window. Parameters
+            that have never required a gradient are not measured, tied ones count once.
         window: ``k``, optimizer steps per window, at least 1.
-        sample: part of the parameters that is read, in (0, 1]: of every tensor a random choice of
-            its chunks of 1,024 elements, at least two of them. A survey of at most 8 windows comes
-            first. None or 1 for everything.
-        seed: seed of the sample.
         snapshots: how many times a window the parameters are read, evenly spaced, the last time at
             the window's end; None for every step.
-        per_tensor: whether readings have the angle of each parameter and of each param group.
-        per_group: whether they have the angle of each param group.
+        buckets: float64 sums in a table, a multiple of 4,096; None for exact angles, at 24 bytes
+            for each element of the model.
+        per_tensor: whether readings have the angle of each parameter and of each param group; for
+            exact angles only.
+        per_group: whether they have the angle of each param group, which then has its own table.
         backend: "auto", or the name of one (``autodrop doctor`` lists them).
         process_group: the ranks that train the model together: None for all there are, a process
-            group, a ``DeviceMesh``, or :class:`~autodrop_ext.distributed.PipelineStages`.
-        form: "auto", or "sum" or "delta" to hold the sums in one form.
+            group, a ``DeviceMesh``, or :class:`~autodrop_ext.ranks.PipelineStages`.
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message names it.
 
     Attributes:
-        window: optimizer steps per window.
-        steps: optimizer steps observed.
-        windows: windows closed.
-        windows_since_restart: windows closed since the meter started or started over.
         history: the last 10,000 readings.
-        per_tensor, per_group: the arguments; a change counts from when plans are built next.
+        snapshots, buckets, per_tensor, per_group: the arguments.
     """
 
+    @removed(sample=USE_BUCKETS, seed=USE_BUCKETS, form="every angle is resolved without it")
     def __init__(
         self,
         params: Any,
         window: int = 64,
         *,
-        sample: float | None = None,
-        seed: int = 0,
         snapshots: int | None = None,
+        buckets: int | None = 2**18,
         per_tensor: bool = False,
         per_group: bool = False,
         backend: str = "auto",
         process_group: Any = None,
-        form: Literal["auto", "sum", "delta"] = "auto",
     ) -> None:
-        super().__init__(
-            checks.window(window),
-            None if snapshots is None else checks.count("snapshots", snapshots, 1),
-        )
-        self.sample = checks.sample(sample)
-        self.seed = checks.count("seed", seed, least=-(2**63))
+        snapshots = None if snapshots is None else checks.count("snapshots", snapshots, 1)
+        self._windows = Windows(checks.window(window), snapshots)
+        self.buckets = check_buckets("buckets", buckets)
         self.per_tensor = checks.flag("per_tensor", per_tensor)
         self.per_group = checks.flag("per_group", per_group)
-        checks.one_of("form", form, ("auto", "sum", "delta"))
         check_group(process_group)
         check_name(backend)
         self.history: list[Reading] = []
         self._source = ParameterSource(params)
         self._source.check()  # wrong arguments fail here, not at the first step
         self._process_group = process_group
-        self._precision = angle.Precision(None if form == "auto" else form)
-        self._make_sums: Callable[..., WindowSums] = functools.partial(
-            sums_of(self.sample, self.seed), backend=backend
-        )
-        self._faults = Faults()
+        self._backend = backend
+        self._faults = Faults(Warnings(type(self).__name__))
         self._warns_by_itself = True
-        self._exchange = Exchange(self._faults.warnings.owner)
-        self._sums: WindowSums | None = None
-        self._restore: SavedSums | None = None  # sums of a checkpoint, until the next step
-        self._resharded: SavedSums | None = None  # the same, loaded through arena_state
-        self._layout: Layout
-        self._extras: list[Extra] = []
-        self._observing = False  # stays True where an observation was interrupted
-        self._averaging = False  # whether the parameters hold an average
+        self._compared = False  # whether the ranks have compared their settings
+        self._sketch: Sketch | None = None
+        self._saved: Mapping[str, Any] | None = None  # tables of a checkpoint, until the next step
+        self._ranks = Ranks()
+        self._layout = (0.0, 0.0, 0.0, 0.0)  # layout, held, elements, model_elements
 
-    # ---- a window ---------------------------------------------------------------------------
+    # Counts --------------------------------------------------------------------------------------
+
+    @property
+    def window(self) -> int:
+        """Optimizer steps per window."""
+        return self._windows.window
+
+    @property
+    def snapshots(self) -> int | None:
+        """Reads of the parameters per window; None for one after every step."""
+        return self._windows.snapshots
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps observed."""
+        return self._windows.steps
+
+    @property
+    def windows(self) -> int:
+        """Windows closed."""
+        return self._windows.windows
+
+    @property
+    def windows_since_restart(self) -> int:
+        """Windows closed since the meter started or started over."""
+        return self._windows.windows_since_restart
+
+    # A window ------------------------------------------------------------------------------------
 
     def observe(self, *, calls: int = 0, facts: Facts = dict) -> Reading | None:
         """Take the parameters as they are now; call once after each optimizer step, on every rank.
 
         Args:
-            calls: how often the training loop came by, optimizer step or not; compared between
+            calls: calls of the scheduler's ``step()``, optimizer step or not; compared between
                 ranks, so that a rank that skipped a step is noticed.
             facts: returns what decisions depend on, plain values by name; compared between ranks.
 
@@ -140,125 +141,139 @@ class AngularVelocity(Windows):
             ranks.
 
         Raises:
-            ValueError: there is nothing to watch, or parameters partly overlap in memory.
+            ValueError: there is nothing to measure, or parameters partly overlap in memory.
             DisagreementError: ranks did not measure the same; raised on all of them alike.
-            RuntimeError: no memory for the sums; a rank is dead or late.
+            RuntimeError: a rank is dead or late.
         """
-        if self._averaging:
-            raise RuntimeError("observe: expected parameters of a training step, got averaged ones")
         # A warning may be an error. It must not leave this half done, and must not keep one rank
         # from the collective.
         self._faults.warnings.hold()
-        if self._observing:
-            self._discard_interrupted()
-            self._faults.interrupted(WINDOWS_FOR_ANGLE)
-        self._observing = True
-        self.steps += 1
-        if self.position == 1 or self._sums is None:
-            self._begin_window()
-        if not self._exchange.compared:
-            self._exchange.compare_once(self._with_settings(facts))
-        if self.is_snapshot():
-            self._take_snapshot()
-        reading = self._close_window(calls, facts) if self.position >= self.window else None
-        self._observing = False
+        try:
+            reading = self._observe(calls, facts)
+        except BaseException:
+            self.discard()
+            raise
         if self._warns_by_itself:
             self._faults.warnings.release()
         return reading
 
-    def _begin_window(self) -> None:
-        """Follow the parameters: build the sums, or build them again if the parameters changed."""
-        if self._sums is not None and not self._source.unchanged():
-            self._faults.parameters_changed(WINDOWS_FOR_ANGLE)
-            self._discard(self.position)
-        if self._sums is None:
-            try:
-                with no_garbage_collection():
-                    self._build()
-            except Exception:
-                # Nothing was measured that would have to be discarded at the next step.
-                self._start_over()
-                self._observing = False
-                raise
-        elif not self.spoiled:
-            self._sums.begin_window()
+    def _observe(self, calls: int, facts: Facts) -> Reading | None:
+        windows = self._windows
+        windows.steps += 1
+        if windows.position == 1 or self._sketch is None:
+            self._begin_window()
+        self._compare_once(facts)
+        if windows.is_snapshot():
+            self._read()
+        if windows.position < windows.window:
+            return None
+        return self._close_window(calls, facts)
 
-    def _take_snapshot(self) -> None:
-        assert self._sums is not None
-        if not self.spoiled and self._source.moved():
-            self._faults.parameters_changed(WINDOWS_FOR_ANGLE)
-            self.spoiled = True
-        if not self.spoiled:
-            form = self._precision.form if self._sums.begun else self._precision.begin()
-            self._sums.add(form, first=self.taken == 0)
-        self.taken += 1
+    def _begin_window(self) -> None:
+        """Follow the parameters: make the tables, or make them again if the parameters changed."""
+        if self._sketch is not None and not self._source.unchanged():
+            self._parameters_changed()
+            self._windows.start_over(self._windows.position)
+        if self._sketch is None:
+            self._build()
+
+    def _read(self) -> None:
+        assert self._sketch is not None
+        if not self._windows.spoiled:
+            addresses = self._source.addresses()
+            if addresses is None:
+                self._faults.parameters_changed(WINDOWS_FOR_ANGLE)
+                self._windows.spoiled = True
+            else:
+                self._sketch.add(addresses)
+        self._windows.taken += 1
 
     def _close_window(self, calls: int, facts: Facts) -> Reading | None:
         """Nothing on the way to the collective may return or raise on one rank alone."""
-        assert self._sums is not None
-        self.begin_close()
+        assert self._sketch is not None
+        sketch, windows, ranks = self._sketch, self._windows, self._ranks
+        windows.begin_close()
         changed = not self._source.unchanged()
-        restart = changed or self.spoiled
-        totals = None if restart else self._sums.close(self.snapshots_per_window)
-        since = 0 if totals is None else self.windows_since_restart + 1
-        counts = Counts(self.steps, self.windows, self.window, calls, since, restart)
-        total, numbers = self._exchange.close(
-            counts,
-            self._layout,
-            self._sums,
-            totals or Sums(0.0, 0.0, 0.0, 0.0),
-            [] if totals is None else self._extras,
-            self._with_settings(facts),
-        )
-        self.next_window()
+        restart = changed or windows.spoiled
+        table = None if restart else sketch.join()
+        row = self._row(calls, restart, facts)
+        verdict = self._agree(row, facts)
+        windows.next_window()
         if changed:
-            self._faults.parameters_changed(WINDOWS_FOR_ANGLE)
-            self._discard()
-        if total.restart:
+            self._parameters_changed()
+        if verdict.restart:
             self._start_over()
             return None
-        self.windows += 1
-        if total.not_finite:
-            self._faults.not_finite(
-                self._sums,
-                self.windows - 1,
-                WINDOWS_FOR_ANGLE,
-                self._exchange.group,
-                total.not_finite,
-            )
-            self._start_over()
+        windows.windows += 1
+        if verdict.not_finite:
+            self._not_finite(verdict.not_finite)
             return self._keep(self._undefined())
-        self.windows_since_restart = since
-        if since >= 2:
-            self._faults.watch_displacement(total.sums, self._sums, first=since == 2)
-        k, elements = self.snapshots_per_window, (total.elements, total.effective_elements)
-        error = self._precision.close(k, total.sums, *elements)
-        if since < WINDOWS_FOR_ANGLE:
+        windows.windows_since_restart = int(row.windows_since_restart)
+        if table is not None:
+            ranks.add_up(table)
+        sums = sketch.close(windows.snapshots_per_window, sketch.weight)
+        if sketch.own:
+            sums = ranks.add_numbers(sums)
+        totals = sketch.totals(sums)
+        self._faults.watch_motion(sketch, totals, windows.windows_since_restart)
+        if windows.windows_since_restart < WINDOWS_FOR_ANGLE:
             return self._keep(self._undefined())
-        form = self._precision.choose(k, total.sums, error, *elements)
-        if form is not None:
-            self._sums.convert(form, k)
-        reading = self._reading(total.sums, error, numbers)
-        self._faults.watch_certainty(reading)
-        return self._keep(reading)
+        return self._keep(self._reading(totals))
 
-    def _reading(self, sums: Sums, rounding_error: float, numbers: list[float] | None) -> Reading:
-        measured = angle.angle_of(sums.dot, sums.norm, sums.previous_norm)
-        degrees, cosine = (None, None) if measured is None else measured
+    def _row(self, calls: int, restart: bool, facts: Facts) -> Row:
+        assert self._sketch is not None
+        windows, ranks = self._windows, self._ranks
+        values = dict(self._with_settings(facts)())
+        rates = values.pop("lr", None)
+        checksum = 0.0 if restart else self._sketch.checksum()
+        return Row(
+            steps=windows.steps,
+            windows=windows.windows,
+            window=windows.window,
+            calls=calls,
+            windows_since_restart=0 if restart else windows.windows_since_restart + 1,
+            restart=restart,
+            not_finite=not math.isfinite(checksum),
+            settings=digest([json.dumps(values)]),
+            rates=digest([json.dumps(rates)]),
+            stage=ranks.stage,
+            num_stages=ranks.num_stages,
+            checksum=checksum,
+            **self._held._asdict(),
+        )
+
+    def _agree(self, row: Row, facts: Facts) -> Agreement:
+        windows = self._windows
+        ended = f"window {windows.windows} ended after {windows.steps} optimizer steps"
+        rows = self._ranks.gather(row, f"{ended}, but it could not be compared")
+        verdict = agree(rows)
+        if facts_differ(rows):
+            self._compare(facts)
+        return verdict
+
+    def _reading(self, totals: Totals) -> Reading:
+        assert self._sketch is not None
+        groups = len(totals.dot) - (len(self._sketch.names) if self.per_tensor else 0)
+        parts = [self._part(totals, i) for i in range(len(totals.dot))]
+        whole = self._part(Totals(*(column[:groups].sum(keepdims=True) for column in totals)), 0)
+        named = dict(zip(self._sketch.names, parts[groups:], strict=True)) if self.per_tensor else None
         return Reading(
             step=self.steps,
             window=self.windows - 1,
-            angle=degrees,
-            cosine=cosine,
-            norm=math.sqrt(sums.norm),
-            previous_norm=math.sqrt(sums.previous_norm),
-            rounding_error=rounding_error,
-            **fields_of(self._extras, sums, numbers),
+            **whole._asdict(),
+            per_tensor=named,
+            per_group=tuple(parts[:groups]) if self.per_group or self.per_tensor else None,
         )
 
+    def _part(self, totals: Totals, i: int) -> PartReading:
+        assert self._sketch is not None
+        dot, norm, previous = (float(column[i]) for column in totals)
+        angle, cosine = angle_of(dot, norm, previous)
+        error = math.nan if angle is None else standard_error(angle, self._sketch.buckets)
+        return PartReading(angle, cosine, math.sqrt(norm), math.sqrt(previous), error)
+
     def _undefined(self) -> Reading:
-        unknown = fields_of(self._extras, None, None)
-        return Reading(self.steps, self.windows - 1, None, None, math.nan, math.nan, **unknown)
+        return Reading(self.steps, self.windows - 1, None, None, math.nan, math.nan, math.nan)
 
     def _keep(self, reading: Reading) -> Reading | None:
         if self.windows < WINDOWS_FOR_ANGLE:
@@ -266,7 +281,7 @@ class AngularVelocity(Windows):
         remember(self.history, reading, HISTORY)
         return reading
 
-    # ---- between windows --------------------------------------------------------------------
+    # Between windows -----------------------------------------------------------------------------
 
     def double_window(self) -> None:
         """Double the window: the last two windows become the last one of the new length.
@@ -278,226 +293,150 @@ class AngularVelocity(Windows):
             RuntimeError: a window is open, or two windows have not been closed since the meter
                 started or started over.
         """
-        if self.position or self._sums is None or self.windows_since_restart < 2:
+        windows = self._windows
+        if windows.position or self._sketch is None or windows.windows_since_restart < 2:
             raise RuntimeError(
                 "double_window: expected a call at a window's end, at least two windows after a "
-                f"start, got one after {self.position} of {self.window} steps and "
-                f"{self.windows_since_restart} windows"
+                f"start, got one after {windows.position} of {windows.window} steps and "
+                f"{windows.windows_since_restart} windows"
             )
-        k = self.snapshots_per_window
-        self._observing = True  # where this is interrupted, the sums are discarded
-        self.double()
-        self._sums.merge(k, self.snapshots_per_window)
-        self._precision.merged()
-        self._observing = False
+        try:
+            windows.double()
+            self._sketch.merge()
+        except BaseException:
+            self._start_over()
+            raise
 
-    @property
-    def averaging(self) -> bool:
-        """Whether the parameters hold an average, within :meth:`averaged`."""
-        return self._averaging
+    def set_window(self, window: int) -> None:
+        """Measure with another window from now on, and start over."""
+        self._windows.window = window
+        self._start_over()
 
     def rebase(self) -> None:
         """Measure the next displacement from the parameters as they are now.
 
         For parameters that were set by hand at a window's end (2021, Algorithm 1: averaging): the
-        jump is no displacement. The last displacement, which the next angle needs, stays. In a
-        meter that has not :attr:`started`, the parameters stand for a first window's mean.
+        jump is no displacement. The last displacement, which the next angle needs, stays. If the
+        meter has not :attr:`started`, the parameters stand for a first window's mean.
 
         Raises:
-            RuntimeError: the meter was not made with ``form="delta"``, or a window is open.
+            RuntimeError: a window is open.
         """
-        if self._precision.fixed != "delta":
+        windows = self._windows
+        if windows.position:
             raise RuntimeError(
-                "rebase: expected a meter with form='delta' (sums of earlier windows cannot be "
-                f"moved), got form={self._precision.fixed or 'auto'!r}"
-            )
-        if self.position:
-            raise RuntimeError(
-                f"rebase: expected a call at a window's end, got one after {self.position} of "
-                f"{self.window} steps"
+                f"rebase: expected a call at a window's end, got one after {windows.position} of "
+                f"{windows.window} steps"
             )
         self._begin_window()
-        assert self._sums is not None
-        first = not self._sums.begun
-        self._sums.rebase(self.snapshots_per_window)
+        assert self._sketch is not None
+        addresses = self._source.addresses()
+        if addresses is None:
+            raise RuntimeError("rebase: expected parameters that can be read")
+        first = windows.windows_since_restart == 0
+        self._sketch.rebase(addresses, self._ranks.add_up)
         if first:
-            self.windows_since_restart = 1
-            self.windows += 1
+            windows.windows_since_restart = 1
+            windows.windows += 1
 
-    @contextlib.contextmanager
-    def averaged(self, windows: Literal["last", "all"] = "all") -> Iterator[None]:
-        """Within the block the parameters hold a mean of window means; afterwards their own bits.
-
-        Args:
-            windows: "last" for the mean of the last whole window; "all" for that of both whole
-                windows that the sums hold and the open one, weighted by their steps. Where there is
-                no such window, the block changes nothing.
-
-        Raises:
-            RuntimeError: only a sample of the parameters is read.
-        """
-        if self.sample is not None:
-            raise RuntimeError(
-                f"averaged parameters: expected a meter that reads everything, got sample="
-                f"{self.sample:g}, whose sums have no mean of the other parameters; use "
-                "sample=None, or torch.optim.swa_utils.AveragedModel"
-            )
-        waiting = (self._restore, self._resharded)
-        only_loaded = self._sums is None and self._restore is not None
-        if only_loaded:
-            self._build()  # a checkpoint's sums, before the first step
-        weights = self.mean_weights(last_only=windows == "last")
-        uncertain = self._observing or self.spoiled or not self._source.unchanged()
-        if weights is None or uncertain or self._sums is None or self._averaging:
-            yield
-            return
-        if only_loaded:
-            # The first forward pass of FSDP may move shards: the first step builds again.
-            sums, self._sums = self._sums, None
-            self._restore, self._resharded = waiting
-        else:
-            sums = self._sums
-        with self._discarding_gathered(), own_bits_after(sums.devices, self._moved_memory):
-            self._averaging = True
-            try:
-                sums.write_mean(self.snapshots_per_window, self.taken, weights)
-                yield
-            finally:
-                self._averaging = False
-
-    @contextlib.contextmanager
-    def _discarding_gathered(self) -> Iterator[None]:
-        """Let engines gather parameters again within the block, and again after it."""
-        if not self._layout.sharded:
-            yield
-            return
-        discard_gathered()
-        try:
-            yield
-        finally:
-            discard_gathered()
-
-    def _moved_memory(self) -> dict[str, Tensor]:
-        """Memory of the parameters by name, where they are others than when sums were built."""
-        if self._source.unchanged():
-            return {}
-        return {shard.name: as_real(shard.tensor) for shard in self._source.shards()}
+    @property
+    def started(self) -> bool:
+        """Whether there is a mean that the next displacement is measured from."""
+        return self._windows.windows_since_restart > 0
 
     def close(self) -> None:
-        """Free the sums. A later :meth:`observe` starts over."""
-        self._sums = None
+        """Free the tables. A later :meth:`observe` starts over."""
+        self._sketch = None
         self._start_over()
 
-    # ---- starting over ----------------------------------------------------------------------
-
-    def _start_over(self, position: int = 0) -> None:
-        """Forget the sums; the counts of steps and windows go on.
-
-        Args:
-            position: steps of the open window that have been observed.
-        """
-        self.start_over(position)
-        self._precision.start_over()
-        self._faults.still_windows = 0
-        if self._sums is not None:
-            self._sums.reset()
-
-    def _discard(self, position: int = 0) -> None:
-        """Forget sums of parameters that are watched no longer."""
-        self._sums = None
-        self._start_over(position)
-
-    def interrupted(self) -> bool:
+    def discard(self) -> None:
         """Discard the open window: the loop that calls :meth:`observe` may have lost a step.
 
         Call it after an interrupt between an optimizer step and :meth:`observe`, or inside of it.
         """
-        at_once = self._discard_interrupted()
+        if self._windows.interrupted() and self._sketch is not None:
+            self._sketch.start_over()
         self._faults.interrupted(WINDOWS_FOR_ANGLE)
-        if self._warns_by_itself:
-            self._faults.warnings.release()
-        return at_once
 
-    def _discard_interrupted(self) -> bool:
-        at_once = super().interrupted()
-        if at_once:
-            self._start_over()
-        self._observing = False
-        return at_once
+    def _start_over(self) -> None:
+        """Forget the windows; the counts of steps and windows go on."""
+        self._windows.start_over()
+        self._faults.still_windows = 0
+        if self._sketch is not None:
+            self._sketch.start_over()
 
-    # ---- building ---------------------------------------------------------------------------
+    def _parameters_changed(self) -> None:
+        self._faults.parameters_changed(WINDOWS_FOR_ANGLE)
+        self._sketch = None
+
+    def _not_finite(self, ranks: list[int]) -> None:
+        assert self._sketch is not None
+        self._faults.not_finite(
+            self._sketch.tensors, self.windows - 1, WINDOWS_FOR_ANGLE, self._ranks, ranks
+        )
+        self._start_over()
+
+    # Building ------------------------------------------------------------------------------------
 
     def _build(self) -> None:
-        shards = self._find_group()
-        group = self._exchange.group
-        if not shards and group.size == 1 and self.steps <= 1:
+        shards = self._source.shards()
+        ranks = find_group(self._process_group, shards)
+        if not shards and ranks.size == 1 and self.steps <= 1:
             raise ValueError(
                 "params: expected at least one trainable parameter, got none "
                 "(is requires_grad False everywhere?)"
             )
-        if self.per_tensor and group.num_stages > 1:
+        if self.per_tensor and ranks.num_stages > 1:
             raise ValueError(
                 "per_tensor: expected a model that is not cut into pipeline stages, whose ranks "
-                f"hold different parameters, got {group.num_stages} stages"
+                f"hold different parameters, got {ranks.num_stages} stages"
             )
-        watched = [
-            Watched(
-                shard.name,
-                shard.tensor,
-                group.weight(shard),
-                f"{shard.name}|{shard.layout}|{shard.part}",
-                elements_here(shard, group),
-            )
-            for shard in shards
-        ]
-        saved = self._restore
-        sums: WindowSums = self._make_sums(watched, drawn=None if saved is None else saved.drawn)
-        self._layout = Layout([[shards[i] for i in kept] for kept in sums.kept], group)
-        self._extras = self._make_extras(sums)
-        self._source.watch(shards)
-        if saved is not None:
-            self._continue(saved, sums)
-        if self.position == 1 and not self.spoiled:
-            sums.begin_window()
-        # Last, so that an interrupt before it leaves everything to be built again.
-        self._sums = sums
-        self._restore = self._resharded = None
+        sketch = Sketch(
+            shards,
+            [ranks.weight(shard) for shard in shards],
+            buckets=self.buckets,
+            num_groups=self._source.num_groups() if self.per_group else 1,
+            per_tensor=self.per_tensor,
+            stage=ranks.stage if ranks.num_stages > 1 else None,
+            backend=self._backend,
+        )
+        self._ranks, self._held = ranks, held_by(ranks, shards)
+        self._source.follow()
+        self._continue(sketch)
+        self._sketch, self._saved = sketch, None
 
-    def _find_group(self) -> list[LocalShard]:
-        """What is on this rank; the ranks that decide together are known then."""
-        shards = self._source.shards()
-        self._exchange.group = find_group(self._process_group, shards)
-        return shards
-
-    def _make_extras(self, sums: WindowSums) -> list[Extra]:
-        extras = sums.extras()
-        if self.per_tensor or self.per_group:
-            names = [shard.name for shard in self._layout.shards]
-            group_of = [shard.group for shard in self._layout.shards]
-            groups = self._source.num_groups()
-            extras.append(Parts(names, group_of, groups, per_tensor=self.per_tensor))
-        return extras
-
-    def _continue(self, saved: SavedSums, sums: WindowSums) -> None:
-        """Fill new sums with saved ones, or start over where they do not fit."""
-        saved, problem = saved.completed(self._resharded)
-        problem = problem or sums.problem_of(saved.drawn, saved.arenas)
-        if problem is None:
-            sums.load(saved.form, saved.arenas)
+    def _continue(self, sketch: Sketch) -> None:
+        """Fill new tables with saved ones, or start over if they do not fit."""
+        saved, windows = self._saved, self._windows
+        if saved is None:
             return
-        self._faults.cannot_continue(problem, WINDOWS_FOR_ANGLE)
-        if self._exchange.group.size == 1:
-            self._start_over(position=min(self.position, 1))
-        else:
-            # The other ranks may be able to go on: end the window with them, and say so then.
-            self._start_over(self.position)
-            self.spoiled = True
+        problem = sketch.problem_of(saved)
+        if problem is not None:
+            self._faults.cannot_continue(problem, WINDOWS_FOR_ANGLE)
+            windows.start_over(min(windows.position, 1))
+            return
+        sketch.load_state_dict(saved)
+        if saved["running"] is None or sketch.sharded:
+            # The open window's table is on other ranks: it begins again with the present step.
+            sketch.discard_running()
+            windows.begin_again(min(windows.position, 1))
+
+    def _compare_once(self, facts: Facts) -> None:
+        if not self._compared:
+            self._compare(facts)
+            self._compared = True
+
+    def _compare(self, facts: Facts) -> None:
+        values = dict(self._with_settings(facts)())
+        here = (self._ranks.stage, values)
+        gathered = self._ranks.gather_objects(here, "its settings could not be compared")
+        check_facts([values for _, values in gathered], [stage for stage, _ in gathered])
 
     def compare(self, facts: Facts = dict) -> None:
-        """Compare settings between the ranks, once; :meth:`observe` does it where nobody has.
+        """Compare settings between the ranks, once; :meth:`observe` does it if nobody has.
 
-        Call it where all ranks are at the same place. Ranks with different windows would otherwise
-        wait for each other.
+        Call it at a place that all ranks come to. Ranks with different windows would otherwise wait
+        for each other.
 
         Args:
             facts: as in :meth:`observe`.
@@ -506,88 +445,62 @@ class AngularVelocity(Windows):
             DisagreementError: ranks have different settings; the message names the first of them,
                 the ranks and their values. Raised on all ranks alike.
         """
-        if self._sums is None and not self._exchange.compared:
-            self._find_group()
-        self._exchange.compare_once(self._with_settings(facts))
+        if self._sketch is None and not self._compared:
+            self._ranks = find_group(self._process_group, self._source.shards())
+        self._compare_once(facts)
 
     def _with_settings(self, facts: Facts) -> Facts:
-        return lambda: {**self._settings(), **facts()}
+        names = ("window", "snapshots", "buckets", "per_tensor", "per_group")
+        return lambda: {**{name: getattr(self, name) for name in names}, **facts()}
 
-    def _settings(self) -> dict[str, Any]:
-        """What readings depend on, next to the parameters."""
-        names = ("window", "snapshots", "sample", "seed", "per_tensor", "per_group")
-        return {name: getattr(self, name) for name in names} | {"form": self._precision.fixed}
-
-    # ---- looking ----------------------------------------------------------------------------
-
-    @property
-    def started(self) -> bool:
-        """Whether there is something that the next displacement is measured from."""
-        return self._restore is not None or (self._sums is not None and self._sums.begun)
-
-    @property
-    def form(self) -> Form | None:
-        """Form that holds the sums now, "sum" or "delta"; None before the first step."""
-        return None if self._sums is None else self._precision.form
-
-    @property
-    def fraction(self) -> float | None:
-        """Part of the parameters that is read; None before the first step."""
-        return None if self._sums is None else self._sums.fraction
+    # Looking -------------------------------------------------------------------------------------
 
     @property
     def device_bytes(self) -> int:
-        """Bytes of the sums and of a survey's copies on all devices; 0 before the first step."""
-        return 0 if self._sums is None else self._sums.device_bytes
+        """Bytes of the tables and plans on all devices; 0 before the first step."""
+        return 0 if self._sketch is None else self._sketch.device_bytes
+
+    @property
+    def num_groups(self) -> int:
+        """Param groups that the measured parameters come in now."""
+        return self._source.num_groups()
 
     def warn_through(self, warnings: Warnings) -> None:
         """Give warnings to the object that uses this meter, which decides when to release them."""
         self._faults.warnings = warnings
-        self._exchange.owner = warnings.owner
         self._warns_by_itself = False
 
-    @property
-    def num_groups(self) -> int:
-        """Param groups that the watched parameters come in now."""
-        return self._source.num_groups()
-
-    # ---- state ------------------------------------------------------------------------------
+    # State ---------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Counts, form and, as CPU clones by parameter name, the sums (12 bytes a parameter).
+        """Return counts and tables, which any rank can continue on any number of ranks.
 
         Plain values and tensors only, so that ``torch.load(weights_only=True)`` reads it. The
-        history is not part of it. The sums of sharded parameters are not either, because the other
-        ranks' parts would be missing: save :attr:`arena_state` too.
+        history is not part of it. The table of the open window is included if every rank has all
+        parameters; if they are sharded, the open window begins again after a resume. With
+        ``buckets=None`` on sharded parameters there are no tables in it, and the meter warms up
+        again.
         """
-        if self._observing:
-            self.interrupted()
-        spoiled, waiting = self.spoiled, self._restore
-        arenas: NamedArenas = {}
-        drawn: Mapping[str, Any] = EVERYTHING if self._sums is None else self._sums.state()
-        if waiting is not None:
-            drawn, arenas = waiting.drawn, dict(waiting.arenas)
-        elif self._sums is not None and not self._layout.sharded:
-            # Sums of parameters that were replaced inside of the window are those of old memory.
-            spoiled = spoiled or not self._source.unchanged()
-            arenas = {} if spoiled else on_cpu(self._sums.views())
+        sketch, windows = self._sketch, self._windows
+        tables: Mapping[str, Any] = NO_TABLES
+        if self._saved is not None:
+            tables = self._saved
+        elif sketch is not None:
+            # A window in which the parameters were replaced is not to be continued.
+            usable = not windows.spoiled and self._source.unchanged()
+            tables = sketch.state_dict(running=usable and not sketch.sharded)
         return {
-            "version": 1,
-            **self.state(),
-            "spoiled": spoiled,
-            "fresh": not self.started,
+            "version": 2,
+            **windows.state(),
             "still": self._faults.still_windows,
-            "variances": list(self._precision.variances),
-            "form": self.form if waiting is None else waiting.form,
-            "sample": dict(drawn),
-            "arenas": arenas,
+            "tables": dict(tables),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any], name: str = "state_dict") -> None:
-        """Continue where :meth:`state_dict` was taken, bit for bit, with its window.
+        """Continue where :meth:`state_dict` was taken, with its window.
 
-        Where the state has no sums, or they do not fit the parameters or the sample, counts are
-        restored, the meter warms up again, and a warning says so.
+        If the state has no tables, or they do not fit the parameters, counts are restored, the
+        meter warms up again, and a warning says so. The same goes for a state of version 1.
 
         Args:
             state_dict: the state.
@@ -598,65 +511,7 @@ class AngularVelocity(Windows):
                 changed.
         """
         saved = SavedMeter.read(Entries(state_dict, name))
-        self._sums = None
-        self._observing = False
-        self.window, self.snapshots = saved.window, saved.snapshots
-        self.steps, self.windows = saved.steps, saved.windows
-        self._start_over()
-        self._restore = saved.sums
-        if saved.sums is None and not saved.spoiled:
-            return
-        self.restore(
-            saved.steps,
-            saved.windows,
-            saved.position,
-            saved.windows_since_restart,
-            spoiled=saved.spoiled,
-        )
-        if saved.sums is not None:
-            self._precision.form, self._precision.variances = saved.form, saved.variances
-            self._faults.still_windows = saved.still_windows
-
-    @property
-    def arena_state(self) -> ArenaState:
-        """The sums for ``torch.distributed.checkpoint``, saved and loaded next to the state.
-
-        They are DTensors like the parameters, so that another number of ranks can go on in the
-        middle of a window. Those of a sample are left out, and the meter warms up again.
-        """
-        return ArenaState(self._shards_to_save, self._sums_to_save, self._take_sums)
-
-    def _shards_to_save(self) -> dict[str, LocalShard]:
-        shards = self._source.shards()
-        group = find_group(self._process_group, shards)
-        # Parameters of two pipeline stages may have the same name.
-        front = "" if group.num_stages == 1 else f"stage {group.stage}: "
-        kept = [] if self.sample is not None else [s for s in shards if not s.flat]
-        return {front + shard.name: shard for shard in kept}
-
-    def _sums_to_save(self) -> SavedSums:
-        if self._sums is not None:
-            return SavedSums(self._precision.form, self.steps, self._sums.views())
-        waiting = self._resharded or self._restore
-        return SavedSums(
-            self.form or "delta", self.steps, {} if waiting is None else waiting.arenas
-        )
-
-    def _take_sums(self, saved: SavedSums) -> None:
-        self._resharded = saved
-        if self._sums is not None:
-            # The counts in this meter are older; the next step finds out whether they fit.
-            self._restore = SavedSums(self._precision.form, self.steps, {})
-            self._sums = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        live = {"_sums": None, "_exchange": None, "_resharded": None}
-        kept = {k: v for k, v in self.__dict__.items() if k not in ("_layout", "_extras")}
-        return {**kept, **live, "_restore": self.state_dict()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        saved = state.pop("_restore")
-        self.__dict__.update(state)
-        self._exchange = Exchange(self._faults.warnings.owner)
-        self._restore = None
-        self.load_state_dict(saved)
+        self._sketch = None
+        self._windows.restore(saved)
+        self._faults.still_windows = saved.still
+        self._saved = saved.tables

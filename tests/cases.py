@@ -14,9 +14,8 @@ from emulated import EmulatedCuda
 from torch import Tensor
 
 from autodrop_ext.ops import Backend
-from autodrop_ext.ops.cpu import CpuBackend
-from autodrop_ext.ops.eager import ReferenceBackend
-from autodrop_ext.ops.plan import CHUNK_ELEMENTS
+from autodrop_ext.ops.backends import CpuBackend, ReferenceBackend
+from autodrop_ext.ops.plan import LANES
 from autodrop_ext.ops.triton import TritonBackend
 
 Make = Callable[[torch.Generator], list[Tensor]]
@@ -84,14 +83,15 @@ def _extreme(g: torch.Generator) -> list[Tensor]:
 CASES: dict[str, Make] = {
     "one element": _normal(1),
     "odd sizes": lambda g: [torch.randn(n, generator=g) for n in (1, 3, 7, 8, 9, 15, 31, 33, 127)],
-    "chunk edges": lambda g: [torch.randn(CHUNK_ELEMENTS + d, generator=g) for d in (-1, 0, 1)],
-    "several chunks bf16": _normal(3 * CHUNK_ELEMENTS + 5, dtype=torch.bfloat16),
-    "several chunks fp16": _normal(2 * CHUNK_ELEMENTS + 11, dtype=torch.float16),
-    "several chunks fp64": _normal(2 * CHUNK_ELEMENTS + 3, dtype=torch.float64),
-    "many small": lambda g: [torch.randn(64, generator=g) for _ in range(24)],  # a tile and a half
+    "chunk edges": lambda g: [torch.randn(LANES + d, generator=g) for d in (-1, 0, 1)],
+    "several chunks bf16": _normal(3 * LANES + 5, dtype=torch.bfloat16),
+    "several chunks fp16": _normal(2 * LANES + 11, dtype=torch.float16),
+    "several chunks fp64": _normal(2 * LANES + 3, dtype=torch.float64),
+    "many small": lambda g: [torch.randn(64, generator=g) for _ in range(24)],
     "threads": lambda g: [torch.randn(50_000 + 17 * i, generator=g) for i in range(6)],
     "mixed dtypes": _mixed,
     "misaligned": _misaligned,
+    "one table row": _normal(40, 3 * LANES // 40),
     "layouts": _layouts,
     "complex": _complex,
     "empty and 0-d": _empty,
@@ -101,9 +101,9 @@ CASES: dict[str, Make] = {
 BACKENDS: dict[str, Backend] = {
     "reference": ReferenceBackend(),
     "cpu baseline": CpuBackend("baseline"),
-    "cpu widest": CpuBackend(),
+    "cpu best": CpuBackend(),
     "cuda emulated": EmulatedCuda(),  # the real kernels.cu, see csrc/tests/emulator
-    "triton": TritonBackend(block=8192),  # two blocks a chunk; in the interpreter, see conftest.py
+    "triton": TritonBackend(),  # in the interpreter, see conftest.py
 }
 
 every_case = pytest.mark.parametrize("case", CASES)

@@ -1,7 +1,7 @@
 """Backends, and the choice between them.
 
 ``auto`` takes, for each device, the first of :data:`PREFERENCE` that serves it, and logs that
-choice once; as a warning where only the reference is left, which takes a call of torch for each
+choice once; as a warning if only the reference is left, which takes a call of torch for each
 tensor and operation. A backend named by the user is used or refused, never replaced.
 """
 
@@ -12,13 +12,11 @@ import logging
 
 import torch
 
-from .cpu import CpuBackend
+from .backends import Backend, CpuBackend, ReferenceBackend, table_device
 from .cuda import CudaBackend
-from .eager import ReferenceBackend
-from .interface import Backend, Operations, Sums
 from .triton import TritonBackend
 
-__all__ = ["BACKENDS", "Backend", "Operations", "Sums", "report", "select"]
+__all__ = ["BACKENDS", "Backend", "report", "select", "table_device"]
 
 logger = logging.getLogger("autodrop_ext")
 
@@ -29,7 +27,7 @@ BACKENDS: dict[str, Backend] = {
 
 
 def select(name: str, device: torch.device | str) -> Backend:
-    """The backend for a device.
+    """Return the backend for a device.
 
     Args:
         name: "auto" or the name of a backend.
@@ -60,13 +58,13 @@ def check_name(name: str) -> None:
 
 
 def report(device: torch.device | str) -> dict[str, str | None]:
-    """For every backend in order of preference, why it does not serve a device, or None."""
+    """Return, for every backend in order of preference, why it does not serve a device, or None."""
     device = _with_index(device)
     return {name: BACKENDS[name].missing(device) for name in PREFERENCE}
 
 
 def _with_index(device: torch.device | str) -> torch.device:
-    """The same device; a GPU without an index is the current one."""
+    """Return the same device; a GPU without an index is the current one."""
     device = torch.device(device)
     if str(device) == "cuda" and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())

@@ -1,26 +1,30 @@
-"""The compiled CUDA backend: one launch per device and step, one synchronisation per window.
+"""The compiled kernels for NVIDIA GPUs: two launches for a read, one wait at a window's end.
 
-A step can be captured in a CUDA graph. A close waits for its stream, so inside a capture it is
-refused with a RuntimeError that names cudaErrorStreamCaptureUnsupported; the capture goes on.
+A read can be captured in a CUDA graph. A close waits for its stream, so it is refused inside of a
+capture with a RuntimeError that names cudaErrorStreamCaptureUnsupported; the capture goes on.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from contextlib import AbstractContextManager
+from types import ModuleType
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from . import native
-from .architectures import name_architectures
-from .interface import Sums
-from .plan import Plan
-from .streams import StreamUse, current_device
+from .backends import add_blocks, close_blocks
+from .plan import FloatArray, IntArray, Plan, Table
 
 _NO_CODE = ("cudaErrorNoKernelImageForDevice", "cudaErrorUnsupportedPtxVersion")
 
 
 class CudaBackend:
+    """The compiled kernels for NVIDIA GPUs."""
+
     name = "cuda"
 
     def missing(self, device: torch.device) -> str | None:
@@ -39,91 +43,179 @@ class CudaBackend:
             return "torch sees no CUDA GPU"
         return _probe(torch.cuda.current_device() if device.index is None else device.index)
 
-    def bind(self, plan: Plan) -> CudaOperations:
-        return CudaOperations(plan)
+    def core(self) -> ModuleType:
+        """Return the compiled core."""
+        return native.loaded()
+
+    def bind(self, plan: Plan) -> CudaAccumulation:
+        return CudaAccumulation(plan, self.core())
+
+    def close(
+        self, running: Tensor, mean: Tensor, displacement: Tensor, divisor: float, bounds: IntArray
+    ) -> FloatArray:
+        device = running.device
+        blocks, part = close_blocks(bounds)
+        on_device = torch.from_numpy(blocks).to(device)
+        sums = torch.empty(len(blocks), 2, dtype=torch.float64, device=device)
+        with current_device(device):
+            stream = current_stream(device)
+            self.core().cuda_close(
+                device.index or 0,
+                running.data_ptr(),
+                mean.data_ptr(),
+                displacement.data_ptr(),
+                divisor,
+                on_device.data_ptr(),
+                len(blocks),
+                sums.data_ptr(),
+                stream,
+            )
+        return add_blocks(sums.cpu().numpy(), part, len(bounds) - 1)
 
 
 @functools.cache
 def _probe(device: int) -> str | None:
-    """Launch a kernel on one GPU; what went wrong, or None.
+    """Launch a kernel on one GPU; return what went wrong, or None.
 
     Only the GPU that is used: a context takes hundreds of megabytes on each that is touched, for
     every rank of a machine.
     """
-    assert native.core is not None, "checked by CudaBackend.missing"
     try:
         with current_device(torch.device("cuda", device)):
-            native.core.cuda_probe(device)
+            native.loaded().cuda_probe(device)
     except RuntimeError as error:
         return explain(str(error), device)
     return None
 
 
 def explain(error: str, device: int) -> str:
-    """What a CUDA error at a launch means for the user, in a sentence."""
+    """Return what a CUDA error at a launch means for the user, in a sentence."""
     if not any(name in error for name in _NO_CODE):
         return f"a test launch on GPU {device} failed: {error}"
-    assert native.core is not None
     major, minor = torch.cuda.get_device_capability(device)
+    built = native.loaded().cuda_architectures
     return (
-        f"it was built for {name_architectures(native.core.cuda_architectures)}, and GPU {device} "
+        f"it was built for the CUDA architectures {built}, and GPU {device} "
         f"({torch.cuda.get_device_name(device)}) is sm_{major}{minor}; reinstall with "
         f"CUDAARCHS={major}{minor} AUTODROP_CUDA=1 and an nvcc that knows this GPU"
     )
 
 
-class CudaOperations:
-    def __init__(self, plan: Plan) -> None:
-        assert native.core is not None, "checked by CudaBackend.missing"
+class CudaAccumulation:
+    def __init__(self, plan: Plan, core: ModuleType) -> None:
         self._plan = plan
-        sums = functools.partial(torch.zeros, dtype=torch.float64)
-        self.per_tensor = sums((plan.num_rows, 4), device=plan.device)
-        self._partials = sums((plan.num_chunks, 4), device=plan.device)
-        self._total = sums((4,), device=plan.device)
-        self._host_total = sums((4,), device="cpu", pin_memory=True)
-        tables = (plan.chunks, plan.tiles, plan.tensor_chunks, plan.row_weights)
-        buffers = (self._partials, self.per_tensor, self._total)
-        parameters = (part for s in plan.segments for part in (s.alias, s.flat))
-        self._streams = StreamUse(plan.device, (*tables, *buffers, *parameters))
-        # The compiled plan holds addresses only; these tensors stay alive with this object.
-        self._native = native.core.CudaPlan(
-            plan.device.index,
-            plan.chunks.data_ptr(),
-            plan.tiles.data_ptr(),
-            len(plan.tiles),
-            plan.tensor_chunks.data_ptr(),
-            plan.row_weights.data_ptr(),
-            plan.num_rows,
-            self._partials.data_ptr(),
-            self.per_tensor.data_ptr(),
-            self._total.data_ptr(),
-            self._host_total.data_ptr(),
-        )
+        self._core = core
+        self._tables = DeviceTables(plan)
+        self._partials = partial_rows(plan)
 
-    def accumulate(
-        self, running: Tensor, mean: Tensor | None, *, first: bool, weight: float = 1.0
-    ) -> None:
-        self._plan.refresh()
-        with current_device(self._plan.device):
-            stream = self._streams.current(running, mean)
-            self._native.accumulate(running.data_ptr(), native.address(mean), first, weight, stream)
+    def accumulate(self, table: Tensor, bases: IntArray) -> None:
+        plan, device = self._plan, self._plan.device
+        with current_device(device):
+            stream = current_stream(device)
+            tables = self._tables
+            addresses = tables.addresses(bases)
+            if plan.hashed:
+                self._core.cuda_accumulate(
+                    device.index or 0,
+                    tables.table.data_ptr(),
+                    tables.runs.data_ptr(),
+                    plan.num_rows,
+                    splits(plan),
+                    addresses.data_ptr(),
+                    self._partials.data_ptr(),
+                    table.data_ptr(),
+                    plan.weighted,
+                    stream,
+                )
+            else:
+                self._core.cuda_accumulate_exact(
+                    device.index or 0,
+                    tables.table.data_ptr(),
+                    len(plan.table),
+                    addresses.data_ptr(),
+                    table.data_ptr(),
+                    stream,
+                )
+            tables.record(self._partials, table)
 
-    def close_sum(self, running: Tensor, previous: Tensor, before: Tensor, window: int) -> Sums:
-        arenas = (running, previous, before)
-        with current_device(self._plan.device):
-            stream = self._streams.current(*arenas)
-            self._native.close_sum(*(a.data_ptr() for a in arenas), float(window), stream)
-        return Sums(*self._host_total.tolist())
 
-    def close_delta(self, running: Tensor, previous: Tensor, mean: Tensor, window: int) -> Sums:
-        arenas = (running, previous, mean)
-        with current_device(self._plan.device):
-            stream = self._streams.current(*arenas)
-            self._native.close_delta(*(a.data_ptr() for a in arenas), float(window), stream)
-        return Sums(*self._host_total.tolist())
+class DeviceTables:
+    """The tables of a plan on its device, and the tensors' addresses, uploaded if they change."""
 
-    def write_back(self, arena: Tensor, mean: Tensor | None, scale: float) -> None:
-        with current_device(self._plan.device):
-            stream = self._streams.current(arena, mean)
-            self._native.write_back(arena.data_ptr(), native.address(mean), scale, stream)
-        self._plan.publish()
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self.table = _to(plan.table, plan.device)
+        self.runs = torch.from_numpy(plan.runs).to(plan.device)
+        self._uploaded = np.zeros(0, np.int64)
+        self._addresses = torch.empty(0)
+        self._first = current_stream(plan.device)
+        self._known = {self._first}
+
+    def addresses(self, bases: IntArray) -> Tensor:
+        """Return the addresses of the tensors on the device."""
+        if not np.array_equal(bases, self._uploaded):
+            host = torch.from_numpy(bases)
+            if self._plan.device.type == "cuda":
+                host = host.pin_memory()  # torch keeps the pages until the copy is done
+            self._addresses = host.to(self._plan.device, non_blocking=True)
+            self._uploaded = bases
+        return self._addresses
+
+    def record(self, *used: Tensor) -> None:
+        """Tell torch's allocator that kernels use all of this on the current stream.
+
+        Kernels get addresses, so that torch does not see what they read. Memory that is freed while
+        a kernel waits could otherwise be given away before the kernel has run.
+        """
+        if current_stream(self._plan.device) == self._first:
+            return
+        stream = torch.cuda.current_stream(self._plan.device)
+        tensors = (self.table, self.runs, self._addresses, *used)
+        if stream.cuda_stream not in self._known:
+            self._known.add(stream.cuda_stream)
+            tensors += tuple(source.current() for source in self._plan.sources)
+        for tensor in tensors:
+            tensor.record_stream(stream)
+
+
+def _to(table: Table, device: torch.device) -> Tensor:
+    """Return rows of 32 bytes on a device, int64 ``[n, 4]``."""
+    return torch.from_numpy(table.view("<i8").reshape(-1, 4)).to(device)
+
+
+def splits(plan: Plan) -> int:
+    """Return into how many blocks of a GPU a row is divided.
+
+    It follows from the plan alone, so that results do not depend on the GPU. Eight blocks for each
+    of 64 rows fill a GPU of 132 multiprocessors; a row of a small model is not worth them.
+    """
+    per_row = len(plan.table) // max(1, plan.num_rows)
+    return min(8, max(1, per_row // 8))
+
+
+def partial_rows(plan: Plan) -> Tensor:
+    """Return memory for the rows of all blocks, float64 ``[splits, num_rows * 4096]``."""
+    blocks = splits(plan) if plan.hashed else 0
+    size = (blocks, plan.num_buckets) if blocks > 1 else (0,)
+    return torch.empty(size, dtype=torch.float64, device=plan.device)
+
+
+def current_stream(device: torch.device) -> int:
+    """Return the handle of a device's current stream; 0 for the CPU."""
+    if device.type != "cuda":
+        return 0
+    handle: int = torch.cuda.current_stream(device).cuda_stream
+    return handle
+
+
+def current_device(device: torch.device) -> AbstractContextManager[object]:
+    """Make a device the current one for a while; for the CPU, nothing.
+
+    Nothing is done either if the device is current already. Otherwise torch's own switch is used
+    because it knows which devices have a context: CUDA's would make one on the device that it goes
+    back to, hundreds of megabytes that no one asked for.
+    """
+    if device.type == "cpu" or torch.cuda.current_device() == device.index:
+        return contextlib.nullcontext()
+    guard: AbstractContextManager[object] = torch.cuda.device(device)
+    return guard

@@ -37,6 +37,12 @@ def why_missing() -> str:
     return f"the compiled core does not load ({import_error}); {repair()}"
 
 
-def address(arena: Tensor | None) -> int:
-    """Address of a tensor's first element; 0, which the core reads as nullptr, for None."""
-    return 0 if arena is None else arena.data_ptr()
+def loaded() -> ModuleType:
+    """Return the compiled core.
+
+    Raises:
+        RuntimeError: it does not load; the message says why and what to do.
+    """
+    if core is None:
+        raise RuntimeError(why_missing())
+    return core

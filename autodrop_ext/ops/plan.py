@@ -1,23 +1,21 @@
-"""Plans: which elements are read, where they are in memory, and how they are cut into chunks.
+"""Plan: which stretches of memory are read, and which buckets of a table they are added to.
 
-A plan is made once per device. It flattens nothing: its tables hold addresses. Only the meter's own
-state is flat, in *arenas*: float32 buffers in which every tensor has a segment that starts at a
-multiple of 128 bytes. The tables (``csrc/core/tables.h``) are
+A plan is made once for the tensors on a device. It holds no copy of them: kernels get the address
+of each tensor at every use, and tables (``csrc/core/tables.h``) that say
 
-* ``chunks``, int64 ``[num_chunks, 4]``: address of the first element, its offset in every arena,
-  length in elements, dtype code. A chunk never crosses a tensor.
-* ``tensor_chunks``, int64 ``[num_rows + 1]``: row ``t`` of the sums runs over the chunks from
-  ``[t]`` up to ``[t + 1]``. A row is a tensor, without chunks if that is empty. Where a plan reads
-  only ranges of the tensors, every range is a row.
-* ``tiles``, int64 ``[num_tiles, 2]``: first chunk and number of chunks that a block of a GPU works
-  on; only on devices other than the CPU.
-* ``row_weights``, float64 ``[num_rows]``: weight of each row's sums in the total.
+* **hashed**: which stretch of which tensor goes to which row of the table, and how it is rotated
+  and signed there (``design``: count sketch of Charikar, Chen and Farach-Colton 2002);
+* **exact**: which stretch goes to which buckets, one bucket an element.
+
+A *chunk* is :data:`LANES` consecutive elements of one parameter in its global row-major order. Its
+row, rotation and signs follow from a hash of the parameter's name and the chunk's number, so that
+a shard adds what the whole parameter would have added there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -25,294 +23,237 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from . import reference
-from .memory import Named, as_real, distinct, is_dense
-
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
+Table = npt.NDArray[np.void]  # rows of PIECE or SPAN
 
-CHUNK_ELEMENTS = 16_384
-"""Elements per chunk: 64 KiB of float32 stay in a second-level cache, and the partial sums of a
-chunk (64 bytes with its row of the table) weigh 0.03 % of the 12 bytes a parameter."""
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+"""Dtypes that are read; the position of a dtype is its code in the tables."""
 
-GPU_CHUNK_ELEMENTS = 8_192
-"""On a GPU a chunk is a block's work: 96 KiB to move at 256 threads. Small models still give every
-multiprocessor several of them, and the first reads of a block weigh little."""
+LANES = 4096
+"""Buckets in a row of a hashed table, and elements in a chunk: 32 KiB of float64 stay in a
+first-level cache or in the registers of a block of a GPU."""
 
-ALIGN_ELEMENTS = 32  # 128 bytes of float32
+SWAPS = 8
+"""Elements in a packet; a packet is loaded as 16 or 32 bytes, and permuted in 8 ways."""
 
-# Chunks of at most this many elements are a warp's work, and so many of them share a tile.
-_SMALL_CHUNK = 1_024
-_SMALL_CHUNKS_PER_TILE = 16
+SPAN_ELEMENTS = 4096
+"""Elements in a stretch of an exact plan: the work of a block of a GPU."""
+
+PIECE = np.dtype(
+    [
+        ("offset", "<i8"),  # bytes from the tensor's address to the first element
+        ("weight", "<f8"),
+        ("hash", "<u4"),  # of the chunk, for signs
+        ("tensor", "<u4"),
+        ("start", "<u2"),  # first element within the chunk
+        ("length", "<u2"),
+        ("packet", "<u2"),  # rotation of packets
+        ("swap", "u1"),  # exclusive or within a packet
+        ("dtype", "u1"),
+    ]
+)
+SPAN = np.dtype(
+    [
+        ("offset", "<i8"),
+        ("weight", "<f8"),
+        ("bucket", "<i8"),  # of the first element
+        ("tensor", "<u4"),
+        ("length", "<u2"),
+        ("unused", "u1"),
+        ("dtype", "u1"),
+    ]
+)
+assert PIECE.itemsize == SPAN.itemsize == 32  # as csrc/core/tables.h has them
 
 
-class Ranges(NamedTuple):
-    """Stretches of the tensors that a plan reads instead of everything.
+class Runs(NamedTuple):
+    """Stretches of a local tensor that are consecutive in the parameter's global order.
 
     Attributes:
-        tensor: index among the plan's tensors, ``[num_ranges]``, ascending.
-        start: first element within the tensor, ``[num_ranges]``.
-        length: elements, ``[num_ranges]``.
-        weight: of the range's sums in those of its tensor, float64 ``[num_ranges]``.
+        local: first element in the local tensor, ``[num_runs]``.
+        index: its global row-major index, ``[num_runs]``.
+        length: elements, ``[num_runs]``.
     """
 
-    tensor: IntArray
-    start: IntArray
+    local: IntArray
+    index: IntArray
     length: IntArray
-    weight: FloatArray
 
 
-@dataclass(frozen=True)
-class Segment:
-    """One tensor of a plan.
+class Source(NamedTuple):
+    """A tensor as a plan reads it.
 
     Attributes:
-        name: for messages.
-        index: position of the tensor among those that the plan was made of.
-        alias: the parameter's own memory, detached (complex: as real), so that it stays valid.
-        flat: ``[n]``, the elements in memory order: a view of ``alias``, or a staging buffer.
-        offset: position of its first element in every arena.
-        elements: elements that it has there: ``n``, or those of its ranges, one range after the
-            other, each of them aligned.
-        partial: whether only ranges of the tensor are read.
-        staged: whether ``flat`` is a copy that :meth:`Plan.refresh` renews, because the elements of
-            ``alias`` are not dense in memory.
+        name: identifies the parameter; equal on all ranks, and part of the hash.
+        current: returns the tensor in the memory that it has now, complex elements as pairs.
+        numel: elements that are read.
+        dtype: of the elements, one of :data:`DTYPES`.
+        weight: of its elements in the table.
+        group: which of several tables it is added to.
+        runs: where its elements stand in the whole parameter; None if they are all of it, in order.
+        bucket: first bucket of the parameter in an exact table.
+        staged: whether its elements are not dense in memory, so that they are copied at each read.
     """
 
     name: str
-    index: int
-    alias: Tensor
-    flat: Tensor
-    offset: int
-    elements: int
-    partial: bool
-    staged: bool
-
-    @property
-    def shape(self) -> torch.Size:
-        """Shape of :meth:`shaped`."""
-        return torch.Size([self.elements]) if self.partial else self.alias.shape
-
-    def in_arena(self, arena: Tensor) -> Tensor:
-        """The segment of ``arena``, flat ``[elements]``."""
-        return arena[self.offset : self.offset + self.elements]
-
-    def shaped(self, arena: Tensor) -> Tensor:
-        """The segment of ``arena`` in the parameter's shape (complex: with a last axis of 2).
-
-        Where only ranges are read it stays flat.
-        """
-        if self.partial:
-            return self.in_arena(arena)
-        if self.staged:
-            return self.in_arena(arena).view(self.alias.shape)
-        return arena.as_strided(self.alias.shape, self.alias.stride(), self.offset)
+    current: Callable[[], Tensor]
+    numel: int
+    dtype: torch.dtype
+    weight: float = 1.0
+    group: int = 0
+    runs: Runs | None = None
+    bucket: int = 0
+    staged: bool = False
 
 
 class Plan:
-    """The chunks of all tensors on one device.
+    """The stretches of all tensors on one device.
 
     Args:
-        named: names and tensors, all on ``device``; identical views count once.
-        device: where the tables go.
-        weights: weight of each tensor's sums in the total; None for 1 each.
-        chunk_elements: elements per chunk, a multiple of 32; by default what suits the device.
-        ranges: what is read instead of everything; the tensors must then be distinct.
+        sources: tensors on one device.
+        buckets: buckets of each hashed table, a multiple of :data:`LANES`; None for exact tables.
+        num_tables: hashed tables that stand one after the other.
+        num_buckets: buckets of the exact table.
 
-    Raises:
-        ValueError: two tensors overlap in memory without being the same; the message names both.
+    Attributes:
+        num_buckets: buckets of all tables together.
+        num_rows: rows of all hashed tables together; 0 if the plan is exact.
+        table: rows of :data:`PIECE` sorted by row and swap, or of :data:`SPAN` sorted by bucket.
+        runs: of a hashed plan, int64 ``[num_rows * 8 + 1]``: pieces ``[runs[8 r + x], runs[8 r + x
+            + 1])`` belong to row ``r`` and swap ``x``.
+        weighted: whether some weight is not 1.
     """
 
     def __init__(
         self,
-        named: Sequence[Named],
+        sources: Sequence[Source],
         device: torch.device,
-        weights: Sequence[float] | None = None,
         *,
-        chunk_elements: int | None = None,
-        ranges: Ranges | None = None,
+        buckets: int | None,
+        num_tables: int = 1,
+        num_buckets: int = 0,
     ) -> None:
+        self.sources = list(sources)
         self.device = device
-        self.ranges = ranges
-        named = [(name, as_real(tensor)) for name, tensor in named]
-        kept = distinct(named) if ranges is None else range(len(named))
-        self.segments = _segments(named, kept, ranges)
-        of_tensor = np.array([1.0 if weights is None else weights[s.index] for s in self.segments])
-        self.tensor_weights: FloatArray = of_tensor
-        """Weight of each segment's sums in the total, float64 ``[num_segments]``."""
-        lengths = np.array([s.flat.numel() for s in self.segments], np.int64)
-        self.tensor_elements: FloatArray = np.maximum(lengths, 1).astype(np.float64)
-        """Elements of each segment, at least 1, float64 ``[num_segments]``."""
-        if ranges is None:
-            size = CHUNK_ELEMENTS if device.type == "cpu" else GPU_CHUNK_ELEMENTS
-            tables = chunk_tables(
-                addresses=[s.flat.data_ptr() for s in self.segments],
-                lengths=lengths,
-                dtypes=_dtype_codes(self.segments),
-                chunk_elements=size if chunk_elements is None else chunk_elements,
-            )
-            of_row = of_tensor
+        self.hashed = buckets is not None
+        stretches = _stretches(self.sources, LANES if self.hashed else SPAN_ELEMENTS)
+        if buckets is not None:
+            self.num_buckets, self.num_rows = buckets * num_tables, buckets // LANES * num_tables
+            self.table, self.runs = _pieces(self.sources, stretches, buckets // LANES, num_tables)
         else:
-            tables = _range_tables(self.segments, ranges)
-            of_row = of_tensor[ranges.tensor] * ranges.weight
-        self.arena_elements = tables.arena_elements
-        self.num_elements = int(tables.chunks[:, 2].sum())
-        self.num_chunks = len(tables.chunks)
-        self.num_rows = len(tables.tensor_chunks) - 1
-        self._host_chunks = tables.chunks
-        self.chunks = torch.from_numpy(tables.chunks).to(device)
-        if device.type != "cpu":
-            self.tiles = torch.from_numpy(tile_table(tables.chunks[:, 2])).to(device)
-        self.tensor_chunks = torch.from_numpy(tables.tensor_chunks).to(device)
-        self.row_weights = torch.from_numpy(of_row.astype(np.float64)).to(device)
-        self.half_precision = [
-            t for t, s in enumerate(self.segments) if s.flat.dtype in reference.HALF_DTYPES
-        ]
-        """Indices of the segments in half precision."""
-        self._staged = [s for s in self.segments if s.staged]
-
-    def rows(self) -> Iterator[tuple[Tensor, slice]]:
-        """For each row of the sums: its elements, flat, and their place in every arena."""
-        if self.ranges is None:
-            for s in self.segments:
-                yield s.flat, slice(s.offset, s.offset + s.elements)
-            return
-        offsets, lengths = self._host_chunks[:, 1].tolist(), self._host_chunks[:, 2].tolist()
-        places = (self.ranges.tensor.tolist(), self.ranges.start.tolist(), offsets, lengths)
-        for t, start, offset, length in zip(*places, strict=True):
-            yield self.segments[t].flat[start : start + length], slice(offset, offset + length)
-
-    def per_tensor(self, rows: FloatArray) -> FloatArray:
-        """Sums of each tensor from the sums of each row, ``[num_segments, columns]``.
-
-        Args:
-            rows: ``[num_rows, columns]``, unweighted.
-        """
-        if self.ranges is None:
-            return rows
-        expanded = rows * self.ranges.weight[:, None]
-        count = len(self.segments)
-        sums = [np.bincount(self.ranges.tensor, column, count) for column in expanded.T]
-        return np.stack(sums, axis=1)
-
-    def refresh(self) -> None:
-        """Renew the copies of tensors that are not dense in memory. Call before accumulating."""
-        for segment in self._staged:
-            segment.flat.view(segment.alias.shape).copy_(segment.alias)
-
-    def publish(self) -> None:
-        """Carry the copies back to their tensors. Call after writing back."""
-        for segment in self._staged:
-            segment.alias.copy_(segment.flat.view(segment.alias.shape))
+            self.num_buckets, self.num_rows = num_buckets, 0
+            self.table, self.runs = _spans(self.sources, stretches), np.zeros(1, np.int64)
+        self.weighted = any(source.weight != 1.0 for source in self.sources)
 
 
-@dataclass(frozen=True)
-class ChunkTables:
-    """Host tables of a plan; see the module's text for the columns."""
+class _Stretches(NamedTuple):
+    """Stretches that do not cross a multiple of a chunk's length in the global order."""
 
-    chunks: IntArray
-    tensor_chunks: IntArray
-    offsets: IntArray
-    arena_elements: int
+    tensor: IntArray
+    local: IntArray
+    index: IntArray
+    length: IntArray
 
 
-def chunk_tables(
-    addresses: Iterable[int], lengths: Iterable[int], dtypes: Iterable[int], chunk_elements: int
-) -> ChunkTables:
-    """Cut tensors into chunks; pure arithmetic in int64.
+def _stretches(sources: Sequence[Source], step: int) -> _Stretches:
+    whole = np.array([i for i, source in enumerate(sources) if source.runs is None], np.int64)
+    nothing = np.zeros(len(whole), np.int64)
+    sizes = np.array([source.numel for source in sources], np.int64)
+    columns = [(whole, nothing, nothing, sizes[whole])]
+    for i, source in enumerate(sources):
+        if source.runs is not None:
+            columns.append((np.full(len(source.runs.length), i), *source.runs))
+    joined = _Stretches(*(np.concatenate(column) for column in zip(*columns, strict=True)))
+    joined = _Stretches(*(column[joined.length > 0] for column in joined))
+    # Cut each run at the multiples of `step` in the global order.
+    first, last = joined.index // step, (joined.index + joined.length - 1) // step
+    counts = last - first + 1
+    owner = np.repeat(np.arange(len(counts)), counts)
+    nth = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+    begin = np.maximum(joined.index[owner], (first[owner] + nth) * step)
+    end = np.minimum(
+        joined.index[owner] + joined.length[owner], (first[owner] + nth + 1) * step
+    )
+    at = joined.local[owner] + begin - joined.index[owner]
+    return _Stretches(joined.tensor[owner], at, begin, end - begin)
+
+
+def _described(sources: Sequence[Source], of: IntArray, local: IntArray, kind: np.dtype) -> Table:
+    """Return rows of a table with what hashed and exact ones have in common."""
+    table = np.zeros(len(of), kind)
+    if not len(of):
+        return table
+    codes = np.array([DTYPES.index(source.dtype) for source in sources], np.uint8)
+    sizes = np.array([source.dtype.itemsize for source in sources], np.int64)
+    table["tensor"] = of
+    table["offset"] = local * sizes[of]
+    table["weight"] = np.array([source.weight for source in sources])[of]
+    table["dtype"] = codes[of]
+    return table
+
+
+def _pieces(
+    sources: Sequence[Source], stretches: _Stretches, rows: int, num_tables: int
+) -> tuple[Table, IntArray]:
+    of = stretches.tensor
+    keys = np.array([key_of(source.name) for source in sources], np.uint64)
+    groups = np.array([source.group for source in sources], np.int64)
+    table = _described(sources, of, stretches.local, PIECE)
+    table["start"] = stretches.index % LANES
+    table["length"] = stretches.length
+    places = place(keys[of] if len(of) else keys[:0], stretches.index // LANES, rows)
+    table["hash"], table["packet"], table["swap"] = places.hash, places.packet, places.swap
+    row = places.row + (groups[of] if len(of) else 0) * rows
+    bins = row * SWAPS + places.swap
+    order = np.argsort(bins, kind="stable")
+    counts = np.bincount(bins, minlength=rows * num_tables * SWAPS)
+    runs = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+    return table[order], runs.astype(np.int64)
+
+
+def _spans(sources: Sequence[Source], stretches: _Stretches) -> Table:
+    table = _described(sources, stretches.tensor, stretches.local, SPAN)
+    buckets = np.array([source.bucket for source in sources], np.int64)
+    table["bucket"] = stretches.index + (buckets[stretches.tensor] if len(buckets) else 0)
+    table["length"] = stretches.length
+    return table[np.argsort(table["bucket"], kind="stable")]
+
+
+class Place(NamedTuple):
+    """Where chunks go; see :func:`place`."""
+
+    row: IntArray
+    packet: IntArray
+    swap: IntArray
+    hash: npt.NDArray[np.uint32]
+
+
+def key_of(name: str) -> int:
+    """Return 64 bits of a hash of a parameter's name."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+
+
+def place(key: npt.NDArray[np.uint64], chunk: IntArray, rows: int) -> Place:
+    """Return where chunks go in a table of so many rows.
 
     Args:
-        addresses: address of the first element of each tensor, bytes.
-        lengths: elements of each tensor, 0 allowed.
-        dtypes: position of each tensor's dtype in :data:`reference.DTYPES`.
-        chunk_elements: elements per chunk, a multiple of 32.
+        key: :func:`key_of` of the parameter of each chunk, ``[n]``.
+        chunk: number of the chunk within its parameter, ``[n]``.
+        rows: rows of the table.
     """
-    if chunk_elements <= 0 or chunk_elements % ALIGN_ELEMENTS:
-        raise ValueError(
-            f"chunk_elements: expected a positive multiple of {ALIGN_ELEMENTS}, "
-            f"got {chunk_elements}"
-        )
-    length = np.fromiter(lengths, np.int64)
-    address = np.fromiter(addresses, np.int64)
-    dtype = np.fromiter(dtypes, np.int64)
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(_aligned(length))])
-
-    counts = -(-length // chunk_elements)
-    tensor_chunks = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
-    owner = np.repeat(np.arange(len(length)), counts)
-    start = (np.arange(len(owner)) - tensor_chunks[owner]) * chunk_elements
-    itemsize = np.array([d.itemsize for d in reference.DTYPES], np.int64)[dtype]
-    chunks = np.stack(
-        [
-            address[owner] + start * itemsize[owner],
-            offsets[owner] + start,
-            np.minimum(length[owner] - start, chunk_elements),
-            dtype[owner],
-        ],
-        axis=1,
-    )
-    return ChunkTables(np.ascontiguousarray(chunks), tensor_chunks, offsets[:-1], int(offsets[-1]))
-
-
-def tile_table(lengths: IntArray) -> IntArray:
-    """Group chunks into tiles, int64 ``[num_tiles, 2]``, first chunk and number of chunks.
-
-    A large chunk is alone, so that a block works on it; small neighbours come together.
-
-    Args:
-        lengths: elements of each chunk.
-    """
-    small = lengths <= _SMALL_CHUNK
-    # Position within the run of small chunks that a chunk belongs to.
-    index = np.arange(len(lengths))
-    run_start = np.maximum.accumulate(np.where(small, 0, index + 1))
-    starts_tile = ~small | ((index - run_start) % _SMALL_CHUNKS_PER_TILE == 0)
-    first = np.flatnonzero(starts_tile)
-    counts = np.diff(np.append(first, len(lengths)))
-    return np.stack([first, counts], axis=1).astype(np.int64)
-
-
-def _segments(named: Sequence[Named], kept: Iterable[int], ranges: Ranges | None) -> list[Segment]:
-    read = None
-    if ranges is not None:
-        read = np.bincount(ranges.tensor, _aligned(ranges.length), len(named)).tolist()
-    segments = []
-    offset = 0
-    for i in kept:
-        name, alias = named[i]
-        staged = alias.is_conj() or alias.is_neg() or not is_dense(alias)
-        if staged:
-            flat = torch.empty(alias.numel(), dtype=alias.dtype, device=alias.device)
-        else:
-            flat = alias.as_strided((alias.numel(),), (1,), alias.storage_offset())
-        elements = flat.numel() if read is None else int(read[i])
-        segments.append(Segment(name, i, alias, flat, offset, elements, ranges is not None, staged))
-        offset += -(-elements // ALIGN_ELEMENTS) * ALIGN_ELEMENTS
-    return segments
-
-
-def _range_tables(segments: Sequence[Segment], ranges: Ranges) -> ChunkTables:
-    """Tables in which every range is a chunk and a row."""
-    aligned = _aligned(ranges.length)
-    ends = np.cumsum(aligned)
-    address = np.array([s.flat.data_ptr() for s in segments], np.int64)[ranges.tensor]
-    dtype = np.array(_dtype_codes(segments), np.int64)[ranges.tensor]
-    itemsize = np.array([s.flat.element_size() for s in segments], np.int64)[ranges.tensor]
-    chunks = np.stack(
-        [address + ranges.start * itemsize, ends - aligned, ranges.length, dtype], axis=1
-    )
-    offsets = np.array([s.offset for s in segments], np.int64)
-    total = int(ends[-1]) if len(ends) else 0
-    return ChunkTables(
-        np.ascontiguousarray(chunks), np.arange(len(chunks) + 1, dtype=np.int64), offsets, total
+    c = _mix64(key ^ _mix64(chunk.astype(np.uint64)))
+    return Place(
+        row=((c >> np.uint64(32)) % np.uint64(rows)).astype(np.int64),
+        packet=(c >> np.uint64(3) & np.uint64(LANES // SWAPS - 1)).astype(np.int64),
+        swap=(c & np.uint64(SWAPS - 1)).astype(np.int64),
+        hash=(_mix64(c) >> np.uint64(32)).astype(np.uint32),
     )
 
 
-def _dtype_codes(segments: Sequence[Segment]) -> list[int]:
-    codes = {dtype: code for code, dtype in enumerate(reference.DTYPES)}
-    return [codes[s.flat.dtype] for s in segments]
-
-
-def _aligned(lengths: IntArray) -> IntArray:
-    aligned: IntArray = -(-lengths // ALIGN_ELEMENTS) * np.int64(ALIGN_ELEMENTS)
-    return aligned
+def _mix64(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Scramble 64 bits (splitmix64; arrays of uint64 wrap around without a warning)."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return x ^ x >> np.uint64(31)

@@ -1,131 +1,91 @@
-"""The three operations in plain PyTorch: the specification of every backend.
+"""The operations on tables in plain PyTorch: the specification of every backend.
 
-Symbols follow the papers. ``x`` are the parameters after an optimizer step, ``k`` is the window
-(in steps), ``m_i`` the mean of the parameters over window ``i``, ``s_i = m_i - m_{i-1}`` its
-displacement (UAI 2024, Definition 3.3). All tensors of one call are flat and of one length ``n``;
-``A``, ``P``, ``PP``, ``S`` and ``M`` are float32, ``x`` has any dtype of :data:`DTYPES`.
+Symbols follow the papers: ``x`` are parameters after an optimizer step, ``m_i`` their mean over
+window ``i``, ``s_i = m_i - m_{i-1}`` its displacement (UAI 2024, Definition 3.3). A table is linear
+in ``x``, so that these names also stand for the tables of what they name.
 
-Two forms of the same sums:
-
-* **sum form** keeps the sums of three windows: ``A`` (running), ``P`` (previous), ``PP`` (before).
-* **delta form** keeps ``A``, the sum of ``x - M``; ``S = k s_{i-1}``; and ``M``, the last mean;
-  the low byte of ``S`` holds what rounding took from it.
-
-Every element-wise step is rounded exactly as written here, so that all backends leave the same bits
-in the arenas.
+Element ``j`` of a chunk with the rotation ``p``, the swap ``r`` and the hash ``h`` is added to the
+lane ``8 ((j // 8 + p) mod 512) + (j mod 8 XOR r)`` of the chunk's row, with the sign of that lane.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-"""Parameter dtypes; the position of a dtype is its code in the tables (``csrc/core/tables.h``)."""
+from .plan import LANES, SWAPS, Table
 
-HALF_DTYPES = (torch.float16, torch.bfloat16)
+_BATCH = 256  # pieces at a time: 8 MiB for each of the temporary tensors
 
 
-def accumulate(
-    A: Tensor, x: Tensor, M: Tensor | None = None, *, first: bool, weight: float = 1.0
-) -> None:
-    """Take one iterate into the running sum: ``A (=|+=) weight * x``, or ``weight * (x - M)``.
+def accumulate(table: Tensor, x: Tensor, pieces: Table, rows: Tensor) -> None:
+    """Add ``weight * sign * x`` to a hashed table.
 
     Args:
-        A: running sum, float32 ``[n]``, overwritten if ``first`` and added to otherwise.
-        x: parameters, ``[n]``, of any supported dtype.
-        M: mean of the last window, float32 ``[n]``, for delta form; None for sum form. It may be
-            ``A`` itself: then ``A += weight * (x - A)`` moves a running mean.
-        first: the first step of a window in sum form; whatever ``A`` held is not read.
-        weight: rounded to float32; the product is rounded before it is added.
+        table: float64 ``[num_buckets]``.
+        x: a tensor's elements in memory order, ``[n]``.
+        pieces: those of this tensor.
+        rows: row of each piece, int64.
     """
-    if M is None:
-        term = x.to(torch.float32)
-    elif x.dtype == torch.float64:
-        term = (x - M.double()).float()
-    else:
-        term = x.to(torch.float32) - M
-    if weight != 1.0:
-        term = term * weight
-    if first:
-        A.copy_(term)
-    else:
-        A.add_(term)
+    for begin in range(0, len(pieces), _BATCH):
+        part = pieces[begin : begin + _BATCH]
+
+        def column(name: str, part: Table = part) -> Tensor:
+            return torch.from_numpy(part[name].astype(np.int64))[:, None]
+
+        i = torch.arange(LANES, device="cpu")  # of the piece, [1, LANES]
+        j = column("start") + i
+        lane = (j // SWAPS + column("packet")) % (LANES // SWAPS) * SWAPS
+        lane = lane + (j % SWAPS ^ column("swap"))
+        minus = mix32(column("hash") ^ lane // 32) >> lane % 32 & 1
+        value = torch.from_numpy(part["weight"].copy())[:, None] * (1 - 2 * minus)
+        element = column("offset") // x.element_size() + i
+        inside = i < column("length")
+        bucket = (rows[begin : begin + _BATCH, None] * LANES + lane)[inside]
+        term = value[inside].to(table.device) * x[element[inside].to(x.device)].to(table)
+        table.index_add_(0, bucket.to(table.device), term)
 
 
-def close_sum(A: Tensor, P: Tensor, PP: Tensor, k: float) -> Tensor:
-    """Sums over one tensor at a window's end, sum form.
-
-    Returns:
-        float64 ``[4]``: ``<s_i, s_{i-1}>``, ``|s_i|^2``, ``|s_{i-1}|^2``, ``|m_i|^2``.
-    """
-    s, s_previous, m = (A - P).double(), (P - PP).double(), A.double()
-    return torch.stack([s.dot(s_previous), s.dot(s), s_previous.dot(s_previous), m.dot(m)]) / k**2
-
-
-def close_delta(A: Tensor, S: Tensor, M: Tensor, k: float) -> Tensor:
-    """Sums over one tensor at a window's end, delta form; moves the arenas on to the next window.
-
-    ``M`` becomes the new mean, ``A`` the packed displacement that the next close needs, and ``S``
-    the start of the next running sum. The caller lets ``A`` and ``S`` take each other's place.
-
-    Returns:
-        float64 ``[4]``, as :func:`close_sum`.
-    """
-    s, s_previous = A.double(), displacement(S).double()
-    exact = exact_mean(M, S) + s * (1.0 / k)
-    start = round_mean(exact, out=M, packed=A, k=k)
-    S.copy_(start)
-    m = M.double()
-    displacements = torch.stack([s.dot(s_previous), s.dot(s), s_previous.dot(s_previous)]) / k**2
-    return torch.cat([displacements, m.dot(m).reshape(1)])
+def mix32(x: Tensor) -> Tensor:
+    """Scramble 32 bits, held in int64."""
+    x = x ^ x >> 16
+    x = x * 0x7FEB352D & 0xFFFFFFFF
+    x = x ^ x >> 15
+    x = x * 0x846CA68B & 0xFFFFFFFF
+    return x ^ x >> 16
 
 
-def displacement(S: Tensor) -> Tensor:
-    """``k s_{i-1}`` from a packed arena: its upper 24 bits."""
-    return (S.view(torch.int32) & ~0xFF).view(torch.float32)
-
-
-def exact_mean(M: Tensor, S: Tensor) -> Tensor:
-    """The mean in float64: ``M`` less the residual in the low bytes of ``S``."""
-    code = ((S.view(torch.int32) << 24) >> 24).double()
-    return M.double() - code * _residual_unit(M)
-
-
-def round_mean(exact: Tensor, *, out: Tensor, packed: Tensor, k: float) -> Tensor:
-    """Round a mean to float32 and keep what that takes away.
-
-    Where steps are tiny, the residual ``M - m`` is as large as a displacement. It goes into the low
-    byte of the displacement, in units of ``|M| 2^-31`` (see ``csrc/core/delta.h``).
+def accumulate_exact(table: Tensor, x: Tensor, spans: Table) -> None:
+    """Add ``weight * x`` to a table of one bucket an element.
 
     Args:
-        exact: mean ``m``, float64 ``[n]``.
-        out: receives ``M``, float32 ``[n]``.
-        packed: holds ``k s_i``, float32 ``[n]``; its low bytes receive the residual.
-        k: window in steps.
+        table: float64 ``[num_buckets]``.
+        x: a tensor's elements in memory order, ``[n]``.
+        spans: those of this tensor.
+    """
+    for span in spans:
+        at, n = int(span["offset"]) // x.element_size(), int(span["length"])
+        bucket = int(span["bucket"])
+        table[bucket : bucket + n] += float(span["weight"]) * x[at : at + n].to(table)
+
+
+def close(A: Tensor, m: Tensor, s: Tensor, divisor: float) -> tuple[float, float]:
+    """End a window, and make the tables ready for the next one.
+
+    Args:
+        A: running sum, float64 ``[n]``; 0 afterwards.
+        m: mean of the window before; afterwards of this one.
+        s: displacement of the window before; afterwards of this one.
+        divisor: what makes a mean of ``A``.
 
     Returns:
-        float32 ``[n]``, ``k (M - m)``: what the next running sum starts from.
+        ``<s_i, s_{i-1}>`` and ``|s_i|^2``.
     """
-    out.copy_(exact)
-    unit = _residual_unit(out)
-    ratio = (out.double() - exact) / unit
-    code = ratio.round().clamp(-127, 127).nan_to_num(0.0) + 0.0  # no negative zero
-    bits = packed.view(torch.int32)
-    bits.add_(0x80).bitwise_and_(~0xFF).bitwise_or_(code.to(torch.int32) & 0xFF)
-    return (code * unit * k).float()
-
-
-def _residual_unit(M: Tensor) -> Tensor:
-    return M.double().abs() * 2.0**-31
-
-
-def write_back(x: Tensor, A: Tensor, scale: float, M: Tensor | None = None) -> None:
-    """Set the parameters from the arena: ``x = scale * A``, or ``M + scale * A``.
-
-    Half precision is rounded from float32, as ``Tensor.to`` does (2021, Algorithm 1: averaging).
-    """
-    value = A.double() * scale
-    if M is not None:
-        value = M.double() + value
-    x.copy_(value if x.dtype == torch.float64 else value.float())
+    m_new = A / divisor
+    s_new = m_new - m
+    dot, norm = s_new.dot(s), s_new.dot(s_new)
+    A.zero_()
+    m.copy_(m_new)
+    s.copy_(s_new)
+    return float(dot), float(norm)

@@ -1,0 +1,391 @@
+"""Sketch: the tables of three windows, from which the angle between two displacements follows.
+
+A table is a count sketch (Charikar, Chen and Farach-Colton 2002) of the parameters: every element
+is added, with a sign, to one of ``buckets`` float64 sums. Tables are linear in the parameters, so
+that the table of a mean is the mean of tables, and the tables of all ranks add up to that of the
+model. Dot products and norms of displacements are those of their tables, up to an error that is
+known in advance; see :func:`standard_error`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .ops import Backend, select, table_device
+from .ops.plan import FloatArray, IntArray, Plan, Source
+from .sharding import LocalShard
+
+
+def standard_error(angle: float, buckets: int) -> float:
+    """Return the standard error of an angle that was measured with so many buckets, degrees.
+
+    It is ``sin(angle) / sqrt(buckets)`` in radians, whatever the parameters are.
+
+    Args:
+        angle: degrees.
+        buckets: of a table; 0 if every element has its own, so that the angle is exact.
+    """
+    if not buckets:
+        return 0.0
+    return math.degrees(math.sin(math.radians(angle)) / math.sqrt(buckets))
+
+
+class Totals(NamedTuple):
+    """Sums over parts of the model at a window's end, each float64 ``[num_parts]``."""
+
+    dot: FloatArray
+    """``<s_i, s_{i-1}>``"""
+    norm: FloatArray
+    """``|s_i|^2``"""
+    previous_norm: FloatArray
+    """``|s_{i-1}|^2``"""
+
+
+class _Bank:
+    """The plan and the tables of one device."""
+
+    def __init__(self, plan: Plan, members: IntArray, backend: Backend, *, whole: bool) -> None:
+        self.plan = plan
+        self.members = members
+        self.backend = backend
+        self._staged = [i for i, source in enumerate(plan.sources) if source.staged]
+        self.accumulation = backend.bind(plan)
+        device = table_device(plan.device)
+        tables = 3 if whole else 1
+        self.tables = [
+            torch.zeros(plan.num_buckets, dtype=torch.float64, device=device)
+            for _ in range(tables)
+        ]
+
+    @property
+    def running(self) -> Tensor:
+        return self.tables[0]
+
+    def add(self, bases: IntArray) -> None:
+        sources = self.plan.sources
+        copies = {i: sources[i].current().contiguous() for i in self._staged}
+        bases[list(copies)] = [copy.data_ptr() for copy in copies.values()]
+        self.accumulation.accumulate(self.running, bases)  # the copies live until it has begun
+
+
+class Sketch:
+    """The tables of the open window, and mean and displacement of the last one.
+
+    Every element has its own bucket, so that angles are exact, if the model has at most ``buckets``
+    elements or ``buckets`` is None. With None, each rank of sharded parameters keeps the elements
+    that it holds, and sums are added up in place of tables.
+
+    Args:
+        shards: what this rank holds of the parameters.
+        weights: of the elements of each shard; all ranks together count every element once.
+        buckets: buckets of a table, or None.
+        num_groups: param groups, if each has a table of its own; 1 otherwise.
+        per_tensor: whether sums of single tensors are wanted.
+        stage: of a pipeline that the shards are of; None if they are those of the whole model.
+        backend: "auto", or the name of a backend.
+
+    Raises:
+        ValueError: ``per_tensor`` needs exact sums.
+        RuntimeError: a named backend does not serve a device; there is no memory.
+
+    Attributes:
+        buckets: buckets of a table; 0 if every element has its own.
+        own: whether this rank keeps a table of its own elements.
+        sharded: whether other ranks hold elements that this one does not.
+        half_precision: dtype of most elements if that is one of 16 bits; None otherwise.
+        weight: of all elements of the tables; the mean is ``running * weight / snapshots``.
+        layout: digest of what the tables are tables of; equal on all ranks, and whatever the
+            sharding unless ``own``.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[LocalShard],
+        weights: Sequence[float],
+        *,
+        buckets: int | None,
+        num_groups: int,
+        per_tensor: bool,
+        stage: int | None,
+        backend: str,
+    ) -> None:
+        elements = sum(s.tensor.numel() if s.total is None else s.total for s in shards)
+        self.sharded = any(shard.split for shard in shards) or stage is not None
+        self.own = buckets is None and self.sharded
+        # The place of an element among all of the model must be known for a bucket of its own.
+        placed = stage is None and not any(shard.flat for shard in shards)
+        exact = buckets is None or (placed and elements <= buckets)
+        self.buckets = 0 if exact else int(buckets or 0)
+        if per_tensor and not exact:
+            raise ValueError(
+                "per_tensor: expected a meter in which every element has its own bucket, got "
+                f"buckets={buckets} for {elements:,} elements; use buckets=None"
+            )
+        self._names = [shard.name for shard in shards]
+        self._group_of = np.array([shard.group for shard in shards], np.int64)
+        self._num_groups = num_groups
+        self._per_tensor = per_tensor
+        self._weights = np.array(weights if self.own else [], np.float64)
+        uniform = len(set(weights)) <= 1
+        self.weight = 1.0
+        if not self.own and uniform and len(weights):
+            self.weight, weights = float(weights[0]), [1.0] * len(shards)
+        self._banks: list[_Bank] = []
+        self._bounds: list[IntArray] = []
+        self._members: list[IntArray] = []
+        self._build(shards, [1.0] * len(shards) if self.own else weights, stage, backend)
+        self._crowd = max(1.0, elements / self.buckets) if self.buckets else 1.0
+        self.half_precision = _half_precision(shards)
+        self._previous = np.zeros(self._num_parts())
+        described = [f"{_key(shard, stage)}|{shard.identity}|{shard.group}" for shard in shards]
+        kind = f"{self.buckets} buckets, {num_groups} groups"
+        self.layout = hashlib.sha256("\n".join([kind, *described]).encode()).hexdigest()[:16]
+
+    def _build(
+        self,
+        shards: Sequence[LocalShard],
+        weights: Sequence[float],
+        stage: int | None,
+        backend: str,
+    ) -> None:
+        here = np.array([shard.tensor.numel() for shard in shards], np.int64)
+        sizes = here if self.own else np.array([shard.total or 0 for shard in shards], np.int64)
+        devices = list(dict.fromkeys(shard.tensor.device for shard in shards))
+        places = np.zeros(len(shards), np.int64)
+        if not self.own:
+            places = np.cumsum(sizes) - sizes
+        for device in devices or [torch.device("cpu")]:
+            members = np.array([i for i, s in enumerate(shards) if s.tensor.device == device], int)
+            bounds = np.concatenate([[0], np.cumsum(sizes[members if self.own else slice(None)])])
+            if self.own:
+                places[members] = bounds[:-1]
+            sources = [
+                Source(
+                    name=_key(shards[i], stage),
+                    current=shards[i].current,
+                    numel=shards[i].tensor.numel(),
+                    dtype=shards[i].tensor.dtype,
+                    weight=weights[i],
+                    group=shards[i].group if self._num_groups > 1 else 0,
+                    runs=None if self.own else shards[i].runs,
+                    bucket=int(places[i]),
+                    staged=shards[i].staged,
+                )
+                for i in members.tolist()
+            ]
+            plan = Plan(
+                sources,
+                device,
+                buckets=self.buckets or None,
+                num_tables=self._num_groups,
+                num_buckets=int(bounds[-1]),
+            )
+            whole = self.own or not self._banks
+            self._banks.append(_Bank(plan, members, select(backend, device), whole=whole))
+            if self.buckets:
+                bounds = np.arange(self._num_groups + 1) * self.buckets
+            self._bounds.append(np.ascontiguousarray(bounds, np.int64))
+            self._members.append(members if self.own else np.arange(len(shards)))
+
+    # A window ------------------------------------------------------------------------------------
+
+    def add(self, addresses: Sequence[int]) -> None:
+        """Add the parameters as they are now to the running tables.
+
+        Args:
+            addresses: of the first element of each shard.
+        """
+        every = np.array(addresses, np.int64)
+        for bank in self._banks:
+            bank.add(every[bank.members])
+
+    def join(self) -> Tensor | None:
+        """Return the running table of all devices, which ranks add up in place; None if own."""
+        if self.own:
+            return None
+        first = self._banks[0].running
+        for bank in self._banks[1:]:
+            first += bank.running.to(first.device)
+            bank.running.zero_()
+        return first
+
+    def checksum(self) -> float:
+        """Return the squared norm of the running tables; NaN or infinity if they hold such."""
+        return math.fsum(float(bank.running.dot(bank.running)) for bank in self._banks)
+
+    def close(self, snapshots: int, weight: float) -> FloatArray:
+        """End a window: the running sums become a mean and a displacement.
+
+        Args:
+            snapshots: that the running tables are the sum of.
+            weight: of all elements in the running tables.
+
+        Returns:
+            ``<s_i, s_{i-1}>`` and ``|s_i|^2`` of each part, ``[num_parts, 2]``; those of this rank
+            if ``own``.
+        """
+        self._snapshots = snapshots
+        whole = [bank for bank in self._banks if len(bank.tables) == 3]
+        sums = np.zeros((len(self._names), 2)) if not self.buckets else np.zeros((0, 2))
+        for bank, bounds, members in zip(whole, self._bounds, self._members, strict=False):
+            parts = bank.backend.close(*bank.tables, snapshots / weight, bounds)
+            if self.buckets:
+                return parts
+            sums[members] = parts
+        if self.own:
+            sums *= self._weights[:, None]
+        group = self._group_of if self._num_groups > 1 else np.zeros(len(sums), np.int64)
+        of_groups = np.stack([np.bincount(group, c, self._num_groups) for c in sums.T], axis=1)
+        return np.concatenate([of_groups, sums]) if self._per_tensor else of_groups
+
+    def totals(self, sums: FloatArray) -> Totals:
+        """Return the sums of all ranks next to the norms of the window before.
+
+        A displacement that is not larger than what float64 rounding can make of parameters that
+        stand still is 0.
+        """
+        still = sums[:, 1].sum() <= self._rounding()
+        sums = np.zeros_like(sums) if still else sums
+        previous, self._previous = self._previous, sums[:, 1].copy()
+        return Totals(sums[:, 0], sums[:, 1], previous)
+
+    def _rounding(self) -> float:
+        """Return the squared length of what rounding may make of no displacement at all.
+
+        A bucket is a sum of ``snapshots * crowd`` terms, each rounded to 2^-53 of the sum. Ranks
+        that keep their own elements have sums of equal terms, which are exact for float32.
+        """
+        if self.own:
+            return 0.0
+        return (4 * 2.0**-53) ** 2 * self._snapshots * self._crowd * self.mean_norm()
+
+    def mean_norm(self) -> float:
+        """Return the squared length of the last mean, estimated as that of its table."""
+        mean = self._banks[0].tables[1]
+        return float(mean.dot(mean))
+
+    def rebase(self, addresses: Sequence[int], add_up: Callable[[Tensor], None]) -> None:
+        """Make the parameters as they are now the mean that the next displacement starts from.
+
+        Args:
+            addresses: of the first element of each shard.
+            add_up: adds a table up over the ranks, in place.
+        """
+        self.add(addresses)
+        table = self.join()
+        if table is not None and self.sharded:
+            add_up(table)
+        for bank in self._banks:
+            if len(bank.tables) == 3:
+                weight = self.weight if self.sharded and not self.own else 1.0
+                torch.mul(bank.running, weight, out=bank.tables[1])
+            bank.running.zero_()
+
+    def _num_parts(self) -> int:
+        return self._num_groups + (len(self._names) if self._per_tensor else 0)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the tensors, in the order of their parts after those of the groups."""
+        return self._names
+
+    def merge(self) -> None:
+        """Make the last two windows one of twice the length; it has no displacement."""
+        for bank in self._banks:
+            for _, mean, displacement in [bank.tables] if len(bank.tables) == 3 else []:
+                mean.add_(displacement, alpha=-0.5)
+                displacement.zero_()
+        self._previous = np.zeros(self._num_parts())
+
+    def start_over(self) -> None:
+        """Forget everything that was added."""
+        for bank in self._banks:
+            for table in bank.tables:
+                table.zero_()
+        self._previous = np.zeros(self._num_parts())
+
+    def discard_running(self) -> None:
+        """Forget what was added in the open window."""
+        for bank in self._banks:
+            bank.running.zero_()
+
+    # Looking -------------------------------------------------------------------------------------
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of tables and of what the kernels read next to the parameters, on all devices."""
+        tables = sum(table.nbytes for bank in self._banks for table in bank.tables)
+        return tables + sum(bank.plan.table.nbytes + bank.plan.runs.nbytes for bank in self._banks)
+
+    @property
+    def tensors(self) -> Iterable[tuple[str, Tensor]]:
+        """Names and tensors that are read."""
+        return [(s.name, s.current()) for bank in self._banks for s in bank.plan.sources]
+
+    # State ---------------------------------------------------------------------------------------
+
+    def state_dict(self, *, running: bool) -> dict[str, Any]:
+        """Return the tables as CPU copies; none if other ranks hold the rest of them.
+
+        Args:
+            running: whether the open window's table is included.
+        """
+        state: dict[str, Any] = {"layout": self.layout, "norms": self._previous.tolist()}
+        if self.own:
+            return {**state, "mean": None, "displacement": None, "running": None}
+        now, mean, displacement = self._banks[0].tables
+        if running and len(self._banks) > 1:
+            now = now.clone()
+            for bank in self._banks[1:]:
+                now += bank.running.to(now.device)
+        return {
+            **state,
+            "mean": mean.to("cpu", copy=True),
+            "displacement": displacement.to("cpu", copy=True),
+            "running": now.to("cpu", copy=True) if running else None,
+        }
+
+    def problem_of(self, state: Mapping[str, Any]) -> str | None:
+        """Return why saved tables cannot be continued, or None."""
+        if state["mean"] is None:
+            return "it was saved without the tables: with buckets=None each rank has its own"
+        if state["layout"] != self.layout:
+            return "it was saved for other parameters, or with other buckets"
+        sizes = {table.numel() for table in map(state.get, TABLES) if table is not None}
+        if sizes != {self._banks[0].plan.num_buckets} or len(state["norms"]) != self._num_parts():
+            return "its tables have another size"
+        return None
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue saved tables that :meth:`problem_of` has no objection to."""
+        self.start_over()
+        for name, table in zip(TABLES, self._banks[0].tables, strict=True):
+            if state[name] is not None:
+                table.copy_(state[name])
+        self._previous = np.array(state["norms"], np.float64)
+
+
+TABLES = ("running", "mean", "displacement")
+"""Names of the tables in a state."""
+
+
+def _key(shard: LocalShard, stage: int | None) -> str:
+    """Return what an element's bucket follows from, next to its index."""
+    name = shard.name if stage is None else f"stage {stage}: {shard.name}"
+    return f"{name} on {shard.part}" if shard.flat else name
+
+
+def _half_precision(shards: Sequence[LocalShard]) -> torch.dtype | None:
+    elements: dict[torch.dtype, int] = {}
+    for shard in shards:
+        dtype = shard.tensor.dtype
+        elements[dtype] = elements.get(dtype, 0) + shard.tensor.numel()
+    most = max(elements, key=elements.__getitem__, default=torch.float32)
+    return most if most in (torch.float16, torch.bfloat16) else None
