@@ -1,0 +1,403 @@
+"""A rank's part of one parameter: its weight and the global index of its elements.
+
+One rule gives every layout its weight. A parameter is cut into ``parts`` different parts: the
+product of the mesh dimensions that are not ``Replicate`` (1 for a plain tensor, the size of the
+shard group for flat shards). If ``ranks_per_copy`` ranks hold one copy of the model together, each
+part is on ``ranks_per_copy / parts`` of them. Sums over a local part therefore weigh
+``parts / ranks_per_copy``, and every element counts exactly once.
+
+The global index of an element is its position in the whole parameter in row-major order. It does
+not depend on the mesh, so that an element meets the same bucket of the table under any sharding.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .global_index import Cut, Runs, axis_of, no_runs, runs_of
+from .memory import is_dense
+
+
+class Sharding(NamedTuple):
+    """How a DTensor is spread: what is needed to make another one like it."""
+
+    mesh: Any
+    placements: tuple[Any, ...]
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+
+class LocalShard(NamedTuple):
+    """This rank's part of one parameter.
+
+    Attributes:
+        name: for messages, and for the hash that spreads the elements over the table.
+        tensor: the elements on this rank, detached and without padding, complex ones as pairs of
+            real ones; may be empty. Its memory is that of the moment it was found.
+        parts: into how many different parts the parameter is cut.
+        part: which of them this one is; ranks that hold the same elements have equal values.
+        total: elements of the whole parameter, twice as many if it is complex; None if the engine
+            does not say.
+        layout: description of shape, dtype and placement, equal on all ranks that share the
+            parameter. A dense tensor in another order than row-major, such as ``channels_last``,
+            is read in the order of its memory, and the layout has that order too.
+        origin: the parameter, or the engine's flat tensor, that holds the elements.
+        offset: elements of ``origin`` before the first one of a flat shard.
+        group: index of the param group that the parameter belongs to.
+        flat: a flat shard of FSDP1 or ZeRO. It has no global index: its elements are hashed by
+            ``part`` and position, and another number of ranks cannot continue with them.
+        staged: the elements are not in the order of ``runs`` in memory, so that the reader has to
+            copy them with ``.contiguous()`` at every read.
+        runs: where the local elements are in the parameter; None if the local tensor is the whole
+            parameter in order, or if it is ``flat``.
+        sharding: of a DTensor; None otherwise.
+    """
+
+    name: str
+    tensor: Tensor
+    parts: int
+    part: tuple[int, ...]
+    total: int | None
+    layout: str
+    origin: Tensor
+    offset: int = 0
+    group: int = 0
+    flat: bool = False
+    staged: bool = False
+    runs: Runs | None = None
+    sharding: Sharding | None = None
+
+    @property
+    def split(self) -> bool:
+        """True if this rank may hold less than the whole parameter."""
+        return self.flat or self.parts > 1
+
+    def current(self) -> Tensor:
+        """Return ``tensor`` again, in the memory that ``origin`` has now."""
+        tensor = as_real(local_tensor(self.origin))
+        if not self.flat:
+            return tensor
+        return tensor.flatten()[self.offset : self.offset + self.tensor.numel()]
+
+
+def local_shards(
+    named: Iterable[tuple[str, Tensor]], group_of: Mapping[int, int]
+) -> list[LocalShard]:
+    """Return what this rank holds of the given parameters; a tensor given twice counts once.
+
+    Args:
+        named: names and parameters.
+        group_of: index of the param group by ``id`` of the parameter; 0 for others.
+
+    Raises:
+        TypeError: a DTensor has a placement that is neither sharded nor replicated.
+        RuntimeError: FSDP1 flattened a parameter, and its module is gone; or a DTensor's local
+            tensor does not have the shape that its placements give.
+    """
+    distinct: dict[int, tuple[str, Tensor]] = {}
+    for name, parameter in named:
+        distinct.setdefault(id(parameter), (name, parameter))
+    flattened = _fsdp1_shards(list(distinct.values()))
+    layouts: dict[Any, str] = {}  # formatting one takes longer than everything else
+    shards = []
+    for key, (name, parameter) in distinct.items():
+        if key in flattened:
+            shard = flattened[key]
+        elif is_dtensor(parameter):
+            shard = _of_dtensor(name, parameter)
+        else:
+            shard = _whole(name, parameter, layouts)
+        group = group_of.get(key, 0)
+        shards.append(shard._replace(group=group) if group else shard)
+    return shards
+
+
+def unwrap_optimizer(optimizer: Any) -> Any:
+    """Return the ``torch.optim.Optimizer`` inside of accelerate's and DeepSpeed's wrappers."""
+    inner = getattr(optimizer, "optimizer", None)
+    while isinstance(inner, Optimizer) and inner is not optimizer:
+        optimizer, inner = inner, getattr(inner, "optimizer", None)
+    return optimizer
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Return True for a DTensor; ``torch.distributed.tensor`` takes a second to import."""
+    return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """Return the part of a tensor on this rank: the tensor itself unless it is a DTensor."""
+    if not is_dtensor(tensor):
+        return tensor
+    with torch.no_grad():  # with gradients, to_local() would make a view with a history
+        return tensor.to_local()  # type: ignore[attr-defined, no-any-return]
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """Return the tensor without its history; complex elements as pairs of real ones."""
+    tensor = tensor.detach()
+    if not tensor.is_complex():
+        return tensor
+    if tensor.is_conj():
+        # The memory holds the conjugates; angles and norms are the same for both.
+        tensor = tensor.conj()
+    return torch.view_as_real(tensor)
+
+
+def discard_gathered() -> None:
+    """Let FSDP gather the parameters of its modules from their shards at the next forward pass.
+
+    The outermost module keeps its whole parameters after a forward pass until a backward pass,
+    which does not come while a model is evaluated. Forward passes would go on with these, whatever
+    was written to the shards since. Nothing leads from a shard to its module, so all living modules
+    of FSDP give their copies back (0.2 s); one that did not have to gathers once more.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return
+    from torch.distributed.fsdp._flat_param import FlatParamHandle
+
+    for found in gc.get_objects():
+        if issubclass(type(found), fsdp.FSDPModule):
+            found.reshard()
+        elif type(found) is FlatParamHandle and found.uses_sharded_strategy:
+            handle: Any = found  # torch's methods have no types
+            handle.reshard(free_unsharded_flat_param=True)
+            handle.post_reshard()
+
+
+def _whole(name: str, parameter: Tensor, layouts: dict[Any, str]) -> LocalShard:
+    """Return the shard of a parameter of which this rank has every element."""
+    tensor = as_real(parameter)
+    shape, dtype = parameter.shape, parameter.dtype
+    order: tuple[int, ...] | None = None
+    staged = False
+    if not tensor.is_contiguous():
+        staged = not is_dense(tensor)
+        if not staged:
+            long = [d for d, size in enumerate(tensor.shape) if size > 1]
+            order = tuple(sorted(long, key=tensor.stride().__getitem__, reverse=True))
+    layout = layouts.get((shape, dtype, order))
+    if layout is None:
+        layout = f"{tuple(shape)} {dtype}" + ("" if order is None else f" in memory order {order}")
+        layouts[shape, dtype, order] = layout
+    total = tensor.numel()
+    return LocalShard(name, tensor, 1, (), total, layout, parameter, staged=staged)
+
+
+# ---- DTensors ---------------------------------------------------------------------------------
+
+
+def _of_dtensor(name: str, parameter: Any) -> LocalShard:
+    mesh, placements = parameter.device_mesh, tuple(parameter.placements)
+    cut = [d for d, p in enumerate(placements) if not p.is_replicate()]
+    if any(placements[d].is_partial() or not hasattr(placements[d], "dim") for d in cut):
+        raise TypeError(
+            f"{name}: expected a parameter that is sharded or replicated, got the placements "
+            f"{placements}; a Partial placement holds a sum that has not been taken yet"
+        )
+    parts = math.prod(mesh.size(d) for d in cut)
+    coordinate = mesh.get_coordinate()  # None: this rank is outside of the mesh
+    tensor = as_real(local_tensor(parameter))
+    shape = tuple(parameter.shape) + ((2,) if parameter.is_complex() else ())
+    runs: Runs | None = no_runs()
+    if coordinate is not None:
+        cuts: list[list[Cut]] = [[] for _ in shape]
+        for d in cut:
+            factor = getattr(placements[d], "split_factor", 1)
+            cuts[placements[d].dim].append(Cut(mesh.size(d), coordinate[d], factor))
+        runs = _runs(name, shape, cuts, tuple(tensor.shape), placements)
+    return LocalShard(
+        name,
+        tensor,
+        parts=parts,
+        part=(-1,) if coordinate is None else tuple(coordinate[d] for d in cut),
+        total=math.prod(shape),
+        layout=f"{tuple(parameter.shape)} {parameter.dtype} {placements} {tuple(mesh.shape)}",
+        origin=parameter,
+        staged=not tensor.is_contiguous(),
+        runs=runs,
+        sharding=Sharding(mesh, placements, parameter.shape, parameter.stride()),
+    )
+
+
+def _runs(
+    name: str,
+    shape: tuple[int, ...],
+    cuts: Sequence[Sequence[Cut]],
+    local: tuple[int, ...],
+    placements: tuple[Any, ...],
+) -> Runs | None:
+    if len(local) != len(shape):
+        local = (-1,) * len(shape)
+    axes = [axis_of(*given) for given in zip(shape, cuts, local, strict=True)]
+    if any(axis is None for axis in axes):
+        raise RuntimeError(
+            f"{name}: expected the local shape that {placements} gives to a parameter of shape "
+            f"{shape} on this rank, got {local}"
+        )
+    return runs_of(shape, [axis for axis in axes if axis is not None])
+
+
+# ---- FSDP1 ------------------------------------------------------------------------------------
+
+
+def _fsdp1_shards(named: Sequence[tuple[str, Tensor]]) -> dict[int, LocalShard]:
+    """Return what this rank holds of those parameters that FSDP1 manages, by their ``id``.
+
+    Nothing leads from such a parameter to the handle that knows the number of parts and the
+    padding, and the tensor itself does not show if it is whole. So the handles are looked for among
+    all living Python objects (0.2 s), and only if a parameter is marked as flattened.
+    """
+    names = {id(p): name for name, p in named if getattr(p, "_fsdp_flattened", False)}
+    if not names:
+        return {}
+    from torch.distributed.fsdp._flat_param import FlatParamHandle
+
+    shards: dict[int, LocalShard] = {}
+    for handle in (o for o in gc.get_objects() if type(o) is FlatParamHandle):
+        parts = handle.world_size if handle.uses_sharded_strategy else 1
+        for parameter, total, padding in _fsdp1_parameters(handle):
+            if id(parameter) in names:
+                size = parameter.numel() - padding
+                name = names[id(parameter)]
+                shards[id(parameter)] = _flat(name, parameter, 0, size, parts, handle.rank, total)
+    if missing := [name for i, name in names.items() if i not in shards]:
+        raise RuntimeError(
+            f"{missing[0]}: expected the FullyShardedDataParallel module that flattened this "
+            "parameter to exist while it is trained, found none"
+        )
+    return shards
+
+
+def _fsdp1_parameters(handle: Any) -> list[tuple[Tensor, int, int]]:
+    """Return parameter, elements of the whole, and padding at the end of the local part."""
+    parameter = handle.flat_param
+    originals = getattr(parameter, "_params", None)
+    if originals is not None:  # use_orig_params=True: views without padding
+        return [(p, n, 0) for p, n in zip(originals, parameter._numels, strict=True)]
+    padding = parameter._shard_numel_padded if handle.uses_sharded_strategy else 0
+    return [(parameter, sum(parameter._numels), padding)]
+
+
+def _flat(
+    name: str,
+    origin: Tensor,
+    offset: int,
+    size: int,
+    parts: int,
+    rank: int,
+    total: int | None,
+    group: int = 0,
+) -> LocalShard:
+    """Return the shard of an engine's flat tensor; a whole parameter if there is one part."""
+    whole = as_real(origin)
+    here = whole if size == whole.numel() else whole.flatten()[offset : offset + size]
+    return LocalShard(
+        name,
+        here,
+        parts=parts,
+        part=(rank,) if parts > 1 else (),
+        total=total,
+        layout=f"{total} {origin.dtype} in {parts}",
+        origin=origin,
+        offset=offset,
+        group=group,
+        flat=parts > 1 or here is not whole,
+    )
+
+
+# ---- DeepSpeed ZeRO ---------------------------------------------------------------------------
+
+_DEEPSPEED = "deepspeed.runtime."
+
+
+def zero_optimizer_of(optimizer: Optimizer) -> Any:
+    """Return the ZeRO optimizer that steps ``optimizer``, or None.
+
+    The torch optimizer inside holds the flat float32 partitions only in part (stages 1 and 2,
+    where they look like whole tensors) or not at all outside of its step (stage 3), and does not
+    lead to the engine's optimizer. So that one is looked for among all living Python objects
+    (0.2 s), and only if DeepSpeed has been imported.
+    """
+    if not any(name.startswith(_DEEPSPEED) for name in sys.modules):
+        return None
+    for candidate in gc.get_objects():
+        if (
+            str(type(candidate).__module__).startswith(_DEEPSPEED)
+            and getattr(candidate, "optimizer", None) is optimizer
+            and (_is_stage_three(candidate) or hasattr(candidate, "real_dp_process_group"))
+        ):
+            return candidate
+    return None
+
+
+def is_partitioned(parameter: Tensor) -> bool:
+    """Return True if ZeRO-3 manages the parameter: its data are then elsewhere."""
+    return hasattr(parameter, "ds_id")
+
+
+def zero_tensors(zero: Any) -> list[Tensor]:
+    """Return the float32 partitions on this rank."""
+    if _is_stage_three(zero):
+        return list(zero.fp32_partitioned_groups_flat)
+    return [p for group in zero.optimizer.param_groups for p in group["params"]]
+
+
+def zero_shards(zero: Any) -> list[LocalShard]:
+    """Return the parts on this rank, without padding, whose content is arbitrary.
+
+    Raises:
+        RuntimeError: a partition is not in memory.
+    """
+    tensors = zero_tensors(zero)
+    if not _is_stage_three(zero):
+        return [_stage_one_or_two(zero, i, tensor) for i, tensor in enumerate(tensors)]
+    return [shard for i, tensor in enumerate(tensors) for shard in _stage_three(zero, i, tensor)]
+
+
+def _is_stage_three(zero: Any) -> bool:
+    return hasattr(zero, "fp32_partitioned_groups_flat")
+
+
+def _stage_one_or_two(zero: Any, i: int, tensor: Tensor) -> LocalShard:
+    # Two classes, by the dtypes in use: DeepSpeedZeroOptimizer and BF16_Optimizer.
+    paddings = zero.groups_padding if hasattr(zero, "groups_padding") else zero.group_paddings
+    groups = zero.bit16_groups if hasattr(zero, "bit16_groups") else zero.bf16_groups
+    # Padding between parameters is not recorded by rank; the total then cannot be compared.
+    aligned = any(map(any, getattr(zero, "round_robin_bit16_padding", ())))
+    total = None if aligned else sum(p.numel() for p in groups[i])
+    ranks, size = zero.real_dp_process_group[i], tensor.numel() - paddings[i]
+    name = f"ZeRO partition of param_groups[{i}]"
+    return _flat(name, tensor, 0, size, ranks.size(), ranks.rank(), total, group=i)
+
+
+def _stage_three(zero: Any, i: int, tensor: Tensor) -> list[LocalShard]:
+    """Return the parts of the parameters that one partition holds, one after the other."""
+    if tensor is None or tensor.numel() == 0:
+        raise RuntimeError(
+            f"params: expected the float32 partition {i} of ZeRO-3 in GPU or host memory, got none "
+            "(offloaded to NVMe?)"
+        )
+    ranks = zero.dp_process_group
+    group = zero.sub_group_to_group_id[i]
+    shards = []
+    offset = 0
+    for p in zero.fp16_groups[i]:
+        size = p.ds_tensor.ds_numel  # every rank's part is as large, the last ones are padded
+        here = min(max(p.ds_numel - ranks.rank() * size, 0), size)
+        name = f"ZeRO-3 parameter {p.ds_id} in partition {i}"
+        total = p.ds_numel
+        shards.append(
+            _flat(name, tensor, offset, here, ranks.size(), ranks.rank(), total, group=group)
+        )
+        offset += size
+    return shards
