@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from . import checks
+from .agreement import Facts, Row, digests_of
 from .faults import Faults
 from .messages import Warnings
 from .ops import check_name
-from .ops.plan import LANES, FloatArray
 from .parameters import ParameterSource
-from .ranks import Ranks, Row, agree, check_facts, check_group, digest, facts_differ, find_group
+from .ranks import Layout, Ranks, check_group, find_group
 from .reading import HISTORY, PartReading, Reading, remember
-from .saved import Entries
-from .sharding import LocalShard
+from .saved import Later, exactly, inside, list_of, load
+from .settings import METER, check_arguments
 from .sketch import Sketch, Totals, standard_error
 from .windows import Windows
 
 WINDOWS_FOR_ANGLE = 3  # two displacements need three means
 
-Facts = Callable[[], Mapping[str, Any]]
-"""Returns what decisions depend on, plain values by name; "lr" holds the learning rates."""
+GetFacts = Callable[[], Facts]
 
 
 class AngularVelocity:
@@ -79,11 +81,11 @@ class AngularVelocity:
         backend: str = "auto",
         process_group: Any = None,
     ) -> None:
-        snapshots = None if snapshots is None else checks.count("snapshots", snapshots, 1)
-        self._windows = Windows(checks.window(window), snapshots)
-        self.buckets = check_buckets("buckets", buckets)
-        self.per_tensor = checks.flag("per_tensor", per_tensor)
-        self.per_group = checks.flag("per_group", per_group)
+        settings = check_arguments(METER, locals())
+        self._counter = Windows(settings["window"], settings["snapshots"])
+        self.buckets: int | None = settings["buckets"]
+        self.per_tensor: bool = settings["per_tensor"]
+        self.per_group: bool = settings["per_group"]
         check_group(process_group)
         check_name(backend)
         self.history: list[Reading] = []
@@ -97,38 +99,38 @@ class AngularVelocity:
         self._sketch: Sketch | None = None
         self._saved: Mapping[str, Any] | None = None  # tables of a checkpoint, until the next step
         self._ranks = Ranks()
-        self._layout = (0.0, 0.0, 0.0, 0.0)  # layout, held, elements, model_elements
+        self._layout: Layout
 
     # Counts --------------------------------------------------------------------------------------
 
     @property
     def window(self) -> int:
         """Optimizer steps per window."""
-        return self._windows.window
+        return self._counter.window
 
     @property
     def snapshots(self) -> int | None:
         """Reads of the parameters per window; None for one after every step."""
-        return self._windows.snapshots
+        return self._counter.snapshots
 
     @property
     def steps(self) -> int:
         """Optimizer steps observed."""
-        return self._windows.steps
+        return self._counter.steps
 
     @property
     def windows(self) -> int:
         """Windows closed."""
-        return self._windows.windows
+        return self._counter.windows
 
     @property
     def windows_since_restart(self) -> int:
         """Windows closed since the meter started or started over."""
-        return self._windows.windows_since_restart
+        return self._counter.windows_since_restart
 
     # A window ------------------------------------------------------------------------------------
 
-    def observe(self, *, calls: int = 0, facts: Facts = dict) -> Reading | None:
+    def observe(self, *, calls: int = 0, facts: GetFacts = dict) -> Reading | None:
         """Take the parameters as they are now; call once after each optimizer step, on every rank.
 
         Args:
@@ -157,15 +159,15 @@ class AngularVelocity:
             self._faults.warnings.release()
         return reading
 
-    def _observe(self, calls: int, facts: Facts) -> Reading | None:
-        windows = self._windows
-        windows.steps += 1
-        if windows.position == 1 or self._sketch is None:
+    def _observe(self, calls: int, facts: GetFacts) -> Reading | None:
+        counter = self._counter
+        counter.steps += 1
+        if counter.position == 1 or self._sketch is None:
             self._begin_window()
         self._compare_once(facts)
-        if windows.is_snapshot():
+        if counter.is_snapshot():
             self._read()
-        if windows.position < windows.window:
+        if counter.position < counter.window:
             return None
         return self._close_window(calls, facts)
 
@@ -173,95 +175,89 @@ class AngularVelocity:
         """Follow the parameters: make the tables, or make them again if the parameters changed."""
         if self._sketch is not None and not self._source.unchanged():
             self._parameters_changed()
-            self._windows.start_over(self._windows.position)
+            self._counter.start_over(self._counter.position)
         if self._sketch is None:
             self._build()
 
     def _read(self) -> None:
         assert self._sketch is not None
-        if not self._windows.spoiled:
+        if not self._counter.spoiled:
             addresses = self._source.addresses()
             if addresses is None:
                 self._faults.parameters_changed(WINDOWS_FOR_ANGLE)
-                self._windows.spoiled = True
+                self._counter.spoiled = True
             else:
                 self._sketch.add(addresses)
-        self._windows.taken += 1
+        self._counter.taken += 1
 
-    def _close_window(self, calls: int, facts: Facts) -> Reading | None:
+    def _close_window(self, calls: int, facts: GetFacts) -> Reading | None:
         """Nothing on the way to the collective may return or raise on one rank alone."""
         assert self._sketch is not None
-        sketch, windows, ranks = self._sketch, self._windows, self._ranks
-        windows.begin_close()
+        sketch, counter, ranks = self._sketch, self._counter, self._ranks
+        counter.begin_close()
         changed = not self._source.unchanged()
-        restart = changed or windows.spoiled
+        restart = changed or counter.spoiled
         table = None if restart else sketch.join()
-        row = self._row(calls, restart, facts)
-        verdict = self._agree(row, facts)
-        windows.next_window()
+        values = self._with_settings(facts)
+        row = self._row(calls, restart, values)
+        verdict = ranks.agree(row, values)
+        counter.next_window()
         if changed:
             self._parameters_changed()
         if verdict.restart:
             self._start_over()
             return None
-        windows.windows += 1
+        counter.windows += 1
         if verdict.not_finite:
             self._not_finite(verdict.not_finite)
             return self._keep(self._undefined())
-        windows.windows_since_restart = int(row.windows_since_restart)
+        counter.windows_since_restart = int(row.windows_since_restart)
         if table is not None:
             ranks.add_up(table)
-        sums = sketch.close(windows.snapshots_per_window, sketch.weight)
+        sums = sketch.close(counter.snapshots_per_window, sketch.weight)
         if sketch.own:
-            sums = ranks.add_numbers(sums)
+            sums = np.array(ranks.add_numbers(sums.ravel().tolist())).reshape(sums.shape)
         totals = sketch.totals(sums)
-        self._faults.watch_motion(sketch, totals, windows.windows_since_restart)
-        if windows.windows_since_restart < WINDOWS_FOR_ANGLE:
+        self._faults.watch_motion(sketch, totals, counter.windows_since_restart)
+        if counter.windows_since_restart < WINDOWS_FOR_ANGLE:
             return self._keep(self._undefined())
         return self._keep(self._reading(totals))
 
     def _row(self, calls: int, restart: bool, facts: Facts) -> Row:
         assert self._sketch is not None
-        windows, ranks = self._windows, self._ranks
-        values = dict(self._with_settings(facts)())
-        rates = values.pop("lr", None)
+        counter, ranks, layout = self._counter, self._ranks, self._layout
         checksum = 0.0 if restart else self._sketch.checksum()
+        settings, rates = digests_of(facts)
         return Row(
-            steps=windows.steps,
-            windows=windows.windows,
-            window=windows.window,
+            steps=counter.steps,
+            windows=counter.windows,
+            window=counter.window,
             calls=calls,
-            windows_since_restart=0 if restart else windows.windows_since_restart + 1,
+            windows_since_restart=0 if restart else counter.windows_since_restart + 1,
             restart=restart,
             not_finite=not math.isfinite(checksum),
-            settings=digest([json.dumps(values)]),
-            rates=digest([json.dumps(rates)]),
+            settings=settings,
+            rates=rates,
+            layout=layout.layout,
+            held=layout.held,
             stage=ranks.stage,
             num_stages=ranks.num_stages,
+            elements=layout.elements,
+            model_elements=layout.model_elements,
             checksum=checksum,
-            **self._held._asdict(),
         )
-
-    def _agree(self, row: Row, facts: Facts) -> Agreement:
-        windows = self._windows
-        ended = f"window {windows.windows} ended after {windows.steps} optimizer steps"
-        rows = self._ranks.gather(row, f"{ended}, but it could not be compared")
-        verdict = agree(rows)
-        if facts_differ(rows):
-            self._compare(facts)
-        return verdict
 
     def _reading(self, totals: Totals) -> Reading:
         assert self._sketch is not None
         groups = len(totals.dot) - (len(self._sketch.names) if self.per_tensor else 0)
         parts = [self._part(totals, i) for i in range(len(totals.dot))]
         whole = self._part(Totals(*(column[:groups].sum(keepdims=True) for column in totals)), 0)
-        named = dict(zip(self._sketch.names, parts[groups:], strict=True)) if self.per_tensor else None
+        names = self._sketch.names if self.per_tensor else []
         return Reading(
             step=self.steps,
             window=self.windows - 1,
             **whole._asdict(),
-            per_tensor=named,
+            per_tensor=dict(zip(names, parts[groups:], strict=True)) if self.per_tensor else None,
             per_group=tuple(parts[:groups]) if self.per_group or self.per_tensor else None,
         )
 
@@ -293,15 +289,15 @@ class AngularVelocity:
             RuntimeError: a window is open, or two windows have not been closed since the meter
                 started or started over.
         """
-        windows = self._windows
-        if windows.position or self._sketch is None or windows.windows_since_restart < 2:
+        counter = self._counter
+        if counter.position or self._sketch is None or counter.windows_since_restart < 2:
             raise RuntimeError(
                 "double_window: expected a call at a window's end, at least two windows after a "
-                f"start, got one after {windows.position} of {windows.window} steps and "
-                f"{windows.windows_since_restart} windows"
+                f"start, got one after {counter.position} of {counter.window} steps and "
+                f"{counter.windows_since_restart} windows"
             )
         try:
-            windows.double()
+            counter.double()
             self._sketch.merge()
         except BaseException:
             self._start_over()
@@ -309,7 +305,7 @@ class AngularVelocity:
 
     def set_window(self, window: int) -> None:
         """Measure with another window from now on, and start over."""
-        self._windows.window = window
+        self._counter.window = window
         self._start_over()
 
     def rebase(self) -> None:
@@ -322,27 +318,27 @@ class AngularVelocity:
         Raises:
             RuntimeError: a window is open.
         """
-        windows = self._windows
-        if windows.position:
+        counter = self._counter
+        if counter.position:
             raise RuntimeError(
-                f"rebase: expected a call at a window's end, got one after {windows.position} of "
-                f"{windows.window} steps"
+                f"rebase: expected a call at a window's end, got one after {counter.position} of "
+                f"{counter.window} steps"
             )
         self._begin_window()
         assert self._sketch is not None
         addresses = self._source.addresses()
         if addresses is None:
             raise RuntimeError("rebase: expected parameters that can be read")
-        first = windows.windows_since_restart == 0
+        first = counter.windows_since_restart == 0
         self._sketch.rebase(addresses, self._ranks.add_up)
         if first:
-            windows.windows_since_restart = 1
-            windows.windows += 1
+            counter.windows_since_restart = 1
+            counter.windows += 1
 
     @property
     def started(self) -> bool:
         """Whether there is a mean that the next displacement is measured from."""
-        return self._windows.windows_since_restart > 0
+        return self._counter.windows_since_restart > 0
 
     def close(self) -> None:
         """Free the tables. A later :meth:`observe` starts over."""
@@ -354,13 +350,13 @@ class AngularVelocity:
 
         Call it after an interrupt between an optimizer step and :meth:`observe`, or inside of it.
         """
-        if self._windows.interrupted() and self._sketch is not None:
+        if self._counter.discard() and self._sketch is not None:
             self._sketch.start_over()
         self._faults.interrupted(WINDOWS_FOR_ANGLE)
 
     def _start_over(self) -> None:
         """Forget the windows; the counts of steps and windows go on."""
-        self._windows.start_over()
+        self._counter.start_over()
         self._faults.still_windows = 0
         if self._sketch is not None:
             self._sketch.start_over()
@@ -380,7 +376,7 @@ class AngularVelocity:
 
     def _build(self) -> None:
         shards = self._source.shards()
-        ranks = find_group(self._process_group, shards)
+        ranks = find_group(self._process_group, shards, self._faults.warnings.owner)
         if not shards and ranks.size == 1 and self.steps <= 1:
             raise ValueError(
                 "params: expected at least one trainable parameter, got none "
@@ -400,39 +396,32 @@ class AngularVelocity:
             stage=ranks.stage if ranks.num_stages > 1 else None,
             backend=self._backend,
         )
-        self._ranks, self._held = ranks, held_by(ranks, shards)
-        self._source.follow()
+        self._ranks, self._layout = ranks, ranks.layout(shards)
         self._continue(sketch)
         self._sketch, self._saved = sketch, None
 
     def _continue(self, sketch: Sketch) -> None:
         """Fill new tables with saved ones, or start over if they do not fit."""
-        saved, windows = self._saved, self._windows
+        saved, counter = self._saved, self._counter
         if saved is None:
             return
         problem = sketch.problem_of(saved)
         if problem is not None:
             self._faults.cannot_continue(problem, WINDOWS_FOR_ANGLE)
-            windows.start_over(min(windows.position, 1))
+            counter.start_over(min(counter.position, 1))
             return
         sketch.load_state_dict(saved)
         if saved["running"] is None or sketch.sharded:
             # The open window's table is on other ranks: it begins again with the present step.
             sketch.discard_running()
-            windows.begin_again(min(windows.position, 1))
+            counter.begin_again(min(counter.position, 1))
 
-    def _compare_once(self, facts: Facts) -> None:
+    def _compare_once(self, facts: GetFacts) -> None:
         if not self._compared:
-            self._compare(facts)
+            self._ranks.compare(self._with_settings(facts))
             self._compared = True
 
-    def _compare(self, facts: Facts) -> None:
-        values = dict(self._with_settings(facts)())
-        here = (self._ranks.stage, values)
-        gathered = self._ranks.gather_objects(here, "its settings could not be compared")
-        check_facts([values for _, values in gathered], [stage for stage, _ in gathered])
-
-    def compare(self, facts: Facts = dict) -> None:
+    def compare(self, facts: GetFacts = dict) -> None:
         """Compare settings between the ranks, once; :meth:`observe` does it if nobody has.
 
         Call it at a place that all ranks come to. Ranks with different windows would otherwise wait
@@ -446,12 +435,13 @@ class AngularVelocity:
                 the ranks and their values. Raised on all ranks alike.
         """
         if self._sketch is None and not self._compared:
-            self._ranks = find_group(self._process_group, self._source.shards())
+            self._ranks = find_group(
+                self._process_group, self._source.shards(), self._faults.warnings.owner
+            )
         self._compare_once(facts)
 
-    def _with_settings(self, facts: Facts) -> Facts:
-        names = ("window", "snapshots", "buckets", "per_tensor", "per_group")
-        return lambda: {**{name: getattr(self, name) for name in names}, **facts()}
+    def _with_settings(self, facts: GetFacts) -> Facts:
+        return {**{setting.name: getattr(self, setting.name) for setting in METER}, **facts()}
 
     # Looking -------------------------------------------------------------------------------------
 
@@ -481,17 +471,17 @@ class AngularVelocity:
         ``buckets=None`` on sharded parameters there are no tables in it, and the meter warms up
         again.
         """
-        sketch, windows = self._sketch, self._windows
-        tables: Mapping[str, Any] = NO_TABLES
+        sketch, counter = self._sketch, self._counter
+        tables: Mapping[str, Any] = _NO_TABLES
         if self._saved is not None:
             tables = self._saved
         elif sketch is not None:
             # A window in which the parameters were replaced is not to be continued.
-            usable = not windows.spoiled and self._source.unchanged()
+            usable = not counter.spoiled and self._source.unchanged()
             tables = sketch.state_dict(running=usable and not sketch.sharded)
         return {
             "version": 2,
-            **windows.state(),
+            **counter.state(),
             "still": self._faults.still_windows,
             "tables": dict(tables),
         }
@@ -510,8 +500,91 @@ class AngularVelocity:
             ValueError: not a state of this class; the message names the entry, and nothing has been
                 changed.
         """
-        saved = SavedMeter.read(Entries(state_dict, name))
+        saved = read_state(state_dict, name)
+        tables = saved["tables"]
         self._sketch = None
-        self._windows.restore(saved)
-        self._faults.still_windows = saved.still
-        self._saved = saved.tables
+        self._counter.window, self._counter.snapshots = saved["window"], saved["snapshots"]
+        self._counter.restore(
+            saved["steps"],
+            saved["windows"],
+            saved["position"],
+            saved["usable"],
+            spoiled=saved["spoiled"],
+        )
+        self._faults.still_windows = saved["still"]
+        self._saved = tables
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy finds its own tensors: the plan's addresses are those of the original.
+        live = {"_sketch": None, "_ranks": Ranks(), "_saved": self.state_dict()["tables"]}
+        return {**{k: v for k, v in self.__dict__.items() if k != "_layout"}, **live}
+
+
+_NO_TABLES = {"layout": "", "norms": [], "running": None, "mean": None, "displacement": None}
+
+
+def angle_of(dot: float, norm: float, previous_norm: float) -> tuple[float | None, float | None]:
+    """Return angle in degrees and cosine from ``<s, s'>``, ``|s|^2`` and ``|s'|^2``.
+
+    There is none of the papers' epsilon, which would pull short displacements to 90 degrees. Both
+    are None if a norm is zero or anything is not finite.
+    """
+    if not (math.isfinite(dot) and 0 < norm < math.inf and 0 < previous_norm < math.inf):
+        return None, None
+    cosine = max(-1.0, min(1.0, dot / (math.sqrt(norm) * math.sqrt(previous_norm))))
+    return math.degrees(math.acos(cosine)), cosine
+
+
+def read_state(state: Any, name: str) -> dict[str, Any]:
+    """Return a saved state of a meter, checked; raises ValueError, which names the entry."""
+    saved = load(state, _COUNTS, name)
+    if saved["version"] == 1:
+        # Its sums are those of an earlier release: only the counts are taken over.
+        return {**saved, "position": 0, "usable": 0, "spoiled": False, "tables": _NO_TABLES}
+    saved |= load(state, _TABLES, name)
+    window, steps, position = saved["window"], saved["steps"], saved["position"]
+    if position >= window or position > steps:
+        raise ValueError(
+            f"{name}['position']: expected less than window={window} and at most steps={steps}, "
+            f"got {position}"
+        )
+    return saved
+
+
+def _table(name: str, value: Any) -> Any:
+    if value is None:
+        return None
+    good = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+    if not good or value.dtype != torch.float64 or value.ndim != 1:
+        raise ValueError(f"{name}: expected None or a dense float64 vector, got {value!r}")
+    return value
+
+
+def _finite_table(name: str, value: Any) -> Any:
+    if _table(name, value) is not None and not bool(value.isfinite().all()):
+        raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")
+    return value
+
+
+_COUNTS = {
+    "version": exactly(1, 2),
+    "window": checks.window,
+    "snapshots": Later(checks.none_or(checks.at_least(1)), None),
+    "steps": checks.at_least(0),
+    "windows": checks.at_least(0),
+    "still": checks.at_least(0),
+}
+_TABLES = {
+    "position": checks.at_least(0),
+    "usable": checks.at_least(0),
+    "spoiled": checks.flag,
+    "tables": inside(
+        {
+            "layout": checks.text,
+            "norms": list_of(checks.at_least_zero),
+            "running": _table,  # the open window may have met NaN
+            "mean": _finite_table,
+            "displacement": _finite_table,
+        }
+    ),
+}

@@ -1,29 +1,62 @@
-"""Which tensors are watched: looked up whenever they may have changed, named for messages."""
+"""The tensors to measure: found whenever they may have changed, and named."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .distributed import deepspeed
-from .distributed.engines import local_shards, unwrap_optimizer
-from .distributed.shards import LocalShard, local_tensor
-from .ops.memory import Named
-from .ops.reference import DTYPES
-from .ops.watch import MemoryWatch
+from .memory import distinct, has_memory, no_garbage_collection
+from .sharding import (
+    LocalShard,
+    is_partitioned,
+    local_shards,
+    local_tensor,
+    unwrap_optimizer,
+    zero_optimizer_of,
+    zero_shards,
+    zero_tensors,
+)
 
-_TRACKED_DTYPES = (*DTYPES, torch.complex64, torch.complex128, torch.complex32)
+Named = tuple[str, Tensor]
+
+_REAL = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_MEASURABLE = (*_REAL, torch.complex64, torch.complex128, torch.complex32)
+
+
+class _Found(NamedTuple):
+    """What the last search found.
+
+    Attributes:
+        ids: of all parameters that were held, measured or not, by param group.
+        frozen: held and not measured.
+        every: the shards of all measured parameters.
+        kept: indices of those that are not the same memory as an earlier one.
+        forms: of ``every``.
+        addresses: of the first elements of ``every``.
+    """
+
+    ids: list[Any]
+    frozen: list[Tensor]
+    every: list[LocalShard]
+    kept: list[int]
+    forms: list[Any]
+    addresses: list[int]
 
 
 class ParameterSource:
     """The parameters of an optimizer, or given ones, as they are now.
 
     An optimizer's ``param_groups`` are never cached: ``load_state_dict``, ``add_param_group`` and
-    wrappers replace them. For sharded parameters it gives the part on this rank.
+    wrappers replace them. Of sharded parameters it finds the part on this rank.
+
+    A parameter is measured if it requires a gradient, or if it did when this object looked before
+    and has been held since: a discriminator may be frozen while ``step()`` is called, and adapters
+    may be trained in turn. Tensors given by hand that are not an ``nn.Parameter``, such as float32
+    master weights, are always measured.
 
     Args:
         params: an optimizer, also one wrapped by accelerate or DeepSpeed; or an iterable of
@@ -35,124 +68,233 @@ class ParameterSource:
         self._optimizer: Optimizer | None = None
         self._zero: Any = None  # the DeepSpeed optimizer that steps ours
         self._read: Callable[[], Iterable[Any]] | None = None
-        self._fixed: list[Named] = []
-        self._fixed_groups: list[dict[str, Any]] = []
-        self._watch: MemoryWatch | None = None
+        self._fixed: list[Any] = []
+        self._measured: list[Tensor] = []  # when this object looked last
+        self._found: _Found | None = None
+        self._readable: list[int] = []  # addresses at which the shards had their form and memory
         params = unwrap_optimizer(params)
         if isinstance(params, Optimizer):
             self._optimizer = params
         elif callable(params) and not isinstance(params, nn.Module):
             self._read = params
         else:
-            params = list(params) if isinstance(params, Iterator) else params  # read twice
-            self._fixed = _named(params)
-            self._fixed_groups = _dicts(params)
+            self._fixed = _listed(params)
+            _named(self._fixed)  # wrong items fail here
 
     def check(self) -> None:
-        """Raises TypeError where a parameter cannot be watched, as :meth:`shards` would.
+        """Raises TypeError if a parameter cannot be measured, as :meth:`shards` would.
 
         To be called early. Parameters may be sharded, replaced and filled later.
         """
-        for name, parameter in self._trainable():
-            _check_trackable(name, parameter)
-
-    def shards(self) -> list[LocalShard]:
-        """What this rank holds of all trainable parameters.
-
-        Raises:
-            TypeError: a trainable parameter is sparse, quantised or not floating-point; or a
-                DTensor with a pending sum.
-            RuntimeError: an engine keeps the parameters where they cannot be read.
-        """
-        if self._optimizer is not None:
-            self._zero = deepspeed.zero_optimizer_of(self._optimizer)
-            if self._zero is not None:
-                return deepspeed.zero_shards(self._zero)
-        named = self._trainable()
-        for name, parameter in named:
-            _check_trackable(name, parameter)
-            if deepspeed.is_partitioned(parameter):
-                raise RuntimeError(
-                    f"{name}: expected a parameter with data, got one that DeepSpeed ZeRO-3 has "
-                    "partitioned; give the scheduler engine.optimizer, or params=engine.optimizer"
-                )
-        return local_shards(named, self._group_of())
+        for name, parameter in self._look(self._items()):
+            _check_measurable(name, parameter)
 
     def num_groups(self) -> int:
-        """Param groups that the parameters come in; 1 where they come without."""
-        return max(1, len(self._groups()))
+        """Return the param groups that the parameters come in; 1 if they come without."""
+        return max(1, len(_groups(self._items())))
 
-    def watch(self, shards: Sequence[LocalShard]) -> None:
-        """Remember the parameters as they are, for :meth:`moved` and :meth:`unchanged`."""
-        aliases = [shard.tensor for shard in shards]
-        self._watch = MemoryWatch(self._now(), aliases, frozen=self._is_frozen, local=local_tensor)
+    def shards(self) -> list[LocalShard]:
+        """Return what this rank holds of all measured parameters, and remember it.
 
-    def moved(self) -> bool:
-        """Whether memory of the watched shards is elsewhere; cheap enough for every step."""
-        return self._watch is None or self._watch.moved()
+        Identical views of the same memory count once.
+
+        Raises:
+            TypeError: a measured parameter is sparse, quantised or not floating-point; or a DTensor
+                with a pending sum.
+            ValueError: two parameters overlap in memory without being the same.
+            RuntimeError: an engine keeps the parameters where they cannot be read.
+        """
+        with no_garbage_collection():
+            return self._search()
+
+    def _search(self) -> list[LocalShard]:
+        self._found = None
+        if self._optimizer is not None:
+            self._zero = zero_optimizer_of(self._optimizer)
+        items = self._items()
+        frozen: list[Tensor] = []
+        if self._zero is not None:
+            every = zero_shards(self._zero)
+        else:
+            every = _find(self._look(items), items)
+            measured = set(map(id, self._measured))
+            frozen = [p for _, p in _named(items) if id(p) not in measured]
+        kept = distinct([(shard.name, shard.tensor) for shard in every])
+        with torch._C.DisableTorchFunction():
+            forms, addresses = _forms(every), _addresses(every)
+        self._found = _Found(_ids(items), frozen, every, kept, forms, addresses)
+        self._readable = addresses
+        return [every[i] for i in kept]
+
+    def addresses(self) -> list[int] | None:
+        """Return the address of each shard's first element now, in the order of :meth:`shards`.
+
+        An address in another memory than before is fine: the parameter is the same.
+
+        Returns:
+            None if the shards cannot be read as they were found: a parameter's memory is gone, or
+            it has another shape, order in memory, dtype or device.
+
+        Raises:
+            RuntimeError: :meth:`shards` has found nothing yet.
+        """
+        found = self._found
+        if found is None:
+            raise RuntimeError("addresses: expected a call after shards(), got one before it")
+        with torch._C.DisableTorchFunction():
+            now = _addresses(found.every)
+            if now != self._readable:
+                tensors = (_local(shard.origin) for shard in found.every)
+                if _forms(found.every) != found.forms or not all(map(has_memory, tensors)):
+                    return None
+                self._readable = now
+        return now if len(found.kept) == len(now) else [now[i] for i in found.kept]
 
     def unchanged(self) -> bool:
-        """Whether the watched shards are still what :meth:`shards` would return."""
-        return self._watch is not None and self._watch.matches(self._now())
+        """Return True if :meth:`shards` would find the same parameters again.
 
-    def _now(self) -> list[Sequence[Tensor]]:
-        """The parameters of each param group without names or checks, frozen ones too."""
+        A parameter is the same if it is the same object with the same shape, order in memory, dtype
+        and device, whatever memory it has now. A new object is the same if its memory is, because
+        some functions given as ``params=`` make new objects at every call.
+        """
+        found = self._found
+        if found is None:
+            return False
+        items = self._items()
+        with torch._C.DisableTorchFunction():
+            if _ids(items) != found.ids:
+                return self._same_memory(found, items)
+            if any(parameter.requires_grad for parameter in found.frozen):
+                return False
+            if _forms(found.every) != found.forms:
+                return False
+            now = _addresses(found.every)
+            if now == found.addresses:
+                return True
+            current = [(shard.name, shard.current()) for shard in found.every]
+        try:
+            same = distinct(current) == found.kept
+        except ValueError:  # shards() says which ones overlap now
+            return False
+        if same:
+            self._found = found._replace(addresses=now)
+        return same
+
+    def _same_memory(self, found: _Found, items: Sequence[Any]) -> bool:
+        """Return True if new objects hold the memory that was found, in the same form."""
         if self._zero is not None:
-            return [deepspeed.zero_tensors(self._zero)]
+            return False
+        named = self._look(items)
+        if any(is_partitioned(parameter) for _, parameter in named):
+            return False
+        now = local_shards(named, _group_of(items))
+        facts = [
+            [(s.name, s.layout, s.group, s.part) for s in shards] for shards in (now, found.every)
+        ]
+        same = facts[0] == facts[1] and _forms(now) == found.forms
+        return same and _addresses(now) == _addresses(found.every)
+
+    def _items(self) -> Sequence[Any]:
+        """Return tensors, pairs and param groups as they are now."""
+        if self._zero is not None:
+            return zero_tensors(self._zero)
         if self._optimizer is not None:
-            return [group["params"] for group in self._optimizer.param_groups]
-        every = [parameter for _, parameter in self._all()]
-        return [every, *(group["params"] for group in self._groups())]
+            return self._optimizer.param_groups
+        return self._fixed if self._read is None else _listed(self._read())
+
+    def _look(self, items: Sequence[Any]) -> list[Named]:
+        """Return the parameters to measure, and remember that they are measured."""
+        before = set(map(id, self._measured))
+        by_hand = self._optimizer is None
+        named = [
+            (name, p)
+            for name, p in _named(items)
+            if p.requires_grad or id(p) in before or (by_hand and not isinstance(p, nn.Parameter))
+        ]
+        self._measured = [p for _, p in named]
+        return named
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_zero": None, "_watch": None}
-
-    def _trainable(self) -> list[Named]:
-        is_frozen = self._is_frozen
-        return [(name, p) for name, p in self._all() if not is_frozen(p)]
-
-    def _all(self) -> list[Named]:
-        if self._optimizer is not None:
-            return _named(self._optimizer.param_groups)
-        return self._fixed if self._read is None else _named(self._read())
-
-    def _groups(self) -> list[dict[str, Any]]:
-        if self._optimizer is not None:
-            return list(self._optimizer.param_groups)
-        return self._fixed_groups if self._read is None else _dicts(self._read())
-
-    def _group_of(self) -> dict[int, int]:
-        """Index of the param group by ``id`` of the parameter."""
-        groups = enumerate(self._groups())
-        return {id(p): g for g, group in groups for p in reversed(group["params"])}
-
-    @property
-    def _is_frozen(self) -> Callable[[Tensor], bool]:
-        # No method: the compiled watch keeps it, and the garbage collector does not see through it.
-        # A plain tensor given by hand, such as a master weight, need not require gradients.
-        return _requires_no_gradient if self._optimizer is not None else _is_frozen_parameter
+        return {**self.__dict__, "_zero": None, "_found": None}
 
 
-def _requires_no_gradient(tensor: Tensor) -> bool:
-    return not tensor.requires_grad
+def _find(named: Sequence[Named], items: Sequence[Any]) -> list[LocalShard]:
+    for name, parameter in named:
+        _check_measurable(name, parameter)
+        if is_partitioned(parameter):
+            raise RuntimeError(
+                f"{name}: expected a parameter with data, got one that DeepSpeed ZeRO-3 has "
+                "partitioned; give the scheduler engine.optimizer, or params=engine.optimizer"
+            )
+        if parameter.is_meta:
+            raise RuntimeError(f"{name}: expected a parameter with data, got one on device meta")
+    return local_shards(named, _group_of(items))
 
 
-def _is_frozen_parameter(tensor: Tensor) -> bool:
-    return not tensor.requires_grad and isinstance(tensor, nn.Parameter)
+def _local(tensor: Any) -> Tensor:
+    """Return a DTensor's local tensor, in a tenth of the time of ``to_local()``."""
+    local: Tensor = getattr(tensor, "_local_tensor", tensor)
+    return local
 
 
-def _dicts(params: Iterable[Any]) -> list[dict[str, Any]]:
-    return [item for item in params if isinstance(item, dict)]
+def _addresses(shards: Sequence[LocalShard]) -> list[int]:
+    return [
+        _local(s.origin).data_ptr() + s.offset * s.origin.element_size()
+        if s.sharding is not None or s.offset
+        else s.origin.data_ptr()
+        for s in shards
+    ]
 
 
-def _named(params: Any) -> list[Named]:
+def _forms(shards: Sequence[LocalShard]) -> list[Any]:
+    """Return what must stay the same while shards are read from other memory, column by column."""
+    origins: list[Any] = [shard.origin for shard in shards]
+    tensors = [_local(origin) for origin in origins]
+    return [
+        [type(origin) for origin in origins],
+        [tensor.dtype for tensor in tensors],
+        [tensor.device for tensor in tensors],
+        [tensor.shape for tensor in tensors],
+        [tensor.stride() for tensor in tensors],
+        [(o.shape, o.placements) for o, t in zip(origins, tensors, strict=True) if o is not t],
+    ]
+
+
+# ---- what is given as params= -----------------------------------------------------------------
+
+
+def _listed(params: Any) -> list[Any]:
     if isinstance(params, Tensor) or not isinstance(params, Iterable):
         raise TypeError(
             "params: expected an iterable of tensors, of (name, tensor) pairs or of param groups, "
             f"got {type(params).__name__}"
         )
+    return list(params)
+
+
+def _groups(items: Sequence[Any]) -> list[dict[str, Any]]:
+    return [item for item in items if isinstance(item, dict)]
+
+
+def _group_of(items: Sequence[Any]) -> Mapping[int, int]:
+    """Return the index of the param group by ``id`` of the parameter; the first of several."""
+    groups = list(enumerate(_groups(items)))
+    return {id(p): g for g, group in reversed(groups) for p in group["params"]}
+
+
+def _ids(items: Sequence[Any]) -> list[Any]:
+    return [
+        [id(p) for p in item["params"]]
+        if isinstance(item, dict)
+        else id(item[1] if isinstance(item, tuple) else item)
+        for item in items
+    ]
+
+
+def _named(items: Sequence[Any]) -> list[Named]:
+    """Return names and tensors; a number follows a name that another tensor has: ``weight (2)``."""
     named: list[Named] = []
-    for i, item in enumerate(params):
+    for i, item in enumerate(items):
         if isinstance(item, Tensor):
             named.append((f"params[{i}]", item))
         elif isinstance(item, dict) and "params" in item:
@@ -164,20 +306,15 @@ def _named(params: Any) -> list[Named]:
                 f"params[{i}]: expected a tensor, a (name, tensor) pair or a param group, "
                 f"got {type(item).__name__}"
             )
-    return _unique(named)
-
-
-def _unique(named: Sequence[Named]) -> list[Named]:
-    """The same with a number behind names that other tensors have already: ``weight (2)``."""
     owner: dict[str, Tensor] = {}
-    result = []
+    unique = []
     for name, tensor in named:
-        unique, number = name, 1
-        while owner.setdefault(unique, tensor) is not tensor:
+        other, number = name, 1
+        while owner.setdefault(other, tensor) is not tensor:
             number += 1
-            unique = f"{name} ({number})"
-        result.append((unique, tensor))
-    return result
+            other = f"{name} ({number})"
+        unique.append((other, tensor))
+    return unique
 
 
 def _named_group(g: int, group: dict[str, Any]) -> list[Named]:
@@ -188,12 +325,12 @@ def _named_group(g: int, group: dict[str, Any]) -> list[Named]:
     return list(zip(names, tensors, strict=True))
 
 
-def _check_trackable(name: str, parameter: Tensor) -> None:
+def _check_measurable(name: str, parameter: Tensor) -> None:
     problem = None
     parameter = local_tensor(parameter)
     if parameter.layout != torch.strided:
         problem = f"layout {parameter.layout}"
-    elif parameter.is_quantized or parameter.dtype not in _TRACKED_DTYPES:
+    elif parameter.is_quantized or parameter.dtype not in _MEASURABLE:
         problem = f"dtype {parameter.dtype}"
     elif parameter.numel() and not parameter.is_meta and parameter.data_ptr() == 0:
         # Address 0 of something that has elements: a wrapper, such as torchao's tensors.
@@ -201,5 +338,5 @@ def _check_trackable(name: str, parameter: Tensor) -> None:
     if problem is not None:
         raise TypeError(
             f"{name}: expected a dense floating-point or complex parameter, got {problem}; "
-            "freeze it (requires_grad=False) or pass the tensors to watch as params="
+            "freeze it (requires_grad=False) or pass the tensors to measure as params="
         )

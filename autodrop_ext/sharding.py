@@ -80,6 +80,13 @@ class LocalShard(NamedTuple):
         """True if this rank may hold less than the whole parameter."""
         return self.flat or self.parts > 1
 
+    @property
+    def identity(self) -> str:
+        """Description of the whole parameter; the same for any sharding unless ``flat``."""
+        if self.sharding is None:
+            return self.layout
+        return f"{tuple(self.sharding.shape)} {self.origin.dtype}"
+
     def current(self) -> Tensor:
         """Return ``tensor`` again, in the memory that ``origin`` has now."""
         tensor = as_real(local_tensor(self.origin))

@@ -53,7 +53,7 @@ class Windows:
         return self.position * self.snapshots_per_window // self.window > self.taken
 
     def begin_close(self) -> None:
-        """The window's end is reached; :meth:`interrupted` needs to know until it is closed."""
+        """The window's end is reached; :meth:`discard` needs to know until it is closed."""
         self._closing = self.windows + 1
 
     def next_window(self) -> None:
@@ -72,8 +72,11 @@ class Windows:
         self.windows_since_restart = 0
         self._closing = self.windows
 
-    def interrupted(self) -> bool:
-        """Discard the open window; whether that starts over at once, at a window's beginning."""
+    def discard(self) -> bool:
+        """Discard the open window, and return whether that has started over at once.
+
+        Within a window its end is waited for, because other ranks end it too.
+        """
         if 0 < self.position < self.window:
             self.spoiled = True
             return False
@@ -87,24 +90,13 @@ class Windows:
         self.window *= 2
         self.windows_since_restart = 1
 
-    def mean_weights(self, *, last_only: bool) -> tuple[float, float, float] | None:
-        """Weights of the window before the last one, of the last one and of the open one.
-
-        They are in proportion to the steps that each covers, and 0 where there is none.
+    def begin_again(self, position: int) -> None:
+        """Begin the open window again; the windows before it stay.
 
         Args:
-            last_only: whether only the last whole window counts.
-
-        Returns:
-            The weights, or None where there is no window.
+            position: steps of it so far.
         """
-        whole = self.windows_since_restart
-        covered = self.taken * self.window // self.snapshots_per_window
-        steps = (self.window * (whole >= 2), self.window * (whole >= 1), covered)
-        if last_only:
-            steps = (0, steps[1], 0)
-        total = sum(steps)
-        return (steps[0] / total, steps[1] / total, steps[2] / total) if total else None
+        self._begin, self.taken = self.steps - position, 0
 
     def state(self) -> dict[str, Any]:
         """The counts as plain values."""
