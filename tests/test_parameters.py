@@ -191,6 +191,7 @@ def test_memory_that_is_gone_or_too_small_is_not_read() -> None:
     for size in (0, 400):
         storage.resize_(size)
         assert source.addresses() is None
+        assert source.unchanged()  # of which addresses() can read nothing for the moment
     storage.resize_(4000)
     assert source.addresses() == [a.data_ptr()]
     assert source.unchanged()

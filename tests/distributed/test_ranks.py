@@ -340,13 +340,13 @@ def dying(rank: int, call: str) -> str:
     ranks.add_numbers([1.0])  # all are there
     if rank == 1:
         os._exit(1)
+    calls = {
+        "gather": lambda: ranks.gather(ROW),
+        "objects": lambda: ranks.compare({"factor": 0.5}),
+        "table": lambda: ranks.add_up(torch.zeros(8, dtype=torch.float64)),
+    }
     with pytest.raises(RuntimeError) as caught:
-        if call == "gather":
-            ranks.gather(ROW)
-        elif call == "objects":
-            ranks.compare({"factor": 0.5})
-        else:
-            ranks.add_up(torch.zeros(8, dtype=torch.float64))
+        calls[call]()
     assert isinstance(caught.value.__cause__, RuntimeError)
     return str(caught.value)
 

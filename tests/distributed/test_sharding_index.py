@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from autodrop_ext.global_index import Cut, axis_of, runs_of
 from autodrop_ext.parameters_new import ParameterSource
 from autodrop_ext.ranks import Ranks
-from autodrop_ext.sharding import LocalShard, local_shards
+from autodrop_ext.sharding import LocalShard, local_shards, zero_shards, zero_tensors
 
 
 def index_of(shard: LocalShard) -> np.ndarray[Any, Any]:
@@ -196,6 +197,55 @@ def test_flat_shards_of_fsdp1_have_no_index(use_orig_params: bool) -> None:
     assert {total for _, total in counts} == {whole}
 
 
+@dataclass
+class Group:
+    """What is asked of a process group, for a rank that is not running."""
+
+    members: int
+    mine: int
+
+    def size(self) -> int:
+        return self.members
+
+    def rank(self) -> int:
+        return self.mine
+
+
+def test_partitions_of_zero() -> None:
+    """DeepSpeed's attributes, as in 0.19: flat float32 tensors with padding at the end."""
+    tensor = torch.arange(8.0)
+    inner = SimpleNamespace(param_groups=[{"params": [tensor]}])
+    two = SimpleNamespace(
+        optimizer=inner,
+        groups_padding=[3],
+        bit16_groups=[[torch.zeros(9), torch.zeros(4)]],
+        real_dp_process_group=[Group(2, 1)],
+    )
+    (shard,) = zero_shards(two)
+    assert shard.tensor.tolist() == tensor[:5].tolist()
+    assert (shard.total, shard.parts, shard.part, shard.flat) == (13, 2, (1,), True)
+    assert shard.current().equal(shard.tensor) and zero_tensors(two)[0] is tensor
+
+    def parameter(number: int, size: int, part: int) -> SimpleNamespace:
+        return SimpleNamespace(
+            ds_id=number, ds_numel=size, ds_tensor=SimpleNamespace(ds_numel=part)
+        )
+
+    three = SimpleNamespace(
+        fp32_partitioned_groups_flat=[tensor],
+        fp16_groups=[[parameter(0, 9, 5), parameter(1, 6, 3)]],
+        sub_group_to_group_id={0: 2},
+        dp_process_group=Group(2, 1),
+    )
+    first, second = zero_shards(three)
+    assert first.tensor.tolist() == [0, 1, 2, 3] and second.tensor.tolist() == [5, 6, 7]
+    assert (second.offset, second.total, second.group) == (5, 6, 2)
+    assert second.current().data_ptr() == tensor[5:].data_ptr()
+    three.fp32_partitioned_groups_flat = [None]
+    with pytest.raises(RuntimeError, match="expected the float32 partition 0 of ZeRO-3 in GPU or"):
+        zero_shards(three)
+
+
 # ---- layouts, without processes ---------------------------------------------------------------
 
 
@@ -313,7 +363,7 @@ def test_stretches_are_as_long_as_they_can_be() -> None:
     assert rows is not None and [a.tolist() for a in rows] == [[0], [6], [12]]
     columns = runs_of((2, 6), [range(2), range(2, 4)])
     assert columns is not None and [a.tolist() for a in columns] == [[0, 2], [2, 8], [2, 2]]
-    # The end of a row and the begin of the next one.
+    # The end of a row and the beginning of the next one.
     ends = runs_of((2, 6), [range(2), np.array([0, 4, 5])])
     assert ends is not None and [a.tolist() for a in ends] == [[0, 1, 4], [0, 4, 10], [1, 3, 2]]
     huge = runs_of((2**20, 2**20), [range(2**20 - 1, 2**20), range(2**20)])
