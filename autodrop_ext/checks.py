@@ -142,27 +142,26 @@ def window(name: str, value: Any) -> int:
     return int(value)
 
 
-def sample(name: str, value: Any) -> float | None:
-    """Part of the parameters that is read; None for everything.
+def buckets(name: str, value: Any) -> int | None:
+    """The buckets of a table; None for one each element.
 
     Raises:
-        TypeError, ValueError: it is no number in (0, 1].
+        TypeError, ValueError: it is no positive multiple of 4,096.
     """
-    expected = "expected None or a number above 0 and at most 1"
-    if value == "auto":
-        raise ValueError(
-            f"{name}: {expected}, got 'auto'; read everything (sample=None), or a part "
-            "such as sample=1/64"
-        )
-    if isinstance(value, str):
-        raise ValueError(f"{name}: {expected}, got {value!r}")
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name}: {expected}, got {value!r}")
-    if not 0 < float(value) <= 1:
-        raise ValueError(f"{name}: {expected}, got {value!r}")
-    return None if value == 1 else float(value)
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name}: expected None or an int, got {value!r}")
+    if value < 4096 or value % 4096:
+        raise ValueError(f"{name}: expected None or a positive multiple of 4,096, got {value}")
+    return int(value)
+
+
+def text(name: str, value: Any) -> str:
+    """The value as a string; raises TypeError otherwise."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: expected a string, got {value!r}")
+    return value
 
 
 def one_or_several(name: str, value: Any) -> float | list[float]:

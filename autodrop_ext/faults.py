@@ -102,7 +102,7 @@ class Faults:
                 "undefined and no learning rate is dropped; is this the optimizer that trains the "
                 "measured parameters, and is its learning rate above zero?",
             )
-        if sketch.half_precision and not self.warnings.was_given("half"):
+        if sketch.half_precision and not self.warnings.has_warned("half"):
             # An element that moves at all moves by about eps / 2 of itself, and on average half of
             # the window has passed by then: 0.003 eps^2 is one element in twenty.
             eps = torch.finfo(sketch.half_precision).eps

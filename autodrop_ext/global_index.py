@@ -108,7 +108,7 @@ def runs_of(shape: Sequence[int], axes: Sequence[Index]) -> Runs | None:
     length = np.tile(lengths, len(rows))
     if not length.any():
         return no_runs()
-    # The end of one row and the begin of the next one may be neighbours.
+    # The end of one row and the beginning of the next one may be neighbours.
     first = np.flatnonzero(np.diff(index, prepend=-1) != np.append(-1, length[:-1]))
     length = np.add.reduceat(length, first)
     return Runs(np.cumsum(length) - length, index[first], length)

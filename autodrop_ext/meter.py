@@ -19,7 +19,7 @@ from .parameters import ParameterSource
 from .ranks import Layout, Ranks, check_group, find_group
 from .reading import HISTORY, PartReading, Reading, remember
 from .saved import Later, exactly, inside, list_of, load
-from .settings import METER, check_arguments
+from .settings import METER, USE_BUCKETS, check_arguments, removed
 from .sketch import Sketch, Totals, standard_error
 from .windows import Windows
 

@@ -144,8 +144,7 @@ class ParameterSource:
         with torch._C.DisableTorchFunction():
             now = _addresses(found.every)
             if now != self._readable:
-                tensors = (_local(shard.origin) for shard in found.every)
-                if _forms(found.every) != found.forms or not all(map(has_memory, tensors)):
+                if _forms(found.every) != found.forms or not _in_memory(found.every):
                     return None
                 self._readable = now
         return now if len(found.kept) == len(now) else [now[i] for i in found.kept]
@@ -154,22 +153,22 @@ class ParameterSource:
         """Return True if :meth:`shards` would find the same parameters again.
 
         A parameter is the same if it is the same object with the same shape, order in memory, dtype
-        and device, whatever memory it has now. A new object is the same if its memory is, because
-        some functions given as ``params=`` make new objects at every call.
+        and device, whatever memory it has now, or none for the moment. A new object is the same if
+        its memory is, because some functions given as ``params=`` make new objects at every call.
         """
         found = self._found
         if found is None:
             return False
         items = self._items()
+        if _ids(items) != found.ids:
+            return self._same_memory(found, items)
         with torch._C.DisableTorchFunction():
-            if _ids(items) != found.ids:
-                return self._same_memory(found, items)
             if any(parameter.requires_grad for parameter in found.frozen):
                 return False
             if _forms(found.every) != found.forms:
                 return False
             now = _addresses(found.every)
-            if now == found.addresses:
+            if now == found.addresses or not _in_memory(found.every):
                 return True
             current = [(shard.name, shard.current()) for shard in found.every]
         try:
@@ -244,6 +243,10 @@ def _addresses(shards: Sequence[LocalShard]) -> list[int]:
         else s.origin.data_ptr()
         for s in shards
     ]
+
+
+def _in_memory(shards: Sequence[LocalShard]) -> bool:
+    return all(has_memory(_local(shard.origin)) for shard in shards)
 
 
 def _forms(shards: Sequence[LocalShard]) -> list[Any]:

@@ -6,11 +6,12 @@ all follow from the declarations below.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from . import checks
 from .checks import Check, at_least, choice, none_or
@@ -93,10 +94,9 @@ SNAPSHOTS = Setting(
     "how many times a window the parameters are read",
     saved=False,
 )
-SAMPLE = Setting(
-    "sample", None, checks.sample, "part of the parameters that is read, in (0, 1]", saved=False
+BUCKETS = Setting(
+    "buckets", 2**18, checks.buckets, "float64 sums in a table; None for exact angles", saved=False
 )
-SEED = Setting("seed", 0, at_least(-(2**63)), "seed of the sample", saved=False)
 PER_TENSOR = Setting(
     "per_tensor", False, checks.flag, "whether there are angles of each parameter", saved=False
 )
@@ -105,7 +105,7 @@ FACTOR = Setting("factor", 0.95, checks.between_0_and_1, "``rho``, in (0, 1)", a
 MIN_LR = Setting("min_lr", 0.0, checks.one_or_several, "lower bound of the rate")
 WARMUP_STEPS = Setting("warmup_steps", 0, at_least(0), "optimizer steps of linear warm-up")
 
-METER: Settings = (WINDOW, SNAPSHOTS, SAMPLE, SEED, PER_TENSOR, PER_GROUP)
+METER: Settings = (WINDOW, SNAPSHOTS, BUCKETS, PER_TENSOR, PER_GROUP)
 
 AUTODROP: Settings = (
     WINDOW,
@@ -117,7 +117,7 @@ AUTODROP: Settings = (
     MIN_LR,
     WARMUP_STEPS,
     PER_GROUP,
-    *(SNAPSHOTS, SAMPLE, SEED, PER_TENSOR),
+    *(SNAPSHOTS, BUCKETS, PER_TENSOR),
 )
 
 ANYTIME: Settings = (
@@ -131,7 +131,7 @@ ANYTIME: Settings = (
     Setting("cosines", 8, at_least(1), "how many of the newest cosines are averaged"),
     MIN_LR,
     WARMUP_STEPS,
-    *(SAMPLE, SEED),
+    BUCKETS,
 )
 
 EPOCH: Settings = (
@@ -156,4 +156,35 @@ ANALYTIC: Settings = (
     Setting("tau0", REQUIRED, _tau0, "threshold of the derivative, radians", always=True),
     Setting("rates", "theorem", checks.rates, "``r_i``, the rates one after the other"),
     WARMUP_STEPS,
+)
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def removed(**advice: str) -> Callable[[Function], Function]:
+    """Refuse arguments of earlier releases.
+
+    Args:
+        advice: what to do instead, by the name of the argument.
+
+    Returns:
+        A decorator of a constructor, which then raises TypeError for such an argument.
+    """
+
+    def decorate(function: Function) -> Function:
+        @functools.wraps(function)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            for name in kwargs:
+                if name in advice:
+                    raise TypeError(f"{name}: expected no such argument; {advice[name]}")
+            return function(*args, **kwargs)
+
+        return cast(Function, wrapped)
+
+    return decorate
+
+
+USE_BUCKETS = (
+    "every parameter is read now, and added to a table of constant size; buckets= sets its size"
 )

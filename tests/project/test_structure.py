@@ -173,6 +173,7 @@ OTHERS_UNDERSCORES = {
     "_wrapped_by_lr_sched": "optimizer.step: keeps torch's base class from wrapping it",
     "_update_lr": "LRScheduler: what SequentialLR calls at a milestone",
     "_schedulers": "SequentialLR and ChainedScheduler: the schedulers inside",
+    "_local_tensor": "DTensor: its part on this rank, in a tenth of the time of to_local()",
     "_device_types": "ProcessGroup: where its tensors must be",
     "_get_root_mesh": "DeviceMesh: the mesh that a mesh was cut out of",
     "_mesh_resources": "DeviceMesh: the same before torch 2.9",
