@@ -133,7 +133,11 @@ class ParameterAverage:
             raise RuntimeError(
                 f"{caller}: expected parameters of a training step, got averaged ones"
             )
-        problem = "the parameters held their average since an interrupt" if interrupted else None
+        problem = (
+            "the parameters held their average since an interrupt or a copy"
+            if interrupted
+            else None
+        )
         named = self._named()
         misfit = _misfit(named, self._tensors)
         if misfit is not None:
@@ -359,9 +363,10 @@ def _batches(
     batch: list[tuple[Tensor, Tensor]] = []
     room = limit
     for average, parameter in pairs:
-        pieces = max(1, math.ceil(average.numel() / limit))
-        side = max(range(average.dim()), key=average.shape.__getitem__, default=0)
-        cut = (t.chunk(pieces, side) if pieces > 1 else [t] for t in (average, parameter))
+        n, shape = average.numel(), average.shape
+        side = max(range(len(shape)), key=shape.__getitem__, default=0)
+        rows = max(1, shape[side] * limit // n) if n > limit else 0
+        cut = (torch.split(t, rows, side) if rows else [t] for t in (average, parameter))
         for a, x in zip(*cut, strict=True):
             if batch and a.numel() > room:
                 yield batch
