@@ -21,7 +21,7 @@ Named = Sequence[tuple[str, Tensor]]
 
 # Elements that are converted to the average's dtype at a time. On the CPU 1 MiB of float32, which
 # the caches hold; on a GPU 64 MiB, because a launch takes as long as 10 million elements.
-_PIECE_ON_CPU, _PIECE_ON_GPU = 1 << 18, 1 << 24
+PIECE_ON_CPU, PIECE_ON_GPU = 1 << 18, 1 << 24
 
 
 class ParameterAverage:
@@ -37,7 +37,7 @@ class ParameterAverage:
     else between two calls. Half-precision parameters are converted in pieces of at most 64 MiB.
 
     In float32 an update with a small ``c`` is lost where ``c |x - a|`` is below half a unit in the
-    last place of ``a``. If ``d`` is at least ``t / 512``, ``c`` is at least 1/64.
+    last place of ``a``. If ``d`` is at least ``t / 512``, ``c`` is about 1/64 at least.
 
     Parameters that are not finite are left out. On a GPU the host waits at each update for the one
     bool that says so; a weight of 0 on the device would not keep a NaN out. Ranks decide this by
@@ -213,7 +213,7 @@ class ParameterAverage:
     def restore(self) -> None:
         """Give the parameters their own bits back, if they hold the average.
 
-        Every method begins with it, in case that an interrupt struck where the block ends.
+        Every other method does it first, in case an interrupt struck where the block ends.
         """
         if self._own is not None:
             _discard_gathered()
@@ -347,7 +347,7 @@ def _lerp(pairs: list[tuple[Tensor, Tensor]], share: float) -> None:
     """Move averages by ``share`` towards parameters, all of one device and one dtype."""
     average, parameter = pairs[0]
     convert = average.dtype != parameter.dtype
-    limit = _PIECE_ON_CPU if average.is_cpu else _PIECE_ON_GPU
+    limit = PIECE_ON_CPU if average.is_cpu else PIECE_ON_GPU
     for batch in _batches(pairs, limit) if convert else [pairs]:
         averages, parameters = [a for a, _ in batch], [x for _, x in batch]
         if convert:

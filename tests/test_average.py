@@ -99,7 +99,7 @@ def assert_close(average: ParameterAverage, expected: dict[str, Tensor]) -> None
 def test_updates_follow_the_recursion_in_float64(
     piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_PIECE_ON_CPU", piece)  # 8: half-precision tensors are cut
+    monkeypatch.setattr(module, "PIECE_ON_CPU", piece)  # 8: half-precision tensors are cut
     model = Model()
     average = ParameterAverage(model.named)
     a: dict[str, Tensor] = {}
@@ -240,7 +240,7 @@ def test_memory_is_4_bytes_a_parameter() -> None:
 def test_half_precision_is_converted_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """No single temporary is larger than a piece, whatever the shapes and strides."""
     piece = 1 << 10
-    monkeypatch.setattr(module, "_PIECE_ON_CPU", piece)
+    monkeypatch.setattr(module, "PIECE_ON_CPU", piece)
     largest = 0
     empty_like = torch.empty_like
 
