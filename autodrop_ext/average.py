@@ -12,10 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import checks
-from .distributed.fsdp1 import is_flattened
-from .distributed.gathered import discard_gathered
-from .distributed.shards import is_dtensor, local_tensor
-from .saved import Entries
+from .saved import Form, dict_of, load
+from .sharding import discard_gathered, is_dtensor, is_flattened, local_tensor
 
 Named = Sequence[tuple[str, Tensor]]
 
@@ -68,6 +66,11 @@ class ParameterAverage:
         self.steps = self.updates = 0
         self._tensors: dict[str, Tensor] = {}
         self._parameters: dict[str, Tensor] = {}  # of the last update; some may be frozen since
+
+    @property
+    def in_block(self) -> bool:
+        """Whether the parameters hold the average now, within the block of :meth:`swapped`."""
+        return self._in_block
 
     # ---- averaging --------------------------------------------------------------------------
 
@@ -255,10 +258,15 @@ class ParameterAverage:
             ValueError: not a state of this class; the message names the entry, and nothing has
                 changed.
         """
-        state = Entries(state_dict)
-        steps, updates = state.count("steps"), state.count("updates")
-        saved = state.inner("tensors")
-        tensors = {name: saved.read(name, _check_average) for name in saved} if updates else {}
+        return self.restore_state(checked_average("state_dict", state_dict))
+
+    def restore_state(self, saved: Mapping[str, Any]) -> str | None:
+        """Continue a state that :func:`checked_average` has returned.
+
+        Returns:
+            As :meth:`load_state_dict`.
+        """
+        steps, updates, tensors = saved["steps"], saved["updates"], saved["tensors"]
         if not self._in_block:
             self.restore()
         if not updates:
@@ -322,6 +330,23 @@ def _check_average(name: str, value: Any) -> Tensor:
     if not _are_finite([local_tensor(tensor)]):
         raise ValueError(f"{name}: expected finite values, got NaN or infinity")
     return tensor
+
+
+_FORM: Form = {
+    "steps": checks.at_least(0),
+    "updates": checks.at_least(0),
+    "tensors": dict_of(_check_average),
+}
+
+
+def checked_average(name: str, value: Any) -> dict[str, Any]:
+    """Return a saved average, checked; raises ValueError, which names the entry.
+
+    Averages of the first version, whose tensors had other names, are taken for none.
+    """
+    if isinstance(value, Mapping) and "snapshots" in value:
+        return {"steps": 0, "updates": 0, "tensors": {}}
+    return load(value, _FORM, name)
 
 
 @torch.no_grad()

@@ -95,6 +95,7 @@ class AngularVelocity:
         self._backend = backend
         self._faults = Faults(Warnings(type(self).__name__))
         self._warns_by_itself = True
+        self._has_read = False
         self._compared = False  # whether the ranks have compared their settings
         self._sketch: Sketch | None = None
         self._saved: Mapping[str, Any] | None = None  # tables of a checkpoint, until the next step
@@ -127,6 +128,15 @@ class AngularVelocity:
     def windows_since_restart(self) -> int:
         """Windows closed since the meter started or started over."""
         return self._counter.windows_since_restart
+
+    @property
+    def has_read(self) -> bool:
+        """Whether the last :meth:`observe` has read the parameters."""
+        return self._has_read
+
+    def named_parameters(self) -> list[tuple[str, Tensor]]:
+        """Names and parameters that are measured, as they are now; sharded ones as DTensors."""
+        return self._source.named()
 
     # A window ------------------------------------------------------------------------------------
 
@@ -165,6 +175,7 @@ class AngularVelocity:
         if counter.position == 1 or self._sketch is None:
             self._begin_window()
         self._compare_once(facts)
+        self._has_read = False
         if counter.is_snapshot():
             self._read()
         if counter.position < counter.window:
@@ -188,6 +199,7 @@ class AngularVelocity:
                 self._counter.spoiled = True
             else:
                 self._sketch.add(addresses)
+                self._has_read = True
         self._counter.taken += 1
 
     def _close_window(self, calls: int, facts: GetFacts) -> Reading | None:

@@ -89,6 +89,10 @@ class ParameterSource:
         for name, parameter in self._look(self._items()):
             _check_measurable(name, parameter)
 
+    def named(self) -> list[Named]:
+        """Return names and parameters to measure, as they are now."""
+        return self._look(self._items())
+
     def num_groups(self) -> int:
         """Return the param groups that the parameters come in; 1 if they come without."""
         return max(1, len(_groups(self._items())))

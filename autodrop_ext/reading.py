@@ -24,7 +24,7 @@ class PartReading(NamedTuple):
         cosine: of the angle; None where it is undefined.
         norm: ``|s_i|`` over the part.
         previous_norm: ``|s_{i-1}|`` over the part.
-        standard_error: of a sampled angle, degrees; 0 where every element was read.
+        standard_error: of the angle, degrees; 0 if it is exact.
     """
 
     angle: float | None
@@ -50,11 +50,8 @@ class Reading:
         cosine: of the angle; None where it is undefined.
         norm: ``|s_i|``, length of this window's displacement.
         previous_norm: ``|s_{i-1}|``.
-        standard_error: of a sampled angle, degrees; 0 where every element was read, NaN where the
-            angle is undefined.
-        rounding_error: bound on what float32 sums may have moved the angle by, degrees.
-        margin: half the width of the 95 % confidence interval of a sampled angle, degrees:
-            Student's t times the standard error; 0 and NaN as there.
+        standard_error: of the angle, degrees: ``sin(angle) / sqrt(buckets)``, 0 if it is exact, NaN
+            if it is undefined.
         per_tensor: the same of each parameter by name, where that was asked for. Histories keep the
             last 100 and checkpoints none of them.
         per_group: the same of each param group, where that was asked for.
@@ -67,8 +64,6 @@ class Reading:
     norm: float
     previous_norm: float
     standard_error: float = 0.0
-    rounding_error: float = 0.0
-    margin: float = 0.0
     per_tensor: Mapping[str, PartReading] | None = field(default=None, metadata=_UNSAVED)
     per_group: tuple[PartReading, ...] | None = field(default=None, metadata=_UNSAVED)
 
@@ -151,7 +146,7 @@ def from_columns(kind: type[Any]) -> Check:
             key: column for key, column in load(value, form, name).items() if column is not None
         }
         for key in value:
-            if key not in form:
+            if key not in form and key not in _OF_EARLIER_RELEASES:
                 raise ValueError(f"{name}[{key!r}]: expected no such column of {kind.__name__}")
         length = len(next(iter(columns.values())))
         for key, column in columns.items():
@@ -180,6 +175,7 @@ def _check_value(kind: str, name: str, value: Any) -> Any:
     return checks.number(name, value, "a number", lambda x: True)
 
 
+_OF_EARLIER_RELEASES = ("rounding_error", "margin")  # columns that are passed over
 _OF_GROUPS = ("dropped_groups", "group_angles", "group_smoothed", "group_rises")
 
 R = TypeVar("R", bound=Reading)

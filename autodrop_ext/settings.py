@@ -6,6 +6,7 @@ all follow from the declarations below.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import math
@@ -105,6 +106,8 @@ FACTOR = Setting("factor", 0.95, checks.between_0_and_1, "``rho``, in (0, 1)", a
 MIN_LR = Setting("min_lr", 0.0, checks.one_or_several, "lower bound of the rate")
 WARMUP_STEPS = Setting("warmup_steps", 0, at_least(0), "optimizer steps of linear warm-up")
 
+AVERAGE = Setting("average", False, checks.flag, "whether parameters are averaged over the run")
+
 METER: Settings = (WINDOW, SNAPSHOTS, BUCKETS, PER_TENSOR, PER_GROUP)
 
 AUTODROP: Settings = (
@@ -117,6 +120,7 @@ AUTODROP: Settings = (
     MIN_LR,
     WARMUP_STEPS,
     PER_GROUP,
+    AVERAGE,
     *(SNAPSHOTS, BUCKETS, PER_TENSOR),
 )
 
@@ -131,6 +135,7 @@ ANYTIME: Settings = (
     Setting("cosines", 8, at_least(1), "how many of the newest cosines are averaged"),
     MIN_LR,
     WARMUP_STEPS,
+    dataclasses.replace(AVERAGE, default=True),
     BUCKETS,
 )
 
@@ -148,6 +153,7 @@ EPOCH: Settings = (
     Setting("delay", 20, at_least(0), "``n_d``, epochs between condition and drop", always=True),
     Setting("average", True, checks.flag, "whether parameters are averaged over the delay"),
     MIN_LR,
+    dataclasses.replace(BUCKETS, default=None),
 )
 
 ANALYTIC: Settings = (

@@ -140,6 +140,11 @@ def is_dtensor(tensor: Tensor) -> bool:
     return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
 
 
+def is_flattened(parameter: Tensor) -> bool:
+    """Return True if FSDP1 has flattened the parameter."""
+    return bool(getattr(parameter, "_fsdp_flattened", False))
+
+
 def local_tensor(tensor: Tensor) -> Tensor:
     """Return the part of a tensor on this rank: the tensor itself unless it is a DTensor."""
     if not is_dtensor(tensor):
@@ -264,7 +269,7 @@ def _fsdp1_shards(named: Sequence[tuple[str, Tensor]]) -> dict[int, LocalShard]:
     padding, and the tensor itself does not show if it is whole. So the handles are looked for among
     all living Python objects (0.2 s), and only if a parameter is marked as flattened.
     """
-    names = {id(p): name for name, p in named if getattr(p, "_fsdp_flattened", False)}
+    names = {id(p): name for name, p in named if is_flattened(p)}
     if not names:
         return {}
     from torch.distributed.fsdp._flat_param import FlatParamHandle

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import functools
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch.optim import Optimizer
 
 from .. import checks
-from ..averaging import ParameterAverage
-from ..meter import AngularVelocity
+from ..average import ParameterAverage, checked_average
+from ..checks import none_or
 from ..reading import Decision, Reading
-from ..saved import Entries
-from .base import Changes, check_optimizer
-from .drop import DropScheduler
+from ..saved import Form, load
+from ..settings import EPOCH, degrees_above_0
+from .base import Outcome, StepScheduler, check_optimizer
+from .metered import MeteredScheduler
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -47,7 +48,7 @@ class EpochDecision(Decision):
     averaged: bool = False
 
 
-class EpochAutoDrop(DropScheduler):
+class EpochAutoDrop(MeteredScheduler):
     """Drops the learning rate some epochs after the angular velocity has stopped changing.
 
     Call :meth:`step` once per epoch. The displacement ``s_t`` of epoch ``t`` runs from the
@@ -79,7 +80,7 @@ class EpochAutoDrop(DropScheduler):
     with ``torch.optim.swa_utils.update_bn``. Momentum and other state of the optimizer stay as they
     are, as in the paper.
 
-    Memory: 12 bytes per parameter, during a delay 16 (float64 parameters: 20).
+    Memory: 24 bytes per parameter, during a delay 28 (float64 parameters: 32).
 
     Args:
         optimizer: any ``torch.optim.Optimizer``; learning rates may be floats or tensors.
@@ -93,6 +94,8 @@ class EpochAutoDrop(DropScheduler):
         params: what is measured and averaged instead of the optimizer's trainable parameters, such
             as float32 master weights; forms as in :class:`AngularVelocity`. ``on_average`` is the
             place to copy averaged master weights to the model.
+        buckets: as in :class:`AngularVelocity`. The threshold of 0.01 degrees needs exact angles,
+            so that None is the default.
         backend: "auto", or the name of one (``autodrop doctor`` lists them).
         process_group: as in :class:`AngularVelocity`.
         on_reading: called with the :class:`EpochDecision` of every epoch, such as a
@@ -112,7 +115,19 @@ class EpochAutoDrop(DropScheduler):
         current_threshold: ``theta``, degrees.
     """
 
+    factor: float
+    threshold: float
+    max_threshold: float
+    delay: int
+    average: bool
+    _settings = EPOCH
+    _gathered: ClassVar[Form] = {
+        "current_threshold": degrees_above_0,
+        "last_angle": none_or(checks.at_least_zero),
+        "waited": none_or(checks.at_least(0)),
+    }
     _record_type = EpochDecision
+    _averages_run = False
     _calls_without_step_allowed = 10  # epochs
 
     def __init__(
@@ -126,6 +141,7 @@ class EpochAutoDrop(DropScheduler):
         average: bool = True,
         min_lr: float | Iterable[float] = 0.0,
         params: Any = None,
+        buckets: int | None = None,
         backend: str = "auto",
         process_group: Any = None,
         on_reading: Callable[[EpochDecision], object] | None = None,
@@ -133,38 +149,29 @@ class EpochAutoDrop(DropScheduler):
         on_average: Callable[[EpochDecision], object] | None = None,
         last_epoch: int = -1,
     ) -> None:
+        arguments = dict(locals())
         optimizer = check_optimizer(optimizer)
-        self.threshold = self.current_threshold = _check_threshold("threshold", threshold)
-        self.max_threshold = _check_max_threshold(self.threshold, "max_threshold", max_threshold)
-        self.delay = checks.count("delay", delay, 0)
-        self.average = checks.flag("average", average)
         checks.callback("on_average", on_average)
-        if isinstance(params, Iterator):
-            params = list(params)  # it is read twice
         self.on_average = on_average
         self._last_angle: float | None = None
         self._waited: int | None = None  # epochs of a pending drop's delay
         self._single_step_epochs = 0
-        watched = optimizer if params is None else params
-        meter = AngularVelocity(
-            watched,
-            1,
-            backend=backend,
-            process_group=process_group,
-            form="delta",  # after a write-back only this form can be measured from elsewhere
-        )
-        self._mean = ParameterAverage(watched, backend)
-        self.factor = checks.between_0_and_1("factor", factor)
-        super().__init__(
-            optimizer,
-            meter,
-            min_lr=min_lr,
-            on_reading=on_reading,
-            on_drop=on_drop,
-            warmup_steps=0,
-            last_epoch=last_epoch,
-        )
-        self._mean.warn_through(self._warnings)
+        super().__init__(optimizer, arguments, window=1)
+        self._current_threshold = self.threshold
+        self._delayed = ParameterAverage(self.meter.named_parameters)
+
+    @property
+    def current_threshold(self) -> float:
+        """``theta``, degrees."""
+        return self._current_threshold
+
+    def _check_together(self, settings: Mapping[str, Any], where: str) -> None:
+        least, most = settings["threshold"], settings["max_threshold"]
+        if most < least:
+            raise ValueError(
+                f"{where.format('max_threshold')}: expected a finite number of degrees, at least "
+                f"threshold={least!r}, got {most!r}"
+            )
 
     # ---- deciding ---------------------------------------------------------------------------
 
@@ -179,84 +186,94 @@ class EpochAutoDrop(DropScheduler):
 
         return measure_from_here
 
-    def _on_optimizer_step(self) -> None:
+    def _decide_step(self) -> Outcome:
         reading = self.meter.observe(calls=self._step_count, facts=self._facts)
         if reading is None:  # the first epoch, or the parameters are others than at its start
             reading = Reading(0, 0, None, None, math.nan, math.nan)
-            finite = True
-        else:
-            finite = self.meter.started  # it starts over after NaN
-        self._wait(finite)
+        elif not self.meter.started and self._waited is not None:
+            # It starts over after NaN. No rate drops on that; the next angles decide.
+            self._waited = None
+            self._delayed.reset()
+        if self._waited is not None:
+            self._waited += 1
+            if self.average:
+                self._add_to_average(self._waited)
         self._cool()  # first, so that a decision holds the rates after this epoch
-        self._take(
+        return self._decide(
             dataclasses.replace(reading, step=self._hook.real_steps, window=self._optimizer_steps)
         )
 
-    def _wait(self, finite: bool) -> None:
-        """Go on with the delay of a pending drop, if there is one."""
-        if self._waited is None:
-            return
-        if not finite:
-            # No rate drops on NaN; the next angles decide.
-            self._waited = None
-            self._mean.reset()
-            return
-        self._waited += 1
-        if self.average:
-            self._mean.add(self._waited)
+    def _add_to_average(self, n: int) -> None:
+        """Take the parameters into the average, with the weight ``n`` of the n-th epoch."""
+        problem = self._delayed.add(2 / (n + 1))  # n / (1 + ... + n)
+        if problem is not None:
+            self._warnings.once("average", problem)
 
-    def _decide(self, reading: Reading) -> Changes:
+    @contextlib.contextmanager
+    def averaged_parameters(self) -> Iterator[bool]:
+        """Raise RuntimeError: the parameters themselves are set to their average at each drop."""
+        raise RuntimeError(
+            "averaged_parameters: expected AutoDrop or AnytimeAutoDrop with average=True; "
+            "EpochAutoDrop sets the parameters to their average at each drop"
+        )
+        yield False
+
+    def _decide(self, reading: Reading) -> Outcome:
         change = None
         if reading.angle is not None and self._last_angle is not None:
             change = abs(reading.angle - self._last_angle)
-        waited, threshold = self._waited, self.current_threshold
+        waited, threshold = self._waited, self._current_threshold
         if waited is None and change is not None and change < threshold:
             waited = 0
-        averaged = lowered = False
-        lrs: list[float | None] = []
-        changes: dict[str, Any] = {"_last_angle": reading.angle, "_waited": waited}
-        if waited == self.delay:
-            averaged = self._write_average()
-            lrs = self._dropped_lrs(self.factor, range(len(self.optimizer.param_groups)))
-            lowered = any(lr is not None for lr in lrs)
-            changes["_waited"] = None
-            changes["num_drops"] = self.num_drops + lowered
-            changes["current_threshold"] = min(self.max_threshold, threshold / self.factor)
+        ends = waited == self.delay
+        averaged = ends and self._write_average()
+        lrs = self._dropped(self.factor, None if ends else ())
+        lowered = any(lr is not None for lr in lrs)
         decision = EpochDecision(
             **vars(reading),
-            lr=self._lrs_after(lrs or [None] * len(self.optimizer.param_groups)),
+            lr=self._lrs_after(lrs),
             dropped=lowered,
             change=change,
             threshold=threshold,
             waited=waited,
             averaged=averaged,
         )
-        return Changes(decision, lrs, **changes)
-
-    def _get_closed_form_lr(self) -> list[float]:
-        return self._closed_form(self.factor, lambda group: self.num_drops)
-
-    def _report(self, decision: Decision) -> None:
-        assert isinstance(decision, EpochDecision)
-        try:
-            if decision.averaged and self.on_average is not None:
-                self.on_average(decision)
-        finally:
-            super()._report(decision)
+        state: dict[str, Any] = {"_last_angle": reading.angle, "_waited": waited}
+        if ends:
+            state = {
+                "num_drops": self.num_drops + lowered,
+                "_current_threshold": min(self.max_threshold, threshold / self.factor),
+                "_last_angle": reading.angle,
+                "_waited": None,
+            }
+        return Outcome(decision, lrs, state)
 
     def _write_average(self) -> bool:
-        written = self._mean.write_back()
+        written = self._delayed.write_back()
         if written:
             self.meter.rebase()
         return written
 
-    def _recover(self) -> None:
-        if self._changes is not None:
-            self._carry_out(self._changes)
+    def _get_closed_form_lr(self) -> list[float]:
+        return self._closed_form(self.factor, lambda group: self.num_drops)
+
+    def _report(self, record: Any) -> None:
+        try:
+            if record.averaged and self.on_average is not None:
+                self.on_average(record)
+        finally:
+            super()._report(record)
+
+    def _make_whole(self) -> None:
         # How much of an epoch the average has seen is not known.
-        self.meter.interrupted()
+        StepScheduler._make_whole(self)
+        self.meter.discard()
+        self._start_over()
+
+    def _start_over(self) -> None:
+        """Make the epoch that begins now the first one."""
         self._last_angle = self._waited = None
-        self._mean.reset()
+        self._delayed.reset()
         self.meter.close()
 
     def _update_lr(self, epoch: int | None = None) -> None:
@@ -264,11 +281,9 @@ class EpochAutoDrop(DropScheduler):
         # is the first one, and what the meter saw of the epochs before must not be measured.
         super()._update_lr(epoch)
         self._hook.marked = False
-        self._last_angle = self._waited = None
-        self._mean.reset()
-        self.meter.close()
+        self._start_over()
 
-    def _watch_steps_between_calls(self) -> None:
+    def _watch_calls(self) -> None:
         single = self._hook.steps_since_call == 1
         self._hook.called_late()
         self._single_step_epochs = self._single_step_epochs + 1 if single else 0
@@ -284,8 +299,7 @@ class EpochAutoDrop(DropScheduler):
         """The newest values for a logger: plain floats, those that are undefined left out.
 
         ``lr`` (of the first param group), ``num_drops``, and from the last epoch
-        ``angular_velocity``, ``angular_velocity_change``, ``threshold`` and ``rounding_error``
-        [degrees], and ``displacement``, the length ``|s_t|``.
+        ``angular_velocity``, ``angular_velocity_change``, ``threshold`` [degrees], and ``displacement``, the length ``|s_t|``.
         """
         if not self.history:
             return self._metrics()
@@ -294,7 +308,6 @@ class EpochAutoDrop(DropScheduler):
             angular_velocity=last.angle,
             angular_velocity_change=last.change,
             threshold=last.threshold,
-            rounding_error=last.rounding_error,
             displacement=last.norm,
         )
 
@@ -304,84 +317,37 @@ class EpochAutoDrop(DropScheduler):
         return plot_epochs(records, **options)
 
     def close(self) -> None:
-        """Take the hooks off the optimizer and free the arenas. The learning rates stay."""
+        """Take the hooks off the optimizer and free the tables. The learning rates stay."""
         super().close()
-        self._mean.reset()
+        self._delayed.reset()
         self._waited = None
 
     # ---- state ------------------------------------------------------------------------------
 
-    def _settings(self) -> dict[str, Any]:
-        return {
-            "factor": self.factor,
-            "threshold": self.threshold,
-            "max_threshold": self.max_threshold,
-            "delay": self.delay,
-            "average": self.average,
-            "min_lr": list(self.min_lrs),
-        }
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on bit for bit: settings, decisions, history, sums and average.
 
-    def _read_settings(self, settings: Entries) -> dict[str, Any]:
-        threshold = settings.read("threshold", _check_threshold)
-        most = settings.read("max_threshold", functools.partial(_check_max_threshold, threshold))
-        return {
-            **super()._read_settings(settings),
-            "factor": settings.read("factor", checks.between_0_and_1),
-            "threshold": threshold,
-            "max_threshold": most,
-            "delay": settings.count("delay"),
-            "average": settings.flag("average"),
-        }
+        As :meth:`AutoDrop.state_dict`.
+        """
+        steps, mean = self._hook.real_steps, self._delayed.state_dict()
+        return {**super().state_dict(), "real_steps": steps, "mean": mean}
 
-    def _progress(self) -> dict[str, Any]:
-        return {
-            "real_steps": self._hook.real_steps,
-            "current_threshold": self.current_threshold,
-            "last_angle": self._last_angle,
-            "waited": self._waited,
-            "mean": self._mean.state_dict(),
-        }
+    def _read(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        form: Form = {"real_steps": checks.at_least(0), "mean": checked_average}
+        return {**super()._read(state), **load(state, form)}
 
-    def _decision_state(self) -> dict[str, Any]:
-        return {
-            "num_drops": self.num_drops,
-            "current_threshold": self.current_threshold,
-            "last_angle": self._last_angle,
-            "waited": self._waited,
-        }
-
-    def _read_progress(self, state: Entries, settings: Mapping[str, Any]) -> dict[str, Any]:
-        delay = settings["delay"]
-        waited = state.maybe("waited", lambda name, value: checks.count(name, value, 0))
+    def _restored(self, loaded: Mapping[str, Any]) -> dict[str, Any]:
+        waited, delay = loaded["waited"], loaded["delay"]
         if waited is not None and waited > delay:
-            raise ValueError(
-                f"{state.name('waited')}: expected at most delay={delay}, got {waited}"
-            )
-        mean = ParameterAverage.read(state.inner("mean"))
-        return {
-            **super()._read_progress(state, settings),
-            "current_threshold": state.read("current_threshold", _check_threshold),
-            "_last_angle": state.maybe("last_angle", checks.at_least_zero),
-            "_waited": waited,
-            "_saved_mean": mean,
-            "_saved_real_steps": state.count("real_steps"),
-        }
+            raise ValueError(f"state_dict['waited']: expected at most delay={delay}, got {waited}")
+        return super()._restored(loaded)
 
-    def _saved_windows(self, state: Entries) -> Sequence[int]:
+    def _possible_windows(self, loaded: Mapping[str, Any]) -> Sequence[int]:
         return [1]
 
-    def _take_over(self, attributes: dict[str, Any]) -> None:
-        mean = attributes.pop("_saved_mean")
-        self._hook.real_steps = attributes.pop("_saved_real_steps")
-        super()._take_over(attributes)
-        self._mean.restore(mean)  # last, because it may warn
-
-
-def _check_threshold(name: str, value: Any) -> float:
-    degrees = "a finite number of degrees above 0"
-    return checks.number(name, value, degrees, lambda x: 0 < x < math.inf)
-
-
-def _check_max_threshold(threshold: float, name: str, value: Any) -> float:
-    degrees = f"a finite number of degrees, at least threshold={threshold!r}"
-    return checks.number(name, value, degrees, lambda x: threshold <= x < math.inf)
+    def _take_over(self, loaded: dict[str, Any]) -> None:
+        super()._take_over(loaded)
+        self._hook.real_steps = loaded["real_steps"]
+        problem = self._delayed.restore_state(loaded["mean"])
+        if problem is not None:
+            self._warnings.once("average", f"the average of the delay starts over ({problem})")
