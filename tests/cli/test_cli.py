@@ -172,19 +172,18 @@ def test_doctor_passes_and_says_what_is_here():
 @pytest.mark.parametrize(
     ("architectures", "expected"),
     [
-        ("90-real", "sm_90 (H100, H200)"),
-        ("80-real 89-real 120-real 120-virtual", None),
-        ("90a-real;77-real", "sm_90 (H100, H200), sm_77"),
-        ("86", "sm_86 (A10, A40, RTX 30), newer GPUs (compiled when first used)"),
+        ("90-real", "sm_90"),
+        (
+            "80-real 89-real 120-real 120-virtual",
+            "sm_80, sm_89, sm_120, newer GPUs (compiled when first used)",
+        ),
+        ("90a-real;77-real", "sm_90, sm_77"),
+        ("86", "sm_86, newer GPUs (compiled when first used)"),
         ("native", "native, newer GPUs (compiled when first used)"),
     ],
 )
-def test_architectures_have_the_names_of_gpus(architectures, expected):
-    names = name_architectures(architectures)
-    if expected is None:
-        expected = "sm_80 (A100, A30), sm_89 (L4, L40, RTX 40), sm_120 (RTX 50), "
-        expected += "newer GPUs (compiled when first used)"
-    assert names == expected
+def test_architectures_have_nvidias_names(architectures, expected):
+    assert name_architectures(architectures) == expected
 
 
 def test_doctor_has_colours_in_a_terminal_only(monkeypatch, capsys):
@@ -275,12 +274,13 @@ def test_plot_writes_beside_the_log_or_where_told(log, tmp_path):
     [
         (b"", "no readings"),
         (b'{"event": "metrics", "step": 1}\n', "no readings"),
-        (b"broken\n\n", "run.jsonl:1: expected a JSON object"),
+        (b"broken\n\n", "no readings"),
         (b'{"event": "other"}\n', "run.jsonl:1: expected a reading or metrics"),
         (b'{"event": "reading", "angle": 80.0}\n', "'step'"),
         (b'{"event": "reading", "step": 1, "angle": "x"}\n', "'x'"),
-        (b"\xff\xfe\x00", "run.jsonl:1: expected a JSON object"),
-        (b"x" * 10_000 + b"\n\n", " ..."),
+        (b"\xff\xfe\x00", "no readings"),
+        (b'"' + b"x" * 10_000 + b'"\n\n', "run.jsonl:1: expected a reading or metrics"),
+        (b'{"event": "reading", "step": 1, "angle": "' + b"x" * 10_000 + b'"}\n', " ..."),
     ],
 )
 def test_plot_refuses_a_broken_log_in_one_line(content, expected, log):
