@@ -34,9 +34,6 @@ def one_line_error(result):
     return line
 
 
-# ---- demo -----------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module", params=["digits", "bytes"])
 def small_demo(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
@@ -156,9 +153,6 @@ def test_demo_refuses_a_folder_that_is_a_file(tmp_path):
     assert "--output" in one_line_error(run("demo", "--output", tmp_path / "file" / "below"))
 
 
-# ---- doctor ---------------------------------------------------------------------------------
-
-
 def test_doctor_passes_and_says_what_is_here():
     result = run("doctor")
     assert result.exit_code == 0, result.output
@@ -245,9 +239,6 @@ def test_selftest_notices_a_wrong_angle(wrong, monkeypatch):
     assert largest_error("reference", "cpu") > LIMIT
 
 
-# ---- plot -----------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def log(tmp_path):
     path = tmp_path / "run.jsonl"
@@ -299,9 +290,6 @@ def test_plot_refuses_what_it_cannot_read_or_write(log, tmp_path):
 def test_plot_without_matplotlib_names_the_extra(log, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert "pip install 'autodrop_ext[plot]'" in one_line_error(run("plot", log))
-
-
-# ---- the program ----------------------------------------------------------------------------
 
 
 def test_version_and_help():
