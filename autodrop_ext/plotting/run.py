@@ -58,8 +58,9 @@ def plot_run(
     ]
     groups = _by_group(readings)
     _draw_angle(angle, readings, groups)
-    _draw_rise(rise, groups or [readings])
-    _draw_threshold(rise, readings, groups or [readings])
+    tracks = groups or [readings]
+    _draw_rise(rise, tracks)
+    _draw_threshold(rise, readings, tracks)
     steps = column(readings, "step")
     draw_rates(rate, steps, readings)
     mark_drops(panels, [s for s, r in zip(steps, readings, strict=True) if r.get("dropped")])
