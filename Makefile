@@ -16,7 +16,7 @@ CPP := $(shell find csrc -name '*.h' -o -name '*.cpp')
 
 # torch first and by itself: with it there, the package's own requirement brings no other build of it.
 # The wheel is built in isolation, without torch.
-$(VENV)/.%: pyproject.toml csrc/CMakeLists.txt csrc/cuda/architectures.cmake $(CPP) $(wildcard triton_kernels/*.py)
+$(VENV)/.%: pyproject.toml setup.py csrc/CMakeLists.txt csrc/cuda/architectures.cmake $(CPP) $(wildcard triton_kernels/*.py)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) "$(TORCH)" numpy
 	$(INSTALL) --editable ".[$*]"
@@ -104,7 +104,7 @@ cifar-part:   ## ResNet-18 on a part of CIFAR-10 on a CPU
 	done; wait
 	$(PYTHON) benchmarks/training/command.py report build/cifar-part --to build/cifar-part
 
-# Offline, with the torch, pybind11, scikit-build-core, cmake and ninja that $(PYTHON) already has.
+# Offline, with the torch, pybind11, setuptools, cmake and ninja that $(PYTHON) already has.
 # Each target takes less than ten minutes and can run alone, so that a machine that is lent for a
 # short time wastes none of it. Results go, row by row, to the folder OUT.
 OUT ?= benchmarks/results

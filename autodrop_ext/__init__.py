@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from . import checks  # noqa: F401
-from .log import JsonLinesLog, TeeLog, read_log
+from .log import JsonLinesLog, read_log
 from .meter import AngularVelocity
 from .reading import Decision, Reading
 from .schedulers import (
@@ -35,7 +35,6 @@ __all__ = [
     "EpochDecision",
     "JsonLinesLog",
     "Reading",
-    "TeeLog",
     "read_log",
 ]
 

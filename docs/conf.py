@@ -47,7 +47,7 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(torch|numpy|matplotlib|transformers|lightning)\..*"),
     (r"py:.*", r"(collections|os|pathlib|typing)\..*"),
     (r"py:.*", r"[a-z_. ]*|Any|Callable|Iterable|Mapping|Sequence|Literal.*|Path|Tensor|Optimizer"),
-    (r"py:.*", r"Kernel|LogSink|RateSequence"),  # names for types, written out in the text
+    (r"py:.*", r"Kernel|RateSequence"),  # names for types, written out in the text
     (r"py:.*", r"LocalShard|SavedSums"),  # internal, made by the meter
 ]
 myst_heading_anchors = 3

@@ -7,7 +7,6 @@ import math
 import pathlib
 import pickle
 import resource
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,9 +18,9 @@ import pytest
 import torch
 
 import autodrop_ext
-from autodrop_ext import AutoDrop, Decision, EpochDecision, JsonLinesLog, TeeLog, read_log
+from autodrop_ext import AutoDrop, Decision, JsonLinesLog, read_log
 from autodrop_ext import log as log_module
-from autodrop_ext.log import LogReader, kind_of, to_scalars
+from autodrop_ext.log import LoggedRun, read_run
 from autodrop_ext.plotting.titles import describe
 
 
@@ -49,8 +48,8 @@ def test_what_is_written_is_read_back(tmp_path: pathlib.Path) -> None:
     assert metrics == [{"event": "metrics", "step": 13, "loss": 0.5, "gap": None}]
 
 
-@pytest.mark.parametrize("end", [b'{"event": "rea', b'{"ev', b"{", b""])
-def test_a_line_that_a_killed_run_left_is_cut_off(end: bytes, tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("end", [b'{"event": "rea', b'{"ev', b"{", b"", b"[" * 100_000])
+def test_a_line_that_a_killed_run_left_is_skipped(end: bytes, tmp_path: pathlib.Path) -> None:
     path = tmp_path / "run.jsonl"
     JsonLinesLog(path)(decision(12))
     whole = path.read_bytes()
@@ -63,37 +62,29 @@ def test_a_line_that_a_killed_run_left_is_cut_off(end: bytes, tmp_path: pathlib.
 
 def test_a_line_that_lacks_only_its_end_is_kept(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "run.jsonl"
-    JsonLinesLog(path)(decision(12, lr=(0.1,) * 3000))  # longer than the part that is looked at
+    JsonLinesLog(path)(decision(12))
     path.write_bytes(path.read_bytes().rstrip(b"\n"))
     assert steps(read_log(path)[0]) == [12]
     JsonLinesLog(path)(decision(16))
     assert steps(read_log(path)[0]) == [12, 16]
 
 
+def test_a_log_whose_first_line_was_cut_off_goes_on(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "run.jsonl"
+    path.write_bytes(b'{"ev')
+    JsonLinesLog(path)(decision(12))
+    assert steps(read_log(path)[0]) == [12]
+
+
 @pytest.mark.parametrize("text", ["first\nmy notes", "first\nmy notes\n"])
 def test_a_file_that_is_no_log_is_left_alone(text: str, tmp_path: pathlib.Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text(text)
-    with pytest.raises(ValueError, match="expected a log to append to, got a file that"):
+    with pytest.raises(
+        ValueError, match="path: expected a log, got a file that begins with b'first"
+    ):
         JsonLinesLog(path)
     assert path.read_text() == text
-
-
-def test_a_long_unfinished_line_is_cut_off_in_no_time(tmp_path: pathlib.Path) -> None:
-    path = tmp_path / "run.jsonl"
-    log = JsonLinesLog(path)
-    log(decision(12))
-    whole = path.read_bytes()
-    path.write_bytes(whole + b'{"event": "reading", "lr": [' + b"0.1, " * 8_000_000)  # 40 MB
-    start = time.perf_counter()
-    JsonLinesLog(path)(decision(16))
-    # A tenth of a second; reading the line again with every 4 KiB of it took over a minute.
-    assert time.perf_counter() - start < 10
-    assert steps(read_log(path)[0]) == [12, 16]
-    assert path.read_bytes().startswith(whole)
-
-
-# ---- trouble with the file ------------------------------------------------------------------
 
 
 def test_a_bad_path_is_noticed_before_the_training(tmp_path: pathlib.Path) -> None:
@@ -135,7 +126,6 @@ def test_a_full_disk_is_warned_of_once_and_the_run_goes_on(tmp_path: pathlib.Pat
             log.metrics(20, loss=1.0)
     log(decision(24))
     assert steps(read_log(log.path)[0]) == [12, 24]
-    assert all(json.loads(line) for line in log.path.read_text().splitlines())
 
 
 def test_a_folder_that_disappears_ends_no_run(tmp_path: pathlib.Path) -> None:
@@ -145,8 +135,6 @@ def test_a_folder_that_disappears_ends_no_run(tmp_path: pathlib.Path) -> None:
     with pytest.warns(RuntimeWarning, match="No such file or directory"):
         log(decision(12))
 
-
-# ---- settings -------------------------------------------------------------------------------
 
 SETTINGS = {"scheduler": "AutoDrop", "window": 4, "threshold": 0.5, "min_lr": [0.0, math.inf]}
 
@@ -159,29 +147,29 @@ def test_a_header_has_version_and_settings(tmp_path: pathlib.Path) -> None:
     log.begin(SETTINGS | {"threshold": np.float32(2.0)})  # after a checkpoint was loaded
     lines = [json.loads(line) for line in log.path.read_text().splitlines()]
     assert [line["event"] for line in lines] == ["settings", "reading", "settings"]
-    reader = LogReader(log.path).read_all()
-    assert reader.settings == {
+    run = read_run(log.path)
+    assert run.settings == {
         "version": autodrop_ext.__version__,
         "scheduler": "AutoDrop",
         "window": 4,
         "threshold": 2.0,
         "min_lr": [0.0, None],
     }
-    assert steps(reader.readings) == [12]
+    assert steps(run.readings) == [12]
     pickle.loads(pickle.dumps(log)).begin(SETTINGS)  # a copy in another process
-    assert LogReader(log.path).read_all().settings["threshold"] == 0.5
+    assert read_run(log.path).settings["threshold"] == 0.5
     with pytest.raises(TypeError, match="settings: expected a number, got"):
         log.begin({"kernel": print})
 
 
-def trained(folder: pathlib.Path, **settings: Any) -> tuple[AutoDrop, LogReader]:
-    """Ten steps of a scheduler with a log, and its reader."""
+def trained(folder: pathlib.Path, **settings: Any) -> tuple[AutoDrop, LoggedRun]:
+    """Ten steps of a scheduler with a log, and what it holds."""
     parameter = torch.nn.Parameter(torch.randn(50))
     optimizer = torch.optim.SGD([parameter], lr=0.1)
     log = JsonLinesLog(folder / "run.jsonl")
     scheduler = AutoDrop(optimizer, window=2, on_reading=log, **settings)
     train(scheduler, 10)
-    return scheduler, LogReader(log.path).read_all()
+    return scheduler, read_run(log.path)
 
 
 def train(scheduler: AutoDrop, count: int) -> None:
@@ -194,17 +182,17 @@ def train(scheduler: AutoDrop, count: int) -> None:
 
 def test_a_header_has_what_the_meter_was_given(tmp_path: pathlib.Path) -> None:
     given = {"sample": 0.5, "seed": 3, "snapshots": 1, "per_tensor": True}
-    _, reader = trained(tmp_path, **given)
-    assert {name: reader.settings[name] for name in given} == given
-    assert "cooldown" not in reader.settings
+    _, run = trained(tmp_path, **given)
+    assert {name: run.settings[name] for name in given} == given
+    assert "cooldown" not in run.settings
 
 
 def test_a_cooldown_is_logged(tmp_path: pathlib.Path) -> None:
     scheduler, _ = trained(tmp_path)
     scheduler.cooldown(8, "sqrt")
-    reader = LogReader(tmp_path / "run.jsonl").read_all()
-    assert reader.settings["cooldown"] == {"begin": 10, "num_steps": 8, "shape": "sqrt"}
-    assert "cooldown (sqrt) over 8 steps from step 10" in describe(reader.settings)
+    settings = read_run(tmp_path / "run.jsonl").settings
+    assert settings["cooldown"] == {"begin": 10, "num_steps": 8, "shape": "sqrt"}
+    assert "cooldown (sqrt) over 8 steps from step 10" in describe(settings)
 
 
 def test_readings_keep_the_threshold_that_they_were_compared_with(tmp_path: pathlib.Path) -> None:
@@ -224,18 +212,9 @@ def test_readings_keep_the_threshold_that_they_were_compared_with(tmp_path: path
 def test_a_log_without_a_header_is_read(tmp_path: pathlib.Path) -> None:
     log = JsonLinesLog(tmp_path / "run.jsonl")
     log(decision(12))
-    reader = LogReader(log.path)
-    assert reader.poll()
-    assert reader.settings == {}
+    assert read_run(log.path).settings == {}
     log.begin(SETTINGS)
-    assert reader.poll()
-    assert reader.settings["window"] == 4
-    log.path.unlink()
-    assert not reader.poll()
-    assert reader.settings == {}
-
-
-# ---- values ---------------------------------------------------------------------------------
+    assert read_run(log.path).settings["window"] == 4
 
 
 @pytest.mark.parametrize(
@@ -314,90 +293,21 @@ def test_only_the_first_rank_writes(
     assert [path.name for path in tmp_path.iterdir()] == ["0.jsonl"]
 
 
-def test_a_growing_log_is_read_as_far_as_it_goes(tmp_path: pathlib.Path) -> None:
-    path = tmp_path / "run.jsonl"
-    reader = LogReader(path)
-    assert not reader.poll()
-    log = JsonLinesLog(path)
-    log(decision(12))
-    assert reader.poll()
-    assert not reader.poll()
-    whole = json.dumps({"event": "reading", **decision(16).as_dict()}) + "\n"
-    with path.open("a") as file:
-        file.write(whole[:20])
-        file.flush()
-        assert not reader.poll()
-        file.write(whole[20:])
-    assert reader.poll()
-    assert steps(reader.readings) == [12, 16]
-    path.unlink()
-    JsonLinesLog(path)(decision(8))  # another run's
-    reader.poll()
-    assert steps(reader.readings) == [8]
-    path.unlink()
-    assert not reader.poll()
-    assert reader.readings == []
-
-
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", r"run\.jsonl:2: expected a JSON object"),
         ("[]", r"run\.jsonl:2: expected a reading or metrics"),
         ('{"event": "reading"}', r"run\.jsonl:2: expected a number as 'step', got None"),
         ('{"event": "reading", "step": 1e999}', r"run\.jsonl:2: expected a number as 'step'"),
         ('{"event": "reading", "step": 1' + "0" * 400 + "}", r"run\.jsonl:2: expected a number"),
         ('{"event": "settings", "settings": 3}', r"run\.jsonl:2: expected a reading or metrics"),
-        ("[" * 100_000, r"run\.jsonl:2: expected a JSON object, got '\[+ \.\.\.'"),
-        ("9" * 10_000, r"run\.jsonl:2: expected a JSON object, got '9+ \.\.\.'"),
+        ("9" * 4_000, r"run\.jsonl:2: expected a reading or metrics, got 9+\.\.\.9+$"),
     ],
 )
-def test_a_broken_line_is_named(line: str, message: str, tmp_path: pathlib.Path) -> None:
+def test_a_line_of_something_else_is_named(line: str, message: str, tmp_path: pathlib.Path) -> None:
     path = tmp_path / "run.jsonl"
     path.write_text('{"event": "metrics", "step": 1}\n' + line + "\n")
     with pytest.raises(ValueError, match=message):
         read_log(path)
     with pytest.raises(FileNotFoundError):
         read_log(tmp_path / "none.jsonl")
-
-
-def test_several_sinks_together(tmp_path: pathlib.Path) -> None:
-    seen: list[Decision] = []
-    log = JsonLinesLog(tmp_path / "run.jsonl")
-    closed: list[bool] = []
-
-    class Sink:
-        def __call__(self, decision: Decision) -> None:
-            seen.append(decision)
-
-        def close(self) -> None:
-            closed.append(True)
-
-    tee = TeeLog(log, seen.append, Sink())
-    tee.begin({"window": 4})  # the list takes none
-    tee(decision(12))
-    tee.metrics(12, loss=1.0)
-    tee.close()
-    assert [d.step for d in seen] == [12, 12]
-    assert closed == [True]
-    assert LogReader(log.path).read_all().settings["window"] == 4
-    readings, metrics = read_log(log.path)
-    assert (steps(readings), steps(metrics)) == ([12], [12])
-    with pytest.raises(TypeError, match=r"sinks\[1\]: expected a function of a Decision, got 3"):
-        TeeLog(log, 3)  # type: ignore[arg-type]
-
-
-def test_scalars_of_decisions() -> None:
-    one = to_scalars(decision(12, dropped=True, smoothed=None, rise=math.inf))
-    assert one["angle"] == 92.0
-    assert (one["lr"], one["dropped"], one["window"]) == (0.1, 1.0, 2.0)
-    assert not {"smoothed", "rise", "step"} & set(one)
-    assert all(type(value) is float for value in one.values())
-    several = to_scalars(decision(12, lr=(0.1, 0.2)))
-    assert (several["lr/0"], several["lr/1"]) == (0.1, 0.2)
-    assert "lr" not in several
-    epoch = EpochDecision(**vars(decision(12)) | {"change": 0.5, "threshold": 0.01, "waited": 0})
-    assert (to_scalars(epoch)["change"], to_scalars(epoch)["waited"]) == (0.5, 0.0)
-    assert kind_of([epoch.as_dict()]) == "epochs"
-    assert kind_of([decision(12).as_dict()]) == "windows"
-    assert kind_of([{**decision(12).as_dict(), "power": 0.0}]) == "anytime"

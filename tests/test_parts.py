@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from autodrop_ext import AngularVelocity, AutoDrop, Decision, JsonLinesLog, Reading, read_log
-from autodrop_ext.log import to_scalars
+from autodrop_ext.integrations.loggers import to_scalars
 from autodrop_ext.reading import PARTS_KEPT, PartReading, remember
 
 SHAPES = {"first": (40, 70), "bias": (40,), "second": (200, 90), "one": (1,)}

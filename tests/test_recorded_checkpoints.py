@@ -1,6 +1,6 @@
 """Checkpoints that earlier versions wrote: they continue to the bit.
 
-``python tools/replay.py checkpoints tests/data/checkpoints`` wrote the files, with the version of
+``python tools/replay.py tests/data/checkpoints`` wrote the files, with the version of
 the commit that added them. They are not to be written again: a new version gets files of its own.
 """
 

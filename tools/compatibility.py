@@ -290,7 +290,7 @@ def _copy_sources(checkout: pathlib.Path, target: pathlib.Path) -> None:
     unwanted = shutil.ignore_patterns("*.so", "__pycache__", "build")
     for name in ("autodrop_ext", "benchmarks", "csrc", "tests", "triton_kernels"):
         shutil.copytree(checkout / name, target / name, ignore=unwanted)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(checkout / name, target)
 
 

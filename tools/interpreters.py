@@ -6,7 +6,7 @@ import pathlib
 import shutil
 import subprocess
 
-VERSIONS = ("3.10", "3.11", "3.12", "3.13")
+VERSIONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 """Those that the package is built and tested for."""
 
 

@@ -1,4 +1,4 @@
-"""Command line: ``autodrop demo``, ``doctor``, ``plot`` and ``watch``."""
+"""Command line: ``autodrop demo``, ``doctor`` and ``plot``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands, put together."""
+"""The ``autodrop`` command."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import autodrop_ext
 from .demo.command import demo
 from .doctor import examine
 from .plot import plot
-from .watch import watch
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80})
@@ -18,7 +17,7 @@ def autodrop() -> None:
     """Automatic learning-rate drop for PyTorch: try it, check it, look at a run."""
 
 
-@click.command()
+@autodrop.command()
 def doctor() -> None:
     """Show versions and backends, and test that angles are measured correctly.
 
@@ -27,5 +26,5 @@ def doctor() -> None:
     raise SystemExit(examine())
 
 
-for command in (demo, doctor, plot, watch):
-    autodrop.add_command(command)
+autodrop.add_command(demo)
+autodrop.add_command(plot)

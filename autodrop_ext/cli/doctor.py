@@ -1,4 +1,4 @@
-"""``autodrop doctor``: what is installed, which backend serves which device, and a self-test.
+"""``autodrop doctor``: versions, the backend of each device, and a self-test.
 
 It needs nothing but torch and numpy, so that it also runs where click and rich are missing.
 """
@@ -24,7 +24,7 @@ from ..ops import report
 from ..ops.architectures import name_architectures
 from ..ops.native import repair
 
-LIMIT = 0.02  # degrees, what the package promises
+LIMIT = 0.02  # degrees, the package's contract
 
 _WINDOW = 8  # optimizer steps
 _WINDOWS = 7
@@ -45,7 +45,6 @@ def examine() -> int:
     Returns:
         The exit status: 1 if the compiled core does not load or a test fails, otherwise 0.
     """
-    problems: list[str] = []
     _heading("Versions")
     _line("autodrop_ext", autodrop_ext.__version__)
     _line("torch", str(torch.__version__))
@@ -53,7 +52,7 @@ def examine() -> int:
     _line("numpy", numpy.__version__)
     _line("python", f"{platform.python_version()}, {sys.executable}")
     _heading("Compiled core")
-    _describe_core(problems)
+    problems = _describe_core()
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     _heading("Which backend serves parameters on which device")
     for device in devices:
@@ -64,10 +63,10 @@ def examine() -> int:
     for device in devices:
         for name, missing in report(device).items():
             if missing is None:
-                _test(name, device, problems)
-    verdict = f"FAIL: {'; '.join(problems)}"
-    if not problems:
-        verdict = "PASS: the core loads, and every backend here measures correctly"
+                problems += _test(name, device)
+    verdict = "PASS: the core loads, and every backend here measures correctly"
+    if problems:
+        verdict = f"FAIL: {'; '.join(problems)}"
     print()
     print(_colored(textwrap.fill(verdict, _width()), verdict[:4]))
     return 1 if problems else 0
@@ -82,12 +81,9 @@ def _line(name: str, text: str, verdict: str = "") -> None:
     """Print a name and a text, which is folded to the width; the verdict in it gets a colour."""
     room = max(20, _width() - _NAMES)
     rows = [
-        row
-        for part in text.split("\n")
-        for row in textwrap.wrap(part, room, break_on_hyphens=False)
+        r for part in text.split("\n") for r in textwrap.wrap(part, room, break_on_hyphens=False)
     ]
-    folded = ("\n" + " " * _NAMES).join(rows)
-    print(f"  {name}".ljust(_NAMES) + _colored(folded, verdict))
+    print(f"  {name}".ljust(_NAMES) + _colored(("\n" + " " * _NAMES).join(rows), verdict))
 
 
 def _width() -> int:
@@ -104,20 +100,21 @@ def _colored(text: str, word: str) -> str:
     return text.replace(word, f"\033[1;{_COLORS[word]}m{word}\033[0m", 1)
 
 
-def _describe_core(problems: list[str]) -> None:
+def _describe_core() -> list[str]:
+    """Print what the compiled core is, and return its problems."""
     try:
         core = importlib.import_module("autodrop_ext._C")
     except ImportError as error:
-        problems.append("the compiled core does not load")
         _line("loads", f"NO: {error}", "NO")
         _line("to repair it", repair())
-        return
+        return ["the compiled core does not load"]
     _line("loads", f"yes, version {core.version}", "yes")
     _line("CPU code", f"{core.cpu_isa}, the widest that runs on this processor")
     if core.cuda_built:
         _line("CUDA kernels", f"yes, for {name_architectures(core.cuda_architectures)}", "yes")
     else:
         _line("CUDA kernels", f"no: {core.cuda_reason}")
+    return []
 
 
 def _cuda() -> str:
@@ -145,19 +142,20 @@ def _describe_backends(device: str) -> None:
             _line(label, f"{name}: not here: {missing}", "not here")
 
 
-def _test(name: str, device: str, problems: list[str]) -> None:
+def _test(name: str, device: str) -> list[str]:
+    """Print how a backend measures, and return its problems."""
     label = f"{name}, on {device}"
     try:
         error = largest_error(name, device)
     except Exception as failure:  # Whatever is broken here is what the user wants to know.
         _line(label, f"FAIL: {type(failure).__name__}: {failure}", "FAIL")
-        problems.append(f"backend {name} does not run on {device}")
-        return
+        return [f"backend {name} does not run on {device}"]
     if error <= LIMIT:
         _line(label, f"PASS, {error:.1e} degrees apart", "PASS")
-    else:  # also if it is NaN
-        _line(label, f"FAIL, {error:.2g} degrees apart", "FAIL")
-        problems.append(f"backend {name} on {device} measures angles {error:.2g} degrees off")
+        return []
+    # also if it is NaN
+    _line(label, f"FAIL, {error:.2g} degrees apart", "FAIL")
+    return [f"backend {name} on {device} measures angles {error:.2g} degrees off"]
 
 
 def largest_error(backend: str, device: str) -> float:

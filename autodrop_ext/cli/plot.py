@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import click
 
-from ..log import LogReader, kind_of
+from ..log import LoggedRun, read_run
 from ..plotting.anytime import plot_anytime
 from ..plotting.compare import plot_runs
 from ..plotting.epochs import plot_epochs
+from ..plotting.panels import Record
 from ..plotting.run import plot_run
 from ..plotting.titles import count, describe, title_of
 
-BROKEN = (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError)
-"""What a log that JsonLinesLog did not write may lead to."""
-
+# What a log that JsonLinesLog did not write may lead to.
+_BROKEN = (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError)
 _LONGEST = 300  # characters of an error message
 
 
@@ -42,31 +43,42 @@ def plot(logs: tuple[Path, ...], output: Path | None, threshold: float | None) -
     """
     names = _names(logs)
     runs = [_read(log) for log in logs]
-    if threshold is not None and len(logs) > 1:
+    several = len(logs) > 1
+    if threshold is not None and several:
         raise click.UsageError("--threshold: expected none with several logs")
-    target = output or (Path("comparison.png") if len(logs) > 1 else logs[0].with_suffix(".png"))
+    target = output or (Path("comparison.png") if several else logs[0].with_suffix(".png"))
     try:
-        if len(logs) > 1:
-            named = zip(_with_settings(names, runs), runs, strict=True)
-            plot_runs({name: (run.readings, run.metrics) for name, run in named}, path=target)
+        if several:
+            labels = _with_settings(names, runs)
+            plot_runs(
+                {label: run[1:] for label, run in zip(labels, runs, strict=True)}, path=target
+            )
         else:
             _draw(names[0], runs[0], target, threshold)
-    except (ImportError, *BROKEN) as error:
-        raise click.ClickException(explain(logs[0], error)) from error
+    except (ImportError, *_BROKEN) as error:
+        raise _failure(logs[0], error) from error
     counts = [_counts(run) for run in runs]
-    click.echo(printable(f"{target}: {counts[0]}" if len(logs) == 1 else f"{target}:"))
-    for name, counted in zip(names, counts, strict=True) if len(logs) > 1 else ():
-        click.echo(printable(f"  {name}: {counted}"))
+    rows = [f"  {name}: {counted}" for name, counted in zip(names, counts, strict=True)]
+    for line in [f"{target}:", *rows] if several else [f"{target}: {counts[0]}"]:
+        click.echo(printable(line))
 
 
-def _counts(run: LogReader) -> str:
-    readings = count(len(run.readings), "reading")
-    if kind_of(run.readings) == "anytime":  # Its rate falls at nearly every reading.
-        return readings
-    return f"{readings}, {count(sum(bool(r.get('dropped')) for r in run.readings), 'drop')}"
+def _read(log: Path) -> LoggedRun:
+    if not log.exists():
+        raise click.ClickException(printable(f"{log} does not exist"))
+    try:
+        run = read_run(log)
+    except _BROKEN as error:
+        raise _failure(log, error) from error
+    if not run.readings:
+        raise click.ClickException(
+            printable(f"{log} holds no readings; ")
+            + "the first is written at the end of the third window"
+        )
+    return run
 
 
-def _draw(name: str, run: LogReader, target: Path, threshold: float | None) -> None:
+def _draw(name: str, run: LoggedRun, target: Path, threshold: float | None) -> None:
     kind = kind_of(run.readings)
     if threshold is not None and kind != "windows":
         raise click.UsageError("--threshold: expected none, the log has it with every reading")
@@ -83,23 +95,25 @@ def _draw(name: str, run: LogReader, target: Path, threshold: float | None) -> N
         plot_run(run.readings, run.metrics, threshold=threshold, path=target, title=title)
 
 
-def _read(log: Path) -> LogReader:
-    try:
-        run = LogReader(log).read_all()
-    except FileNotFoundError as error:
-        raise click.ClickException(printable(f"{log} does not exist")) from error
-    except BROKEN as error:
-        raise click.ClickException(explain(log, error)) from error
-    if not run.readings:
-        raise click.ClickException(
-            printable(f"{log} holds no readings; ")
-            + "the first is written at the end of the third window"
-        )
-    return run
+def kind_of(readings: Sequence[Record]) -> Literal["windows", "epochs", "anytime"]:
+    """Return what the readings of a log are about.
+
+    ``EpochAutoDrop`` has one for each epoch, ``AnytimeAutoDrop`` one for each of its growing
+    windows, and the others one for each window.
+    """
+    names = {name for reading in readings for name in reading}
+    return "epochs" if "waited" in names else "anytime" if "power" in names else "windows"
+
+
+def _counts(run: LoggedRun) -> str:
+    readings = count(len(run.readings), "reading")
+    if kind_of(run.readings) == "anytime":  # Its rate falls at nearly every reading.
+        return readings
+    return f"{readings}, {count(sum(bool(r.get('dropped')) for r in run.readings), 'drop')}"
 
 
 def _names(logs: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that differ, without ``.jsonl``: run, or a/run and b/run.
+    """Return the shortest ends of the paths that differ, without ``.jsonl``.
 
     Raises:
         click.UsageError: The same log was given twice.
@@ -116,8 +130,8 @@ def _names(logs: Sequence[Path]) -> list[str]:
     return [str(Path(*path[-length:])) for path in parts]
 
 
-def _with_settings(names: Sequence[str], runs: Sequence[LogReader]) -> list[str]:
-    """The names together with those settings in which the runs differ."""
+def _with_settings(names: Sequence[str], runs: Sequence[LoggedRun]) -> list[str]:
+    """Return the names together with those settings in which the runs differ."""
     keys = {key for run in runs for key in run.settings if key != "version"}
     differing = {k for k in keys if any(r.settings.get(k) != runs[0].settings.get(k) for r in runs)}
     of_each = [describe({k: v for k, v in r.settings.items() if k in differing}) for r in runs]
@@ -132,10 +146,10 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def explain(log: Path, error: Exception) -> str:
+def _failure(log: Path, error: Exception) -> click.ClickException:
     """Return an error in one line; a broken log may quote a line of any length."""
     text = " ".join(str(error).split())
     if not isinstance(error, (ImportError, OSError, ValueError)):
         text = f"{log}: a record is not as JsonLinesLog writes it: {text}"
     text = printable(text)
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
+    return click.ClickException(text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ...")

@@ -1,7 +1,4 @@
-"""Where AutoDrop meets other libraries; each module imports its own when it is imported.
-
-``loggers`` (TensorBoard, Weights & Biases), ``transformers`` and ``lightning``.
-"""
+"""AutoDrop inside other libraries; each module imports its library when it is imported."""
 
 from .loggers import TensorBoardLog, WandbLog
 

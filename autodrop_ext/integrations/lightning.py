@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import operator
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +13,8 @@ from .lookup import find_schedulers, prefixed
 if TYPE_CHECKING:
     Callback = Any
 else:
-    # Two packages with the same classes, and a Trainer takes callbacks of its own package alone:
-    # the one that the program has imported, otherwise the one that is installed.
+    # Two packages have the same classes, and a Trainer only takes callbacks of its own package:
+    # take the one that the program has imported, otherwise the one that is installed.
     _packages = ("lightning.pytorch", "pytorch_lightning")
     for _name in sorted(_packages, key=lambda name: name not in sys.modules):
         try:
@@ -32,7 +31,7 @@ else:
 
 
 class AutoDropMonitor(Callback):  # type: ignore[misc]
-    """Logs angle, drops and rate, and warns where Lightning steps a scheduler at the wrong time.
+    """Logs angle, drops and rate, and warns if Lightning steps a scheduler at the wrong time.
 
     ``configure_optimizers`` makes the scheduler::
 
@@ -41,35 +40,35 @@ class AutoDropMonitor(Callback):  # type: ignore[misc]
             "lr_scheduler": {"scheduler": AutoDrop(optimizer), "interval": "step"},
         }
 
-    Without ``"interval": "step"`` Lightning steps it once per epoch, and says nothing. What is
-    logged are the values of the scheduler's ``get_metrics`` at the end of each window, such as
-    ``autodrop/angular_velocity``, to all of the Trainer's loggers.
+    Without ``"interval": "step"`` Lightning steps it once per epoch, without a warning. The values
+    of the scheduler's ``get_metrics``, such as ``autodrop/angular_velocity``, go to all of the
+    Trainer's loggers at the end of each window.
 
     Args:
-        prefix: of the names; where there are several schedulers, their number follows it.
+        prefix: Of the names; of several schedulers, each one's number follows it.
     """
 
     def __init__(self, *, prefix: str = "autodrop/") -> None:
         self.prefix = prefix
-        self._logged: list[Any] = []
+        self._logged: list[Any] = []  # the newest decision of each scheduler
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Lightning calls this: looks at when the schedulers will be stepped."""
-        self._logged = self._newest(trainer)
+        """Lightning calls this: check when the schedulers will be stepped."""
+        self._logged = _newest(_schedulers(trainer))
+        if not _schedulers(trainer):
+            Warnings("AutoDropMonitor").warn(
+                "configure_optimizers returned no scheduler of this package"
+            )
+        if not trainer.lightning_module.automatic_optimization:
+            return  # the module steps them
         for config in trainer.lr_scheduler_configs:
             for scheduler in find_schedulers(config.scheduler):
                 expected = "epoch" if isinstance(scheduler, EpochAutoDrop) else "step"
-                if not trainer.lightning_module.automatic_optimization:
-                    continue  # the module steps it
                 if config.interval != expected or config.frequency != 1:
                     Warnings(type(scheduler).__name__).warn(
                         f"expected 'interval': '{expected}' and 'frequency': 1 in "
                         f"configure_optimizers, got {config.interval!r} and {config.frequency}"
                     )
-        if not any(find_schedulers(config.scheduler) for config in trainer.lr_scheduler_configs):
-            Warnings("AutoDropMonitor").warn(
-                "configure_optimizers returned no scheduler of this package"
-            )
 
     def on_train_batch_end(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
         """Lightning calls this."""
@@ -80,20 +79,21 @@ class AutoDropMonitor(Callback):  # type: ignore[misc]
         self._log(trainer)
 
     def on_train_end(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
-        """Lightning calls this: the last epoch's values."""
+        """Lightning calls this: log the last epoch's values."""
         self._log(trainer)
 
     def _log(self, trainer: Any) -> None:
-        newest = self._newest(trainer)
-        if len(newest) == len(self._logged) and all(map(operator.is_, newest, self._logged)):
-            return
-        self._logged = newest
-        values = prefixed(self.prefix, self._schedulers(trainer))
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.global_step)
+        schedulers = _schedulers(trainer)
+        newest = _newest(schedulers)
+        if [id(decision) for decision in newest] != [id(decision) for decision in self._logged]:
+            self._logged = newest
+            for logger in trainer.loggers:
+                logger.log_metrics(prefixed(self.prefix, schedulers), step=trainer.global_step)
 
-    def _schedulers(self, trainer: Any) -> list[Any]:
-        return [s for c in trainer.lr_scheduler_configs for s in find_schedulers(c.scheduler)]
 
-    def _newest(self, trainer: Any) -> list[Any]:
-        return [s.history[-1] if s.history else None for s in self._schedulers(trainer)]
+def _schedulers(trainer: Any) -> list[Any]:
+    return [s for c in trainer.lr_scheduler_configs for s in find_schedulers(c.scheduler)]
+
+
+def _newest(schedulers: list[Any]) -> list[Any]:
+    return [s.history[-1] if s.history else None for s in schedulers]

@@ -1,4 +1,4 @@
-"""Finding the schedulers of this package inside what other libraries hold."""
+"""The schedulers of this package inside what other libraries hold."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ..schedulers.base import StepScheduler
 
 
 def find_schedulers(scheduler: Any) -> list[Any]:
-    """Those in ``scheduler``: itself, or inside of accelerate's wrapper and torch's combinations.
+    """Return ``scheduler`` itself, or those inside accelerate's wrapper or torch's combinations.
 
     ``SequentialLR`` and ``ChainedScheduler`` may hold several.
     """
@@ -19,9 +19,9 @@ def find_schedulers(scheduler: Any) -> list[Any]:
 
 
 def prefixed(prefix: str, schedulers: list[Any]) -> dict[str, float]:
-    """Newest values of all schedulers; where there are several, their number follows the prefix."""
-    metrics: dict[str, float] = {}
-    for i, scheduler in enumerate(schedulers):
-        front = prefix if len(schedulers) == 1 else f"{prefix}{i}/"
-        metrics |= {front + name: value for name, value in scheduler.get_metrics().items()}
-    return metrics
+    """Return the newest values of all schedulers; of several, the number follows the prefix."""
+    return {
+        (prefix if len(schedulers) == 1 else f"{prefix}{i}/") + name: value
+        for i, scheduler in enumerate(schedulers)
+        for name, value in scheduler.get_metrics().items()
+    }

@@ -26,26 +26,26 @@ class AutoDropCallback(TrainerCallback):  # type: ignore[misc]  # transformers i
         AutoDropCallback(window=64).attach(trainer)
         trainer.train()
 
-    The scheduler is made where Trainer would make its own, for the optimizer that Trainer made and
-    wrapped (also under FSDP, where Trainer refuses ``optimizers=``), and Trainer saves and restores
-    it with its checkpoints. ``lr_scheduler_type`` of the arguments has no effect; their warm-up
-    steps or ratio become the scheduler's ``warmup_steps``, unless these are given here.
+    The scheduler is made when Trainer would make its own, for the optimizer that Trainer made and
+    wrapped (also under FSDP, for which Trainer refuses ``optimizers=``), and Trainer saves and
+    restores it with its checkpoints. ``lr_scheduler_type`` of the arguments has no effect; their
+    warm-up steps or ratio become the scheduler's ``warmup_steps``, unless these are given here.
 
     With ``Trainer(optimizers=(optimizer, AutoDrop(optimizer)))`` there is a scheduler already, and
     ``AutoDropCallback().attach(trainer)`` only logs.
 
-    Logs of training get what the scheduler's ``get_metrics`` says, such as
-    ``autodrop/angular_velocity``; ``autodrop/lr`` is the rate of the *next* optimizer step, where
-    Trainer's ``learning_rate`` is that of the last. Trainer calls callbacks in order, those that
+    Logs of training get the values of the scheduler's ``get_metrics``, such as
+    ``autodrop/angular_velocity``; ``autodrop/lr`` is the rate of the *next* optimizer step, and
+    Trainer's ``learning_rate`` that of the last. Trainer calls callbacks in order, those that
     report to TensorBoard and others before the user's, so that values added by a later one reach no
     reporter: :meth:`attach` puts this one at the front, which ``callbacks=[...]`` cannot.
 
     Args:
-        prefix: of the names in the logs.
-        **settings: arguments of :class:`~autodrop_ext.AutoDrop` but for the optimizer.
+        prefix: Of the names in the logs.
+        **settings: Arguments of :class:`~autodrop_ext.AutoDrop` except the optimizer.
 
     Raises:
-        TypeError: at training's beginning, a setting is not an argument of AutoDrop.
+        TypeError: When training begins, a setting is not an argument of AutoDrop.
     """
 
     def __init__(self, *, prefix: str = "autodrop/", **settings: Any) -> None:
@@ -61,7 +61,7 @@ class AutoDropCallback(TrainerCallback):  # type: ignore[misc]  # transformers i
 
         Raises:
             TypeError: ``trainer`` is no Trainer.
-            ValueError: the Trainer was given a scheduler, and there are settings for another; or
+            ValueError: The Trainer was given a scheduler, and there are settings for another; or
                 this callback is attached already.
         """
         if not (hasattr(trainer, "callback_handler") and hasattr(trainer, "create_scheduler")):
@@ -70,19 +70,19 @@ class AutoDropCallback(TrainerCallback):  # type: ignore[misc]  # transformers i
             )
         if self._trainer is not None:
             raise ValueError("trainer: expected a callback not yet attached, got one that is")
-        if trainer.lr_scheduler is not None:
-            if self.settings:
-                raise ValueError(
-                    f"{', '.join(self.settings)}: expected no settings, because the Trainer was "
-                    f"given its scheduler ({type(trainer.lr_scheduler).__name__}); set them there"
-                )
-            if not find_schedulers(trainer.lr_scheduler):
-                raise ValueError(
-                    "trainer: expected one whose scheduler is of this package or is not yet made, "
-                    f"got one with {type(trainer.lr_scheduler).__name__}"
-                )
-        else:
+        given = trainer.lr_scheduler
+        if given is None:
             trainer.create_scheduler = self._create_scheduler
+        elif self.settings:
+            raise ValueError(
+                f"{', '.join(self.settings)}: expected no settings, because the Trainer was "
+                f"given its scheduler ({type(given).__name__}); set them there"
+            )
+        elif not find_schedulers(given):
+            raise ValueError(
+                "trainer: expected one whose scheduler is of this package or is not yet made, "
+                f"got one with {type(given).__name__}"
+            )
         self._trainer = trainer
         handler = trainer.callback_handler
         handler.callbacks = [self, *(c for c in handler.callbacks if c is not self)]
@@ -104,25 +104,18 @@ class AutoDropCallback(TrainerCallback):  # type: ignore[misc]  # transformers i
         """Trainer calls this.
 
         Raises:
-            RuntimeError: the callback was not attached.
+            RuntimeError: The callback was not attached.
         """
         if self._trainer is None:
             raise RuntimeError(
-                "AutoDropCallback: expected attach(trainer) before train(), got a callback that "
-                "Trainer was only given; it would make no scheduler and its values would reach no "
-                "reporter"
+                "AutoDropCallback: expected attach(trainer) before train(), got a callback without "
+                "a Trainer; it would make no scheduler and its values would reach no reporter"
             )
 
-    def on_log(
-        self,
-        args: Any,
-        state: Any,
-        control: Any,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Trainer calls this: adds to the logs of training steps, and to ``state.log_history``."""
-        if logs is None or "learning_rate" not in logs:
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Trainer calls this: add to the logs of training steps, and to ``state.log_history``."""
+        logs = kwargs.get("logs") or {}
+        if "learning_rate" not in logs:
             return
         values = prefixed(self.prefix, find_schedulers(kwargs.get("lr_scheduler")))
         logs.update(values)

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from .curves import draw_rates, panels_of
 from .panels import (
     LIMIT,
     OWN,
     RAW,
     Record,
     column,
-    draw_rates,
     finish,
     line_style,
-    log_if_wide,
     log_steps,
-    make_panels,
     mean,
     name_panel,
 )
@@ -51,24 +49,14 @@ def plot_anytime(
         path: The picture; its ending gives the format.
         title: The text above the picture.
 
-    Returns:
-        The figure, which belongs to no window and to no ``pyplot`` state.
-
     Raises:
         ImportError: matplotlib is not installed; it comes with ``autodrop_ext[plot]``.
         ValueError: There are no decisions.
     """
-    if not decisions:
-        raise ValueError(
-            "decisions: expected at least one, got none; the first comes at the end of the third "
-            "window"
-        )
-    has_loss = any(m.get("loss") is not None for m in metrics)
-    figure, panels = make_panels([1.2, 1.2, 1.0, 1.0] if has_loss else [1.2, 1.0, 1.0])
+    how = ", mean over the last tenth of the steps so far"
+    figure, panels = panels_of("decisions", decisions, metrics, [1.2, 1.0, 1.0], _tail_mean, how)
     cosine, power, rate = panels[-3:]
     steps = column(decisions, "step")
-    if has_loss:
-        _draw_loss(panels[0], [m for m in metrics if "loss" in m])
     name_panel(cosine, "Cosine of the angle: why the rate falls", "cosine")
     cosine.plot(steps, column(decisions, "cosine"), ".", color=RAW, markersize=4, label="window")
     cosine.plot(steps, column(decisions, "mean_cosine"), **line_style(0), label="mean")
@@ -84,33 +72,33 @@ def plot_anytime(
     return finish(figure, panels, path, title)
 
 
-def _draw_loss(axes: Axes, metrics: Sequence[Record]) -> None:
-    name_panel(axes, "Training loss, mean over the last tenth of the steps so far", "loss")
-    steps, values = column(metrics, "step"), column(metrics, "loss")
-    axes.plot(steps, values, color=OWN, linewidth=0.6, alpha=0.25)
-    # On this axis a mean over a fixed number of steps would be too long at first, and too short
-    # at last.
-    at: list[int] = []
+def _tail_mean(steps: Sequence[float], values: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Return steps, and the mean of the values over the last tenth of the steps up to each.
+
+    On a logarithmic axis a mean over a fixed number of steps would be too long at first, and too
+    short at last.
+    """
+    at: list[float] = []
     means: list[float] = []
     first = 0
     for i, step in enumerate(steps):
         while steps[first] < 0.9 * step:
             first += 1
-        if not at or step > 1.005 * steps[at[-1]]:  # More points than these are in one place.
-            at.append(i)
+        if not at or step > 1.005 * at[-1]:  # More points than these are in one place.
+            at.append(step)
             means.append(mean(values[first : i + 1]))
-    axes.plot([steps[i] for i in at], means, **line_style(0))
-    log_if_wide(axes, values)
+    return at, means
 
 
 def _mark_doublings(
     panels: Sequence[Axes], steps: Sequence[float], lengths: Sequence[float]
 ) -> None:
-    """Draw a thin grey line through all panels where windows become longer."""
+    """Draw a thin grey line through all panels at which windows become longer."""
     at = [i for i in range(1, len(steps)) if lengths[i] > lengths[i - 1]]
+    dotted: dict[str, Any] = {"color": RAW, "linestyle": ":"}
     for axes in panels:
         for i in at:
-            axes.axvline(steps[i], color=RAW, linewidth=0.6, linestyle=":", zorder=1)
+            axes.axvline(steps[i], linewidth=0.6, zorder=1, **dotted)
     if at:
         note = f"window doubles, from {lengths[0]:,.0f} to {lengths[at[-1]]:,.0f} steps"
-        panels[-1].plot([], [], color=RAW, linewidth=1, linestyle=":", label=note)
+        panels[-1].plot([], [], linewidth=1, label=note, **dotted)

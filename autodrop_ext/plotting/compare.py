@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from .curves import draw_losses
 from .panels import (
     Record,
     column,
-    draw_losses,
     finish,
     line_style,
     log_if_wide,
@@ -56,8 +56,10 @@ def plot_runs(
     angle, rate = panels[-2:]
     # A run keeps its colour in all panels, also if another one has no loss.
     styles = {name: line_style(i) for i, name in enumerate(runs)}
-    if losses:
-        draw_losses(panels[0], losses, styles, named=False)
+    if len(losses) > 1:
+        draw_losses(panels[0], losses, styles, running_mean, ", running mean")
+    elif losses:
+        draw_losses(panels[0], losses, styles)
     angles = "Angular velocity, running mean"
     if len({_window_of(readings) for readings, _ in runs.values()}) > 1:
         angles += " (windows of different lengths: not comparable)"
@@ -78,11 +80,11 @@ def plot_runs(
 
 
 def _window_of(readings: Sequence[Record]) -> str:
-    """What the angles of a run are measured over; only equal ones can be compared."""
+    """Return the length of a run's windows; only angles of equal ones can be compared."""
     if any("power" in reading for reading in readings):
         return "growing windows"
     first, last = readings[0], readings[-1]
     windows = number(last.get("window")) - number(first.get("window"))
     steps = number(last.get("step")) - number(first.get("step"))
-    # A restart of the count, or a single reading, tells nothing about the length.
+    # A restart of the count, or a single reading, says nothing about the length.
     return f"{steps / windows:.0f} steps" if windows > 0 and steps > 0 else "one reading"

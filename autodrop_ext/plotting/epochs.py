@@ -3,21 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from .panels import (
-    DELAY,
-    DROP,
-    LIMIT,
-    OWN,
-    Record,
-    column,
-    draw_rates,
-    finish,
-    make_panels,
-    mark_drops,
-    name_panel,
-)
+from .curves import draw_rates, mark_drops, panels_of
+from .panels import DELAY, DROP, LIMIT, OWN, Record, column, finish, name_panel
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,26 +25,22 @@ def plot_epochs(
         path: The picture; its ending gives the format.
         title: The text above the picture.
 
-    Returns:
-        The figure, which belongs to no window and to no ``pyplot`` state.
-
     Raises:
         ImportError: matplotlib is not installed; it comes with ``autodrop_ext[plot]``.
         ValueError: There are no decisions.
     """
-    if not decisions:
-        raise ValueError("decisions: expected at least one, got none; step() makes one an epoch")
-    figure, panels = make_panels([1.0, 1.0, 1.0])
+    figure, panels = panels_of("decisions", decisions, (), [1.0, 1.0, 1.0])
     angle, change, rate = panels
     epochs = column(decisions, "window")
     name_panel(angle, "Angular velocity", "degrees")
     angle.plot(epochs, column(decisions, "angle"), color=OWN, marker=".", markersize=4.5)
     _draw_change(change, epochs, decisions)
     draw_rates(rate, epochs, decisions)
+    delay: dict[str, Any] = {"color": DELAY, "alpha": 0.12, "linewidth": 0, "gid": "delay"}
     for axes in panels:
         for epoch, decision in zip(epochs, decisions, strict=True):
             if decision["waited"]:
-                axes.axvspan(epoch - 1, epoch, color=DELAY, alpha=0.12, linewidth=0, gid="delay")
+                axes.axvspan(epoch - 1, epoch, **delay)
     rate.fill_between([], [], color=DELAY, alpha=0.25, label="delay before a drop")
     mark_drops(panels, [e for e, d in zip(epochs, decisions, strict=True) if d["dropped"]])
     return finish(figure, panels, path, title, xlabel="epoch")
@@ -63,25 +48,12 @@ def plot_epochs(
 
 def _draw_change(axes: Axes, epochs: Sequence[float], decisions: Sequence[Record]) -> None:
     name_panel(axes, "Its change: why the rate drops", "degrees\nper epoch")
-    changes = column(decisions, "change")
+    changes, limits = column(decisions, "change"), column(decisions, "threshold")
     axes.plot(epochs, changes, "o", color=OWN, markersize=3.5, label="change")
-    met = [i for i, decision in enumerate(decisions) if decision["waited"] == 0]
-    axes.plot(
-        [epochs[i] for i in met],
-        [changes[i] for i in met],
-        "v",
-        color=DROP,
-        markersize=6,
-        label="condition met",
-    )
-    axes.plot(
-        epochs,
-        column(decisions, "threshold"),
-        color=LIMIT,
-        linewidth=1,
-        linestyle="--",
-        drawstyle="steps-mid",
-        label="threshold",
-    )
+    met = [d for d in decisions if d["waited"] == 0]
+    met_style: dict[str, Any] = {"color": DROP, "markersize": 6, "label": "condition met"}
+    axes.plot(column(met, "window"), column(met, "change"), "v", **met_style)
+    line: dict[str, Any] = {"color": LIMIT, "linewidth": 1, "linestyle": "--"}
+    axes.plot(epochs, limits, **line, drawstyle="steps-mid", label="threshold")
     if any(change > 0 for change in changes):
         axes.set_yscale("log")

@@ -1,4 +1,4 @@
-"""What all pictures of runs share: panels, lines, axes, legends, and the marks of drops."""
+"""Panels of a picture, one above the other, over a common axis of steps or epochs."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ OWN = "#1f5fa8"
 LIMIT = "#222222"
 DROP = "#c8321e"
 DELAY = "#b8860b"
+FAINT: dict[str, Any] = {"linewidth": 0.6, "alpha": 0.25}  # of values behind their running mean
 
 # Lines differ in colour and in dashes, so that they can be told apart without seeing colours. Red
 # is left to drops.
@@ -34,7 +35,7 @@ _DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (6, 1, 1, 1)))
 _LARGEST = 1e100
 _MEANS = 40  # A running mean covers this part of a run.
 _TITLE = 95  # characters of a row of the title
-_LEGEND = 110  # characters of a row of the legend above the panels
+_LEGEND = 110  # characters of a row of the legend of the whole picture
 
 
 def make_panels(heights: Sequence[float]) -> tuple[Figure, list[Axes]]:
@@ -58,6 +59,12 @@ def make_panels(heights: Sequence[float]) -> tuple[Figure, list[Axes]]:
     return figure, list(grid[:, 0])
 
 
+def name_panel(axes: Axes, text: str, unit: str) -> None:
+    """Write the panel's name above it, to the left, and the unit next to its y-axis."""
+    axes.set_title(text, loc="left", fontsize="medium", fontweight="bold")
+    axes.set_ylabel(unit)
+
+
 def finish(
     figure: Figure,
     panels: Sequence[Axes],
@@ -68,13 +75,8 @@ def finish(
 ) -> Figure:
     """Add legends, the name of the x-axis and a title, and save the picture if there is a path.
 
-    Args:
-        figure: The figure.
-        panels: Its panels, from top to bottom. Each has a legend of its labelled lines.
-        path: The picture; its ending gives the format.
-        title: The text above the picture.
-        xlabel: The name of the x-axis.
-        lines: Lines that all panels share, by name, for a legend above all panels.
+    Each panel has a legend of its labelled lines, and the picture one of the ``lines`` by name
+    that all panels share. The ending of the path gives the format.
     """
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
@@ -93,15 +95,14 @@ def finish(
                 columnspacing=1.4,
             )
     if lines:
-        longest = max(map(len, lines)) + 8
         legend = figure.legend(
             list(lines.values()),
             list(lines),
             loc="outside lower left" if title else "outside upper left",  # no room for both
-            ncols=max(1, min(len(lines), _LEGEND // longest)),
+            ncols=max(1, min(len(lines), _LEGEND // (max(map(len, lines)) + 8))),
+            handlelength=3.2,
             frameon=False,
             fontsize="small",
-            handlelength=3.2,
         )
         for text in legend.get_texts():
             text.set_parse_math(False)  # A name with two dollar signs is no formula.
@@ -116,18 +117,12 @@ def finish(
 
 
 def _wrapped(title: str) -> str:
-    """Rows of a title: they end at commas, semicolons and colons if such rows are short enough."""
+    """Return rows that end at commas, semicolons and colons if such rows are short enough."""
     together = re.sub(r"(?<![,;:]) ", "\xa0", title)
     rows = textwrap.wrap(together, _TITLE, break_long_words=False)
     if any(len(row) > _TITLE for row in rows):
         return textwrap.fill(title, _TITLE)
     return "\n".join(rows).replace("\xa0", " ")
-
-
-def name_panel(axes: Axes, text: str, unit: str) -> None:
-    """Write the panel's name above it, to the left, and the unit next to its y-axis."""
-    axes.set_title(text, loc="left", fontsize="medium", fontweight="bold")
-    axes.set_ylabel(unit)
 
 
 def number(value: Any) -> float:
@@ -140,8 +135,14 @@ def number(value: Any) -> float:
 
 
 def column(records: Sequence[Record], key: str) -> list[float]:
-    """Return the values of a key, and NaN where there is none: matplotlib leaves a gap there."""
+    """Return the values of a key, and NaN if there is none: matplotlib leaves a gap there."""
     return [number(r.get(key)) for r in records]
+
+
+def mean(values: Sequence[float]) -> float:
+    """Return the mean of the finite values, NaN if there are none."""
+    finite = [v for v in values if math.isfinite(v)]
+    return math.fsum(finite) / len(finite) if finite else math.nan
 
 
 def running_mean(
@@ -155,12 +156,6 @@ def running_mean(
     half = max(1, len(values) // _MEANS // 2)
     at = range(0, len(values), max(1, len(values) // 1000))
     return [steps[i] for i in at], [mean(values[max(0, i - half) : i + half + 1]) for i in at]
-
-
-def mean(values: Sequence[float]) -> float:
-    """Return the mean of the finite values, NaN if there are none."""
-    finite = [v for v in values if math.isfinite(v)]
-    return math.fsum(finite) / len(finite) if finite else math.nan
 
 
 def line_style(i: int) -> dict[str, Any]:
@@ -200,82 +195,3 @@ def log_steps(axes: Axes) -> None:
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
-
-
-def draw_losses(
-    axes: Axes,
-    losses: Mapping[str, Sequence[Record]],
-    styles: Mapping[str, dict[str, Any]],
-    named: bool = True,
-) -> None:
-    """Draw the loss of each run in its style.
-
-    Of several runs the running mean is drawn, with the values themselves as a thin line behind it,
-    and their names are in the legend of the panel if they are ``named``.
-    """
-    several = len(losses) > 1
-    name_panel(axes, "Training loss" + (", running mean" if several else ""), "loss")
-    everything: list[float] = []
-    for name, metrics in losses.items():
-        # A log may mix records of a loss with records of other values.
-        with_loss = [m for m in metrics if "loss" in m]
-        steps, values = column(with_loss, "step"), column(with_loss, "loss")
-        everything += values
-        if several:
-            axes.plot(steps, values, color=styles[name]["color"], linewidth=0.6, alpha=0.25)
-            steps, values = running_mean(steps, values)
-        axes.plot(steps, values, **styles[name], label=name if several and named else None)
-    log_if_wide(axes, everything)
-
-
-def draw_rates(
-    axes: Axes, x: Sequence[float], readings: Sequence[Record], name: str | None = None
-) -> None:
-    """Draw the learning rate of every param group as steps, on a logarithmic axis if possible.
-
-    Groups whose rates are equal all along share a line.
-
-    Args:
-        axes: The panel.
-        x: One value for each reading.
-        readings: Their ``lr`` has one rate for each param group; groups may come later.
-        name: The text in the legend. Without it, up to four different lines are numbered there.
-    """
-    name_panel(axes, "Learning rate", "learning rate")
-    lines: dict[tuple[float | None, ...], list[int]] = {}
-    for g in range(max(len(r.get("lr") or ()) for r in readings)):
-        of_group = tuple(r["lr"][g] if len(r.get("lr") or ()) > g else None for r in readings)
-        lines.setdefault(of_group, []).append(g)
-    finite: list[float] = []
-    for i, (rates, groups) in enumerate(lines.items()):
-        values = [number(rate) for rate in rates]
-        finite += filter(math.isfinite, values)
-        label = name
-        if label is None and 1 < len(lines) <= 4:
-            label = f"param group{'s' if len(groups) > 1 else ''} {', '.join(map(str, groups))}"
-        axes.plot(x, values, **line_style(i), drawstyle="steps-post", label=label, zorder=3)
-    if finite and min(finite) > 1 / _LARGEST:
-        log_scale(axes, min(finite), max(finite))
-        # Another schedule's rate may end at zero, and would stretch the axis without end.
-        axes.set_ylim(min(finite) / 1.5, max(finite) * 1.5)
-
-
-def mark_drops(panels: Sequence[Axes], at: Sequence[float]) -> None:
-    """Draw a thin red line through all panels at every drop, and name them in the last legend."""
-    # Many lines next to each other would hide the data.
-    alpha = 0.6 if len(at) <= 10 else 0.35 if len(at) <= 40 else 0.22
-    for axes in panels:
-        axes.vlines(
-            at,
-            0,
-            1,
-            transform=axes.get_xaxis_transform(),
-            color=DROP,
-            linewidth=0.7,
-            alpha=alpha,
-            zorder=1,
-            gid="drops",
-        )
-    times = "once" if len(at) == 1 else f"{len(at)} times"
-    note = f"rate dropped {times} (red lines, all panels)" if at else "rate never dropped"
-    panels[-1].plot([], [], color=DROP, linewidth=1, alpha=0.8, label=note)

@@ -1,4 +1,4 @@
-"""Pictures of a run: when a learning rate dropped, and why."""
+"""Picture of a run: when a learning rate dropped, and why."""
 
 from __future__ import annotations
 
@@ -7,22 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .anytime import plot_anytime
-from .panels import (
-    DROP,
-    LIMIT,
-    OWN,
-    RAW,
-    Record,
-    column,
-    draw_losses,
-    draw_rates,
-    finish,
-    line_style,
-    make_panels,
-    mark_drops,
-    name_panel,
-    number,
-)
+from .curves import draw_rates, mark_drops, panels_of
+from .panels import DROP, LIMIT, OWN, RAW, Record, column, finish, line_style, name_panel, number
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -64,19 +50,17 @@ def plot_run(
     """
     if any("power" in reading for reading in readings):
         return plot_anytime(readings, metrics, path=path, title=title)
-    if not readings:
-        raise ValueError(
-            "readings: expected at least one, got none; the first comes at the end of the third "
-            "window"
-        )
-    has_loss = any(m.get("loss") is not None for m in metrics)
-    figure, panels = make_panels([1.2, 1.2, 1.2, 1.0] if has_loss else [1.2, 1.2, 1.0])
+    figure, panels = panels_of("readings", readings, metrics, [1.2, 1.2, 1.0])
     angle, rise, rate = panels[-3:]
-    if has_loss:
-        draw_losses(panels[0], {"loss": metrics}, {"loss": line_style(0)})
+    readings = [
+        {**r, "threshold": threshold if r.get("threshold") is None else r["threshold"]}
+        for r in readings
+    ]
     groups = _by_group(readings)
     _draw_angle(angle, readings, groups)
-    _draw_rise(rise, groups or [readings], threshold)
+    tracks = groups or [readings]
+    _draw_rise(rise, tracks)
+    _draw_threshold(rise, readings, tracks)
     steps = column(readings, "step")
     draw_rates(rate, steps, readings)
     mark_drops(panels, [s for s, r in zip(steps, readings, strict=True) if r.get("dropped")])
@@ -84,7 +68,7 @@ def plot_run(
 
 
 def _by_group(readings: Sequence[Record]) -> list[list[Record]]:
-    """The records of each param group, if groups decide for themselves; otherwise none."""
+    """Return the records of each param group if groups decide for themselves, otherwise none."""
     groups = max(len(r.get("group_angles") or ()) for r in readings)
     return [
         [
@@ -102,6 +86,28 @@ def _by_group(readings: Sequence[Record]) -> list[list[Record]]:
     ]
 
 
+def _draw_angle(axes: Axes, readings: Sequence[Record], groups: Sequence[Sequence[Record]]) -> None:
+    name_panel(axes, "Angular velocity", "degrees")
+    steps, angles = column(readings, "step"), column(readings, "angle")
+    _draw_band(axes, steps, angles, column(readings, "margin"), "95 % interval (sampled)")
+    label = "each window, whole model" if groups else "each window"
+    axes.plot(steps, angles, ".", color=RAW, markersize=3, label=label)
+    for g, records in enumerate(groups or [readings]):
+        label = f"group {g}, smoothed" if groups else "smoothed (starts over after a drop)"
+        style: dict[str, Any] = {**line_style(g), "marker": ".", "markersize": 4.5, "label": label}
+        axes.plot(*_smoothed_line(records), **style)
+
+
+def _draw_band(
+    axes: Axes, x: Sequence[float], middle: Sequence[float], half: Sequence[float], label: str
+) -> None:
+    """Draw a band of half this width on both sides of the values, if any width is above zero."""
+    if any(h > 0 for h in half):
+        low = [m - h for m, h in zip(middle, half, strict=True)]
+        high = [m + h for m, h in zip(middle, half, strict=True)]
+        axes.fill_between(x, low, high, color=RAW, alpha=0.3, linewidth=0, label=label)
+
+
 def _smoothed_line(readings: Sequence[Record]) -> tuple[list[float], list[float]]:
     """Return steps and smoothed angles, with a gap after every drop.
 
@@ -117,121 +123,63 @@ def _smoothed_line(readings: Sequence[Record]) -> tuple[list[float], list[float]
     return steps, values
 
 
-def _draw_angle(axes: Axes, readings: Sequence[Record], groups: Sequence[Sequence[Record]]) -> None:
-    name_panel(axes, "Angular velocity", "degrees")
-    steps = column(readings, "step")
-    angles, margins = column(readings, "angle"), column(readings, "margin")
-    if any(margin > 0 for margin in margins):
-        axes.fill_between(
-            steps,
-            [a - m for a, m in zip(angles, margins, strict=True)],
-            [a + m for a, m in zip(angles, margins, strict=True)],
-            color=RAW,
-            alpha=0.3,
-            linewidth=0,
-            label="95 % interval (sampled)",
-        )
-    axes.plot(
-        steps,
-        angles,
-        ".",
-        color=RAW,
-        markersize=3,
-        label="each window, whole model" if groups else "each window",
-    )
-    for g, records in enumerate(groups or [readings]):
-        label = f"group {g}, smoothed" if groups else "smoothed (starts over after a drop)"
-        axes.plot(
-            *_smoothed_line(records), **line_style(g), marker=".", markersize=4.5, label=label
-        )
+def _effect(reading: Record) -> str:
+    """Return what came of a rise; one below the threshold lowers no rate at ``min_lr``."""
+    if reading.get("dropped"):
+        return "dropped"
+    return "held back" if number(reading.get("rise")) < number(reading.get("threshold")) else "kept"
 
 
-def _draw_rise(axes: Axes, of_groups: Sequence[Sequence[Record]], threshold: float | None) -> None:
+def _draw_rise(axes: Axes, tracks: Sequence[Sequence[Record]]) -> None:
     """Draw the rises of each param group, or of all of them together if they decide as one."""
-    several = len(of_groups) > 1
+    several = len(tracks) > 1
     why = " (colours as above)" if several else ": why the rate drops"
     name_panel(axes, f"Rise of the smoothed angle{why}", "degrees\nper window")
-    drawn: dict[str, str] = {}
-    for g, readings in enumerate(of_groups):
-        for marker, kind, points in _kinds_of_rises(readings, threshold):
-            own = OWN if kind == "kept" else DROP
+    effects = {effect for readings in tracks for effect in map(_effect, readings)}
+    for g, readings in enumerate(tracks):
+        for effect, mark, own in (
+            ("kept", "o", OWN),
+            ("held back", "v", DROP),
+            ("dropped", "v", DROP),
+        ):
+            if effect == "held back" and effect not in effects:
+                continue
+            points = [r for r in readings if _effect(r) == effect]
             color = line_style(g)["color"] if several else own
-            axes.plot(
-                [step for step, _ in points],
-                [rise for _, rise in points],
-                marker,
-                color=color,
-                markerfacecolor="none" if kind == "held back" else color,
-                markersize=3.5 if marker == "o" else 4.5 if several else 4,
-                label=None if several else kind,
-                gid=kind,
-                linestyle="",
-            )
-            drawn[kind] = marker
-    if several:  # a legend of the marks alone
-        for kind, marker in drawn.items():
-            face = "none" if kind == "held back" else RAW
-            axes.plot([], [], marker, color=RAW, markerfacecolor=face, markersize=4, label=kind)
-    _draw_threshold(axes, [r for group in of_groups for r in group], threshold)
+            style: dict[str, Any] = {
+                "color": color,
+                "markerfacecolor": "none" if effect == "held back" else color,
+                "linestyle": "",
+                "gid": effect,
+                "markersize": 3.5 if mark == "o" else 4.5 if several else 4,
+                "label": None if several else effect,
+            }
+            axes.plot(column(points, "step"), column(points, "rise"), mark, **style)
+            if several and g == len(tracks) - 1:  # a legend of the marks alone
+                face = "none" if effect == "held back" else RAW
+                style = {"color": RAW, "markerfacecolor": face, "markersize": 4}
+                axes.plot([], [], mark, label=effect, **style)
 
 
-def _kinds_of_rises(
-    readings: Sequence[Record], threshold: float | None
-) -> list[tuple[str, str, list[tuple[float, float]]]]:
-    """Return marker, name, and steps with rises, of each kind that there is."""
-    rises = column(readings, "rise")
-    # A rise below the threshold lowers no rate that is at min_lr already or in a cooldown.
-    below = [
-        limit is not None and rise < limit
-        for rise, limit in zip(rises, _thresholds(readings, threshold), strict=True)
-    ]
-    dropped = [bool(r.get("dropped")) for r in readings]
-    kinds = []
-    for chosen, marker, kind in (
-        ((False, False), "o", "kept"),
-        ((False, True), "v", "held back"),
-        ((True, None), "v", "dropped"),
-    ):
-        points = [
-            (number(r["step"]), rise)
-            for r, rise, at_drop, is_below in zip(readings, rises, dropped, below, strict=True)
-            if at_drop == chosen[0] and chosen[1] in (None, is_below)
-        ]
-        if points or kind != "held back":
-            kinds.append((marker, kind, points))
-    return kinds
-
-
-def _thresholds(readings: Sequence[Record], threshold: float | None) -> list[float | None]:
-    """What each reading was compared with: a resumed run may have had several thresholds."""
-    own = column(readings, "threshold")
-    return [threshold if math.isnan(limit) else limit for limit in own]
-
-
-def _draw_threshold(axes: Axes, readings: Sequence[Record], threshold: float | None) -> None:
-    """Draw the threshold of each part of the run, and the zone below it, where rates drop."""
-    readings = sorted(readings, key=lambda r: number(r["step"]))
-    pairs = zip(column(readings, "step"), _thresholds(readings, threshold), strict=True)
-    steps: list[float] = []
-    limits: list[float] = []
-    for step, limit in pairs:
-        if limit is not None:
-            steps.append(step)
-            limits.append(limit)
-    if not limits:
+def _draw_threshold(
+    axes: Axes, readings: Sequence[Record], tracks: Sequence[Sequence[Record]]
+) -> None:
+    """Draw the threshold of each part of the run, and the zone below it, in which rates drop."""
+    compared = [r for r in readings if math.isfinite(number(r.get("threshold")))]
+    if not compared:
         return
-    values = [v for v in column(readings, "rise") if math.isfinite(v)]
-    lowest = min([*limits, *values])
-    span = max([*limits, *values]) - lowest or 1.0
-    distinct = [f"{limit:g}°" for limit in dict.fromkeys(limits)]
-    style: dict[str, Any] = {"color": LIMIT, "linewidth": 1, "linestyle": "--"}
-    label = f"threshold {', then '.join(distinct)}"
+    steps, limits = column(compared, "step"), column(compared, "threshold")
+    rises = [v for records in tracks for v in column(records, "rise") if math.isfinite(v)]
+    lowest, highest = min([*limits, *rises]), max([*limits, *rises])
+    span = highest - lowest or 1.0
+    distinct = list(dict.fromkeys(f"{limit:g}°" for limit in limits))
+    line: dict[str, Any] = {"color": LIMIT, "linewidth": 1, "linestyle": "--"}
+    line["label"] = f"threshold {', then '.join(distinct)}"
+    zone: dict[str, Any] = {"color": DROP, "alpha": 0.06, "linewidth": 0}
     if len(distinct) == 1:
-        axes.axhline(limits[0], **style, label=label)
-        axes.axhspan(lowest - span, limits[0], color=DROP, alpha=0.06, linewidth=0)
+        axes.axhline(limits[0], **line)
+        axes.axhspan(lowest - span, limits[0], **zone)
     else:
-        axes.plot(steps, limits, **style, label=label, drawstyle="steps-post")
-        axes.fill_between(
-            steps, lowest - span, limits, step="post", color=DROP, alpha=0.06, linewidth=0
-        )
+        axes.plot(steps, limits, **line, drawstyle="steps-post")
+        axes.fill_between(steps, lowest - span, limits, step="post", **zone)
     axes.set_ylim(lowest - 0.08 * span, lowest + 1.08 * span)

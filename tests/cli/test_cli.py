@@ -34,9 +34,6 @@ def one_line_error(result):
     return line
 
 
-# ---- demo -----------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module", params=["digits", "bytes"])
 def small_demo(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
@@ -156,9 +153,6 @@ def test_demo_refuses_a_folder_that_is_a_file(tmp_path):
     assert "--output" in one_line_error(run("demo", "--output", tmp_path / "file" / "below"))
 
 
-# ---- doctor ---------------------------------------------------------------------------------
-
-
 def test_doctor_passes_and_says_what_is_here():
     result = run("doctor")
     assert result.exit_code == 0, result.output
@@ -172,19 +166,18 @@ def test_doctor_passes_and_says_what_is_here():
 @pytest.mark.parametrize(
     ("architectures", "expected"),
     [
-        ("90-real", "sm_90 (H100, H200)"),
-        ("80-real 89-real 120-real 120-virtual", None),
-        ("90a-real;77-real", "sm_90 (H100, H200), sm_77"),
-        ("86", "sm_86 (A10, A40, RTX 30), newer GPUs (compiled when first used)"),
+        ("90-real", "sm_90"),
+        (
+            "80-real 89-real 120-real 120-virtual",
+            "sm_80, sm_89, sm_120, newer GPUs (compiled when first used)",
+        ),
+        ("90a-real;77-real", "sm_90, sm_77"),
+        ("86", "sm_86, newer GPUs (compiled when first used)"),
         ("native", "native, newer GPUs (compiled when first used)"),
     ],
 )
-def test_architectures_have_the_names_of_gpus(architectures, expected):
-    names = name_architectures(architectures)
-    if expected is None:
-        expected = "sm_80 (A100, A30), sm_89 (L4, L40, RTX 40), sm_120 (RTX 50), "
-        expected += "newer GPUs (compiled when first used)"
-    assert names == expected
+def test_architectures_have_nvidias_names(architectures, expected):
+    assert name_architectures(architectures) == expected
 
 
 def test_doctor_has_colours_in_a_terminal_only(monkeypatch, capsys):
@@ -246,9 +239,6 @@ def test_selftest_notices_a_wrong_angle(wrong, monkeypatch):
     assert largest_error("reference", "cpu") > LIMIT
 
 
-# ---- plot -----------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def log(tmp_path):
     path = tmp_path / "run.jsonl"
@@ -275,12 +265,13 @@ def test_plot_writes_beside_the_log_or_where_told(log, tmp_path):
     [
         (b"", "no readings"),
         (b'{"event": "metrics", "step": 1}\n', "no readings"),
-        (b"broken\n\n", "run.jsonl:1: expected a JSON object"),
+        (b"broken\n\n", "no readings"),
         (b'{"event": "other"}\n', "run.jsonl:1: expected a reading or metrics"),
         (b'{"event": "reading", "angle": 80.0}\n', "'step'"),
         (b'{"event": "reading", "step": 1, "angle": "x"}\n', "'x'"),
-        (b"\xff\xfe\x00", "run.jsonl:1: expected a JSON object"),
-        (b"x" * 10_000 + b"\n\n", " ..."),
+        (b"\xff\xfe\x00", "no readings"),
+        (b'"' + b"x" * 10_000 + b'"\n\n', "run.jsonl:1: expected a reading or metrics"),
+        (b'{"event": "reading", "step": 1, "angle": "' + b"x" * 10_000 + b'"}\n', " ..."),
     ],
 )
 def test_plot_refuses_a_broken_log_in_one_line(content, expected, log):
@@ -299,9 +290,6 @@ def test_plot_refuses_what_it_cannot_read_or_write(log, tmp_path):
 def test_plot_without_matplotlib_names_the_extra(log, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert "pip install 'autodrop_ext[plot]'" in one_line_error(run("plot", log))
-
-
-# ---- the program ----------------------------------------------------------------------------
 
 
 def test_version_and_help():

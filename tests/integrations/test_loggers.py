@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
 import subprocess
 import sys
@@ -12,9 +13,9 @@ import torch
 from material import SETTINGS, digit_batches, digit_model, needs
 from torch.nn.functional import cross_entropy
 
-from autodrop_ext import AutoDrop, TeeLog
+from autodrop_ext import AutoDrop, Decision, EpochDecision
 from autodrop_ext.integrations import TensorBoardLog, WandbLog
-from autodrop_ext.log import to_scalars
+from autodrop_ext.integrations.loggers import to_scalars
 
 
 def train(sink: Any) -> AutoDrop:
@@ -39,11 +40,13 @@ def test_tensorboard(tmp_path: pathlib.Path) -> None:
     from test_transformers import scalars_of
     from torch.utils.tensorboard import SummaryWriter
 
+    runs = {}
     with SummaryWriter(tmp_path / "own") as writer:
-        log = TeeLog(TensorBoardLog(writer, prefix="a/"), TensorBoardLog(tmp_path / "made"))
-        scheduler = train(log)
-        log.close()
-    for folder, prefix in (("own", "a/"), ("made", "autodrop/")):
+        runs["own", "a/"] = train(TensorBoardLog(writer, prefix="a/"))
+    log = TensorBoardLog(tmp_path / "made")
+    runs["made", "autodrop/"] = train(log)
+    log.close()
+    for (folder, prefix), scheduler in runs.items():
         board = scalars_of(tmp_path / folder)
         for decision in scheduler.history:
             for name, value in to_scalars(decision).items():
@@ -83,6 +86,24 @@ def test_wandb_offline(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) 
     assert [row["autodrop/step"] for row, _ in rows if "loss" in row] == list(range(10, 201, 10))
     assert summary["autodrop/lr"] == scheduler.history[-1].lr[0]
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_scalars_of_decisions() -> None:
+    def decision(**values: Any) -> Decision:
+        plain: dict[str, Any] = {"step": 12, "window": 2, "angle": 92.0, "cosine": 0.1}
+        plain |= {"norm": 1.0, "previous_norm": 2.0, "lr": (0.1,)}
+        return Decision(**(plain | values))
+
+    one = to_scalars(decision(dropped=True, smoothed=None, rise=math.inf))
+    assert one["angle"] == 92.0
+    assert (one["lr"], one["dropped"], one["window"]) == (0.1, 1.0, 2.0)
+    assert not {"smoothed", "rise", "step"} & set(one)
+    assert all(type(value) is float for value in one.values())
+    several = to_scalars(decision(lr=(0.1, 0.2)))
+    assert (several["lr/0"], several["lr/1"]) == (0.1, 0.2)
+    assert "lr" not in several
+    epoch = EpochDecision(**vars(decision()) | {"change": 0.5, "threshold": 0.01, "waited": 0})
+    assert (to_scalars(epoch)["change"], to_scalars(epoch)["waited"]) == (0.5, 0.0)
 
 
 def test_objects_that_are_no_loggers_are_refused() -> None:

@@ -200,9 +200,6 @@ def test_running_means():
     assert len(running_mean(range(100_000), [1.0] * 100_000)[0]) == 1000
 
 
-# ---- AnytimeAutoDrop ------------------------------------------------------------------------
-
-
 def anytime(window, **values):
     steps = 16 * 2 ** (window // 8)
     plain = {"window": window, "window_steps": steps, "step": 16 * (window + 1) * 2}
@@ -268,9 +265,6 @@ def test_missing_matplotlib_names_the_extra(monkeypatch):
         plot_run(readings(1))
 
 
-# ---- one run read at many lengths -------------------------------------------------------------
-
-
 def points(steps, quality, lr):
     return [{"step": s, "quality": q, "lr": r} for s, q, r in zip(steps, quality, lr, strict=True)]
 
@@ -296,9 +290,6 @@ def test_runs_set_for_a_length_end_in_a_ring(tmp_path):
     assert quality.get_xscale() == "log"
     with pytest.raises(ValueError, match="expected at least one run, got none"):
         plot_lengths({}, {}, "test error %")
-
-
-# ---- what a scheduler draws of itself ---------------------------------------------------------
 
 
 @pytest.mark.parametrize(

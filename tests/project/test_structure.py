@@ -408,7 +408,7 @@ RULES: dict[Callable[[Sources], list[str]], list[Callable[[dict[str, str]], None
         with_line("schedulers.drop", "def f(scheduler): return scheduler.meter._sums"),
         with_line("parts", "def f(other): other._names = []"),
         with_line("averaging", "from .faults import _users_level"),
-        with_line("cli.watch", "def f(meter): return getattr(meter, '_sums')"),
+        with_line("cli.plot", "def f(meter): return getattr(meter, '_sums')"),
     ],
     every_allowed_underscore_is_used: [
         lambda given: given.update({k: v.replace("_aoti", "aoti") for k, v in given.items()})

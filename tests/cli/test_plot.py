@@ -1,8 +1,7 @@
-"""cli: ``autodrop watch``, and ``autodrop plot`` of epochs and of several logs."""
+"""cli: ``autodrop plot`` of one log and of several, and of logs that are broken."""
 
 from __future__ import annotations
 
-import io
 import json
 import pathlib
 import shutil
@@ -10,13 +9,11 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from rich.console import Console
 
 from autodrop_ext.cli import plot as plot_module
-from autodrop_ext.cli import watch as watch_module
 from autodrop_ext.cli.app import autodrop
-from autodrop_ext.cli.watch import render
-from autodrop_ext.log import JsonLinesLog, LogReader
+from autodrop_ext.cli.plot import kind_of
+from autodrop_ext.log import JsonLinesLog
 from autodrop_ext.plotting.compare import plot_runs
 from autodrop_ext.reading import Decision
 from autodrop_ext.schedulers import EpochDecision
@@ -24,14 +21,6 @@ from autodrop_ext.schedulers import EpochDecision
 
 def run(*arguments: object) -> Any:
     return CliRunner(env={"COLUMNS": "80"}).invoke(autodrop, [str(a) for a in arguments])
-
-
-def shown(width: int = 80, **log: Any) -> list[str]:
-    console = Console(width=width, file=io.StringIO())
-    reader = LogReader("run.jsonl")
-    vars(reader).update(log)
-    console.print(render(reader, width=width))
-    return console.file.getvalue().splitlines()  # type: ignore[attr-defined]
 
 
 def decision(window: int, **values: Any) -> Decision:
@@ -63,167 +52,18 @@ def long_run(path: pathlib.Path, drops: int = 12) -> JsonLinesLog:
     return log
 
 
-def test_once_shows_the_whole_run_in_eighty_columns(tmp_path: pathlib.Path) -> None:
-    log = long_run(tmp_path / "run.jsonl")
-    result = run("watch", log.path, "--once")
-    assert result.exit_code == 0, result.output
-    lines = result.output.splitlines()
-    assert all(len(line) <= 80 for line in lines)
-    head = lines[0]
-    assert "step 8,576" in head
-    assert "132 readings" in head
-    assert "12 drops" in head
-    by_label = {line.split()[0]: line for line in lines if line.strip()}
-    assert by_label["loss"].endswith("0.02256")
-    assert by_label["angle"].endswith("80.00°")
-    assert by_label["rate"].endswith("0.00687")
-    assert by_label["drops"].count("▼") == 12
-    # Highest at first, lowest at last: losses and rates fall over more than a decade.
-    for label in ("loss", "rate"):
-        curve = by_label[label].split()[1]
-        assert curve[0] == "█"
-        assert curve[-1] == "▁"
-    assert lines[-1].split() == ["8,576", "133", "80.00°", "86.66°", "-0.50°", "0.00687", "dropped"]
-
-
-def test_without_a_terminal_it_shows_once_and_ends(tmp_path: pathlib.Path) -> None:
-    log = long_run(tmp_path / "run.jsonl", drops=1)
-    assert "11 readings   1 drop " in run("watch", log.path).output
-    missing = run("watch", tmp_path / "none.jsonl")
-    assert missing.exit_code == 1
-    assert "none.jsonl does not exist" in missing.output
-
-
-def test_it_follows_a_log_that_grows(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In a terminal, with the waiting replaced by what the run does in the meantime."""
-    path = tmp_path / "run.jsonl"
-    console = Console(file=io.StringIO(), force_terminal=True, width=80, height=40)
-    monkeypatch.setattr(watch_module, "Console", lambda **options: console)
-    events = iter(["first", "second", "ctrl-c"])
-    seen: list[str] = []
-
-    def sleep(seconds: float) -> None:
-        seen.append(console.file.getvalue())  # type: ignore[attr-defined]
-        event = next(events)
-        if event == "ctrl-c":
-            raise KeyboardInterrupt
-        JsonLinesLog(path)(decision(2 if event == "first" else 3))
-
-    monkeypatch.setattr(watch_module.time, "sleep", sleep)
-    assert run("watch", path, "--interval", 0.5).exit_code == 0
-    assert "Waiting for" in seen[0]
-    assert "step 192" in seen[1]
-    assert "step 192" not in seen[0]
-    assert "step 256" in seen[2]
-
-
-def test_curves_share_an_axis_of_steps() -> None:
-    """Losses of steps 1 to 1,000 fill the width; readings of its middle stand in the middle."""
-    metrics = [{"step": n, "loss": 1000.0 / n} for n in range(1, 1_001)]
-    steps = range(256, 513, 64)
-    readings = [
-        {"step": n, "window": i, "angle": 80.0 + i, "lr": [0.1], "dropped": n == 512}
-        for i, n in enumerate(steps)
-    ]
-    lines = {line.split()[0]: line for line in shown(readings=readings, metrics=metrics) if line}
-    first, last = lines["loss"].index("█"), lines["loss"].rindex("▁")
-    columns = last - first + 1
-
-    def place(step: int) -> int:
-        return first + (step - 1) * columns // 1_000
-
-    angle = lines["angle"].removesuffix("84.00°")
-    assert angle.index("▁") == place(256)
-    assert angle.rindex("█") == place(512) == lines["drops"].index("▼")
-    assert " " not in angle[place(256) : place(512)]
-
-
-@pytest.mark.parametrize("width", [20, 40, 80, 200])
-def test_every_width_and_every_gap(width: int) -> None:
-    readings = [
-        {"step": 5, "angle": None, "lr": [], "dropped": False},
-        {"step": 10, "window": 3, "angle": 80.0, "smoothed": None, "lr": [0.0], "dropped": True},
-    ]
-    metrics = [{"step": 1, "loss": None}, {"step": 2, "accuracy": 1.0}]
-    lines = shown(width, readings=readings, metrics=metrics)
-    assert any("▼" in line for line in lines) == (width >= 40)  # There is no room for curves.
-    assert all(len(line) <= width for line in lines)
-    assert not any("…" in line for line in lines)
-    assert not any("nan" in line or "None" in line for line in lines)
-    assert any("No readings yet" in line for line in shown(80))
-
-
-def test_growing_windows_have_their_own_columns() -> None:
-    run = [
-        decision(w).as_dict() | {"window_steps": 32, "mean_cosine": 0.2, "power": 0.25}
-        for w in range(2, 9)
-    ]
-    lines = shown(readings=run, settings={"scheduler": "AnytimeAutoDrop", "critical": 0.25})
-    assert lines[1] == "AnytimeAutoDrop"
-    heads = ["step", "window", "cosine", "mean", "exponent", "rate"]
-    (row,) = [i for i, line in enumerate(lines) if line.split() == heads]
-    assert lines[-1].split() == ["576", "32", "0.10", "0.20", "0.25", "0.1"]
-    assert len(lines) - row - 1 == 6
-    assert not any("smoothed" in line or "drop" in line for line in lines[2:])
-
-
-@pytest.mark.parametrize(
-    ("width", "heads"),
-    [
-        (80, "step window angle smoothed rise rate"),
-        (64, "step window angle smoothed rise rate"),
-        (63, "step angle smoothed rise rate"),
-        (54, "step angle rise rate"),
-        (43, "step angle rate"),
-        (25, "step angle rate"),
-        (24, "step rate"),
-    ],
-)
-def test_a_narrow_terminal_has_fewer_columns_and_whole_numbers(width: int, heads: str) -> None:
-    run = [
-        decision(w, smoothed=81.25, rise=-0.5, lr=(0.00125,), dropped=w % 2 == 0).as_dict()
-        for w in range(1000, 1008)
-    ]
-    lines = shown(width, readings=run)
-    (row,) = [i for i, line in enumerate(lines) if line.split() == heads.split()]
-    assert len(lines) - row - 1 == 6
-    assert all(
-        line.split()[0] == f"{64 * w:,}"
-        for line, w in zip(lines[row + 1 :], range(1003, 1009), strict=True)
-    )
-    assert all("0.00125" in line for line in lines[row + 1 :])
-    assert not any("…" in line or len(line) > width for line in lines)
-
-
-def test_settings_are_in_the_second_line() -> None:
-    settings = {"version": "0.1.0", "scheduler": "AutoDrop", "window": 64, "threshold": 0.1}
-    settings |= {"min_lr": [0.0, 0.001], "per_group": True, "kernel": "value"}
-    lines = shown(readings=[decision(2).as_dict()], settings=settings)
-    assert lines[1] == "AutoDrop, window 64, threshold 0.1°, min_lr 0 / 0.001, per_group"
-
-
-def test_epochs_have_their_own_columns() -> None:
-    epochs = [epoch(n, waited=n % 3).as_dict() for n in range(1, 9)]
-    text = "\n".join(shown(readings=epochs))
-    for word in ("epoch", "change", "threshold", "waited"):
-        assert word in text
-    assert "smoothed" not in text
-
-
 BROKEN = [
-    "broken",
     '{"event": "reading", "step": 1, "lr": 3}',
     '{"event": "reading", "step": 1, "lr": [[1]]}',
     '{"event": "reading", "step": 1, "angle": "x\\u001b[2J"}',
     '{"event": "reading", "step": 1e999}',
     '{"event": "reading", "step": 1, "angle": {"a": 1}}',
-    "[" * 100_000,
-    '{"event": "reading", "step": 1, "angle": ' + "9" * 5000 + "}",
-    "\x1b[2J",
 ]
 ODD = [
+    "broken",
+    "\x1b[2J",
+    "[" * 100_000,
+    '{"event": "reading", "step": 1, "angle": ' + "9" * 5000 + "}",
     '{"event": "reading", "step": 1, "angle": 1e999, "rise": -1e999, "lr": [1e999]}',
     '{"event": "reading", "step": 1, "angle": NaN, "smoothed": Infinity, "lr": [0.1]}',
     '{"event": "reading", "step": 1e18, "angle": 1e308, "rise": 1e308, "lr": [1e-320]}',
@@ -235,20 +75,17 @@ ODD = [
 
 
 @pytest.mark.parametrize("line", BROKEN + ODD)
-@pytest.mark.parametrize("command", ["watch", "plot"])
-def test_no_log_ends_a_command_in_a_traceback(
-    command: str, line: str, tmp_path: pathlib.Path
-) -> None:
+def test_no_log_ends_in_a_traceback(line: str, tmp_path: pathlib.Path) -> None:
     path = tmp_path / "run.jsonl"
     usual = '{"event": "reading", "step": 0, "angle": 80.0, "lr": [0.1], "dropped": false}'
     path.write_text(f"{usual}\n{line}\n")
-    result = run(command, path, *(["--once"] if command == "watch" else ["--threshold", 0.1]))
+    result = run("plot", path, "--threshold", 0.1)
     assert isinstance(result.exception, SystemExit | None), result.exception
     assert "\x1b" not in result.output
     if line in BROKEN:
         assert result.exit_code == 1
         assert sum(line.startswith("Error: ") for line in result.output.splitlines()) == 1
-    elif line.count("waited") + line.count("power") == 0 or command == "watch":
+    elif line.count("waited") + line.count("power") == 0:
         assert result.exit_code == 0, result.output
 
 
@@ -257,8 +94,6 @@ def test_a_file_name_controls_no_terminal(tmp_path: pathlib.Path) -> None:
     shutil.copy(long_run(tmp_path / "run.jsonl", 1).path, tmp_path / name)
     other = tmp_path / "run.jsonl"
     for arguments in (
-        ("watch", tmp_path / name, "--once"),
-        ("watch", tmp_path / f"{name}.none", "--once"),
         ("plot", tmp_path / name),
         ("plot", tmp_path / name, "-o", tmp_path / name / "below.png"),
         ("plot", tmp_path / name, other, "-o", tmp_path / "both.png"),
@@ -268,9 +103,6 @@ def test_a_file_name_controls_no_terminal(tmp_path: pathlib.Path) -> None:
         assert "\x1b" not in output
         assert "\u202e" not in output
         assert r"a\x1b[2Jb" in output.replace("\n", ""), output
-
-
-# ---- plot: epochs, and several logs ---------------------------------------------------------
 
 
 def test_plot_of_epochs(tmp_path: pathlib.Path) -> None:
@@ -389,3 +221,9 @@ def test_what_a_comparison_draws() -> None:
         plot_runs({"a": ([], [])})
     with pytest.raises(ValueError, match="runs: expected at least one, got none"):
         plot_runs({})
+
+
+def test_what_the_readings_of_a_log_are_about() -> None:
+    assert kind_of([decision(2).as_dict()]) == "windows"
+    assert kind_of([epoch(2).as_dict()]) == "epochs"
+    assert kind_of([{**decision(2).as_dict(), "power": 0.0}]) == "anytime"
