@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch.optim import Optimizer
 
 from .. import checks
-from ..distributed.exchange import Exchange
-from ..distributed.group import check_group, find_group
 from ..saved import Form
 from ..settings import ANALYTIC, check_arguments
 from ..theory.velocity_model import Phase, RateSequence, VelocityModel, learning_rate
@@ -124,9 +122,7 @@ class AnalyticAutoDrop(StepScheduler):
 
     def _compare_ranks(self) -> None:
         if not self._compared:
-            exchange = Exchange(type(self).__name__)
-            exchange.group = find_group(self._process_group, ())
-            exchange.compare_once(self._facts)
+            find_group(self._process_group, (), type(self).__name__).compare(self._facts())
             self._compared = True
 
     def _facts(self) -> dict[str, Any]:
