@@ -4,6 +4,7 @@
 
 #include "core/tables.h"
 #include "cpu/parallel.h"
+#include "cpu/table.h"
 
 namespace py = pybind11;
 
@@ -86,7 +87,30 @@ void write_back(const CpuPlan& self, Address arena, Address mean, double scale, 
 
 }  // namespace
 
+namespace {
+const autodrop::cpu::Loops* loops_of(const std::string& isa) {
+  const auto* loops = isa.empty() ? autodrop::cpu::best_loops() : autodrop::cpu::loops_named(isa.c_str());
+  if (loops == nullptr) throw py::value_error("isa: this processor does not run '" + isa + "'");
+  return loops;
+}
+}
 PYBIND11_MODULE(_C, m) {
+  m.def("accumulate", [](Address pieces, Address runs, std::int64_t rows, Address bases, Address table, bool, int threads, const std::string& isa) {
+    const auto* loops = loops_of(isa);
+    py::gil_scoped_release release;
+    autodrop::cpu::accumulate(pointer<const autodrop::Piece>(pieces), pointer<const std::int64_t>(runs), rows, pointer<const std::int64_t>(bases), pointer<double>(table), threads, loops);
+  });
+  m.def("accumulate_exact", [](Address spans, std::int64_t n, Address bases, Address table, int threads, const std::string& isa) {
+    const auto* loops = loops_of(isa);
+    py::gil_scoped_release release;
+    autodrop::cpu::accumulate_exact(pointer<const autodrop::Span>(spans), n, pointer<const std::int64_t>(bases), pointer<double>(table), threads, loops);
+  });
+  m.def("close", [](Address a, Address b, Address c, double divisor, Address bounds, std::int64_t parts, Address sums, int threads) {
+    const auto* loops = loops_of("");
+    py::gil_scoped_release release;
+    autodrop::cpu::close(pointer<double>(a), pointer<double>(b), pointer<double>(c), divisor, pointer<const std::int64_t>(bounds), parts, pointer<double>(sums), threads, loops);
+  });
+
   m.doc() = "Compiled core of autodrop_ext; use it through autodrop_ext.ops.";
   m.attr("version") = AUTODROP_VERSION;
   m.attr("cuda_built") = bool{AUTODROP_WITH_CUDA};

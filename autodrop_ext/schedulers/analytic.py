@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch.optim import Optimizer
 
 from .. import checks
+from ..ranks import check_group, find_group
 from ..saved import Form
 from ..settings import ANALYTIC, check_arguments
 from ..theory.velocity_model import Phase, RateSequence, VelocityModel, learning_rate
