@@ -10,7 +10,8 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, NamedTuple, TypeVar
 
 from . import checks
-from .saved import Entries
+from .checks import Check
+from .saved import Later, list_of, load
 
 _UNSAVED = {"saved": False}  # too much for checkpoints
 
@@ -134,26 +135,32 @@ def to_columns(records: Sequence[Any], kind: type) -> dict[str, list[Any]]:
     return {k: [list(x) if isinstance(x, tuple) else x for x in v] for k, v in columns.items()}
 
 
-def from_columns(columns: Entries, kind: type[Any]) -> list[Any]:
-    """The records of :func:`to_columns`.
+def from_columns(kind: type[Any]) -> Check:
+    """Return the check of the columns of :func:`to_columns`, which returns their records.
 
     Columns that a checkpoint of an earlier version lacks keep their defaults.
-
-    Raises:
-        ValueError: a column is missing, has another length, or holds other values.
     """
-    accepted = {f.name: f.type for f in fields(kind) if f.metadata.get("saved", True)}
-    needed = [f.name for f in fields(kind) if f.default is MISSING]
-    length: int | None = None
-    values: dict[str, list[Any]] = {}
-    for name in dict.fromkeys([*needed, *columns]):
-        if name not in accepted:
-            raise ValueError(f"{columns.name(name)}: expected no such column of {kind.__name__}")
-        check = functools.partial(_check_value, str(accepted[name]))
-        values[name] = columns.list(name, check, length)
-        length = len(values[name])
-    rows = zip(*values.values(), strict=True)
-    return [kind(**dict(zip(values, row, strict=True))) for row in rows]
+    form: dict[str, Check | Later] = {}
+    for f in fields(kind):
+        if f.metadata.get("saved", True):
+            column = list_of(functools.partial(_check_value, str(f.type)))
+            form[f.name] = column if f.default is MISSING else Later(column, None)
+
+    def check(name: str, value: Any) -> list[Any]:
+        columns = {
+            key: column for key, column in load(value, form, name).items() if column is not None
+        }
+        for key in value:
+            if key not in form:
+                raise ValueError(f"{name}[{key!r}]: expected no such column of {kind.__name__}")
+        length = len(next(iter(columns.values())))
+        for key, column in columns.items():
+            if len(column) != length:
+                raise ValueError(f"{name}[{key!r}]: expected {length} values, got {len(column)}")
+        rows = zip(*columns.values(), strict=True)
+        return [kind(**dict(zip(columns, row, strict=True))) for row in rows]
+
+    return check
 
 
 def _check_value(kind: str, name: str, value: Any) -> Any:

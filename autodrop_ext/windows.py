@@ -53,7 +53,7 @@ class Windows:
         return self.position * self.snapshots_per_window // self.window > self.taken
 
     def begin_close(self) -> None:
-        """The window's end is reached; :meth:`interrupted` needs to know until it is closed."""
+        """The window's end is reached; :meth:`discard` needs to know until it is closed."""
         self._closing = self.windows + 1
 
     def next_window(self) -> None:
@@ -72,8 +72,11 @@ class Windows:
         self.windows_since_restart = 0
         self._closing = self.windows
 
-    def interrupted(self) -> bool:
-        """Discard the open window; whether that starts over at once, at a window's beginning."""
+    def discard(self) -> bool:
+        """Discard the open window, and return whether that has started over at once.
+
+        Within a window its end is waited for, because other ranks end it too.
+        """
         if 0 < self.position < self.window:
             self.spoiled = True
             return False
