@@ -131,11 +131,10 @@ class AnalyticAutoDrop(StepScheduler):
         facts = {**self._saved_settings(), "num_drops": self.num_drops}
         return {**facts, "lr": as_floats(self.base_lrs)}
 
-    def _decide_step(self) -> Outcome | None:
+    def _decide_step(self) -> Outcome:
         since = self._since_drop + 1
         if self._gap is None or since < self._gap:
-            self._since_drop = since
-            return None
+            return Outcome(None, (), {"_since_drop": since})
         angle = math.degrees(self.model.velocity(float(since), self._alpha()))
         before, after = self._scale(self.num_drops), self._scale(self.num_drops + 1)
         lrs = []

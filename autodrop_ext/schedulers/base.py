@@ -26,7 +26,7 @@ class Outcome(NamedTuple):
     """What a step has decided.
 
     Attributes:
-        record: for the history and the callbacks.
+        record: for the history and the callbacks; None if there is nothing to report.
         lrs: new rate of each param group; None for those that stay as they are.
         state: new values of the scheduler's attributes by name.
     """
@@ -34,6 +34,9 @@ class Outcome(NamedTuple):
     record: Any
     lrs: Sequence[float | None]
     state: Mapping[str, Any]
+
+
+NOTHING = Outcome(None, (), {})
 
 
 class StepScheduler(LRScheduler):
@@ -105,17 +108,17 @@ class StepScheduler(LRScheduler):
         except BaseException:
             self._make_whole()
             raise
-        if outcome is not None:
+        if outcome.record is not None:
             self._report(outcome.record)
         self._last_lr = self._lrs()
         self._warnings.release()
 
-    def _take_step(self, epoch: int | None) -> Outcome | None:
+    def _take_step(self, epoch: int | None) -> Outcome:
         self._last_whole = self._counts()
         self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
         self._step_count += 1
         self._watch(epoch)
-        outcome = None
+        outcome = NOTHING
         if self._hook.consume():
             self._optimizer_steps += 1
             self._compare_ranks()
@@ -130,18 +133,18 @@ class StepScheduler(LRScheduler):
         """Compare settings between ranks, once; called at every real step."""
         raise NotImplementedError
 
-    def _decide_step(self) -> Outcome | None:
-        """Return what follows from the optimizer step that has just been taken, if anything."""
+    def _decide_step(self) -> Outcome:
+        """Return what follows from the optimizer step that has just been taken."""
         raise NotImplementedError
 
     def _report(self, record: Any) -> None:
         """Call the user's functions, after everything else: what they raise undoes nothing."""
         raise NotImplementedError
 
-    def _commit(self, outcome: Outcome | None) -> None:
+    def _commit(self, outcome: Outcome) -> None:
         """Make the step the last whole one, and carry it out."""
-        if outcome is None:
-            self._last_whole = None
+        if outcome.record is None:
+            vars(self).update(outcome.state, _last_whole=None)
             return
         before = as_floats(self._rates())
         pairs = zip(before, outcome.lrs, strict=False)
@@ -336,10 +339,10 @@ class StepScheduler(LRScheduler):
         rates are restored by the *optimizer's* ``load_state_dict``, as with torch's schedulers.
         """
         counts, unwritten = self._last_whole or self._counts(), self._unwritten
-        lrs, history = as_floats(self._rates()), self.history
+        lrs, last_lr, history = as_floats(self._rates()), as_floats(self._last_lr), self.history
         if unwritten is not None:
             pairs = zip(lrs, unwritten.lrs, strict=False)
-            lrs = [lr if new is None else new for lr, new in pairs]
+            lrs = last_lr = [lr if new is None else new for lr, new in pairs]
             if not self._is_remembered(unwritten.record):
                 history = [*history, unwritten.record]
         return {
@@ -348,7 +351,7 @@ class StepScheduler(LRScheduler):
             **self._saved_settings(),
             **counts,
             "base_lrs": as_floats(self.base_lrs),
-            "last_lr": as_floats(self._last_lr),
+            "last_lr": last_lr,
             "lrs": lrs,
             "num_drops": self.num_drops,
             **self._saved_gathered(),

@@ -18,7 +18,7 @@ from ..checks import none_or
 from ..reading import Decision, Reading
 from ..saved import Form, load
 from ..settings import EPOCH, degrees_above_0
-from .base import Outcome, StepScheduler, check_optimizer
+from .base import Outcome, check_optimizer
 from .metered import MeteredScheduler
 
 if TYPE_CHECKING:
@@ -265,10 +265,11 @@ class EpochAutoDrop(MeteredScheduler):
             super()._report(record)
 
     def _make_whole(self) -> None:
-        # How much of an epoch the average has seen is not known.
-        StepScheduler._make_whole(self)
-        self.meter.discard()
+        super()._make_whole()
         self._start_over()
+
+    def _decide_missed(self) -> None:
+        """Decide nothing: how much of an epoch the average has seen is not known."""
 
     def _start_over(self) -> None:
         """Make the epoch that begins now the first one."""

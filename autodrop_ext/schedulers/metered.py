@@ -16,7 +16,7 @@ from ..meter import AngularVelocity
 from ..reading import Decision, Reading
 from ..saved import Form, Later, inside, list_of, load
 from ..settings import METER, check_arguments
-from .base import Outcome, StepScheduler, as_floats, check_optimizer, in_precision_of
+from .base import NOTHING, Outcome, StepScheduler, as_floats, check_optimizer, in_precision_of
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -85,13 +85,13 @@ class MeteredScheduler(StepScheduler):
         if self._optimizer_steps == 1:
             self._begin_log()
 
-    def _decide_step(self) -> Outcome | None:
+    def _decide_step(self) -> Outcome:
         if self._mean is not None and self._mean.in_block:
             raise RuntimeError("step: expected parameters of a training step, got averaged ones")
         reading = self.meter.observe(calls=self._step_count, facts=self._facts)
         self._update_average()
         self._cool()  # first, so that a decision holds the rates after this step
-        return None if reading is None else self._decide_once(reading)
+        return NOTHING if reading is None else self._decide_once(reading)
 
     def _update_average(self) -> None:
         """Move the average where the meter has read the parameters, but not too often.
@@ -122,11 +122,15 @@ class MeteredScheduler(StepScheduler):
             self.on_drop(record)
 
     def _make_whole(self) -> None:
-        newest = self.meter.history[-1] if self.meter.history else None
-        if newest is not None and newest.window != self._decided:
-            self._commit(self._decide_once(newest))  # other ranks may have decided on it
+        self._decide_missed()
         super()._make_whole()
         self.meter.discard()
+
+    def _decide_missed(self) -> None:
+        """Decide on a reading that an interrupted step had: other ranks may have decided on it."""
+        newest = self.meter.history[-1] if self.meter.history else None
+        if newest is not None and newest.window != self._decided:
+            self._commit(self._decide_once(newest))
 
     def _facts(self) -> dict[str, Any]:
         """What decisions depend on; equal on all ranks."""
