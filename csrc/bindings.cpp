@@ -85,32 +85,47 @@ void write_back(const CpuPlan& self, Address arena, Address mean, double scale, 
                             scale, num_threads, self.kernels);
 }
 
+const autodrop::cpu::Loops* loops(const std::string& isa) {
+  const auto* found =
+      isa.empty() ? autodrop::cpu::best_loops() : autodrop::cpu::loops_named(isa.c_str());
+  if (found == nullptr) {
+    throw py::value_error("isa: this processor does not run '" + isa + "'");
+  }
+  return found;
+}
+
+// The loops multiply by weights at no cost, so that `weighted` is for GPUs.
+void accumulate_sketch(Address pieces, Address runs, std::int64_t num_rows, Address bases,
+                       Address table, bool /*weighted*/, int num_threads, const std::string& isa) {
+  const auto* chosen = loops(isa);
+  py::gil_scoped_release release;
+  autodrop::cpu::accumulate(
+      pointer<const autodrop::Piece>(pieces), pointer<const std::int64_t>(runs), num_rows,
+      pointer<const std::int64_t>(bases), pointer<double>(table), num_threads, chosen);
+}
+
+void accumulate_exact(Address spans, std::int64_t num_spans, Address bases, Address table,
+                      int num_threads, const std::string& isa) {
+  const auto* chosen = loops(isa);
+  py::gil_scoped_release release;
+  autodrop::cpu::accumulate_exact(pointer<const autodrop::Span>(spans), num_spans,
+                                  pointer<const std::int64_t>(bases), pointer<double>(table),
+                                  num_threads, chosen);
+}
+
+void close_window(Address running, Address mean, Address displacement, double divisor,
+                  Address bounds, std::int64_t num_parts, Address sums, int num_threads,
+                  const std::string& isa) {
+  const auto* chosen = loops(isa);
+  py::gil_scoped_release release;
+  autodrop::cpu::close(pointer<double>(running), pointer<double>(mean),
+                       pointer<double>(displacement), divisor, pointer<const std::int64_t>(bounds),
+                       num_parts, pointer<double>(sums), num_threads, chosen);
+}
+
 }  // namespace
 
-namespace {
-const autodrop::cpu::Loops* loops_of(const std::string& isa) {
-  const auto* loops = isa.empty() ? autodrop::cpu::best_loops() : autodrop::cpu::loops_named(isa.c_str());
-  if (loops == nullptr) throw py::value_error("isa: this processor does not run '" + isa + "'");
-  return loops;
-}
-}
 PYBIND11_MODULE(_C, m) {
-  m.def("accumulate", [](Address pieces, Address runs, std::int64_t rows, Address bases, Address table, bool, int threads, const std::string& isa) {
-    const auto* loops = loops_of(isa);
-    py::gil_scoped_release release;
-    autodrop::cpu::accumulate(pointer<const autodrop::Piece>(pieces), pointer<const std::int64_t>(runs), rows, pointer<const std::int64_t>(bases), pointer<double>(table), threads, loops);
-  });
-  m.def("accumulate_exact", [](Address spans, std::int64_t n, Address bases, Address table, int threads, const std::string& isa) {
-    const auto* loops = loops_of(isa);
-    py::gil_scoped_release release;
-    autodrop::cpu::accumulate_exact(pointer<const autodrop::Span>(spans), n, pointer<const std::int64_t>(bases), pointer<double>(table), threads, loops);
-  });
-  m.def("close", [](Address a, Address b, Address c, double divisor, Address bounds, std::int64_t parts, Address sums, int threads) {
-    const auto* loops = loops_of("");
-    py::gil_scoped_release release;
-    autodrop::cpu::close(pointer<double>(a), pointer<double>(b), pointer<double>(c), divisor, pointer<const std::int64_t>(bounds), parts, pointer<double>(sums), threads, loops);
-  });
-
   m.doc() = "Compiled core of autodrop_ext; use it through autodrop_ext.ops.";
   m.attr("version") = AUTODROP_VERSION;
   m.attr("cuda_built") = bool{AUTODROP_WITH_CUDA};
@@ -121,6 +136,15 @@ PYBIND11_MODULE(_C, m) {
   autodrop::bind_cuda(m);
 #endif
   m.attr("cpu_isa") = autodrop::cpu::best_kernels()->isa;
+
+  m.def("accumulate", &accumulate_sketch, py::arg("pieces"), py::arg("runs"), py::arg("num_rows"),
+        py::arg("bases"), py::arg("table"), py::arg("weighted"), py::arg("num_threads"),
+        py::arg("isa") = "");
+  m.def("accumulate_exact", &accumulate_exact, py::arg("spans"), py::arg("num_spans"),
+        py::arg("bases"), py::arg("table"), py::arg("num_threads"), py::arg("isa") = "");
+  m.def("close", &close_window, py::arg("running"), py::arg("mean"), py::arg("displacement"),
+        py::arg("divisor"), py::arg("bounds"), py::arg("num_parts"), py::arg("sums_out"),
+        py::arg("num_threads"), py::arg("isa") = "");
 
   py::class_<CpuPlan>(m, "CpuPlan", py::module_local())
       .def(py::init(&make_plan), py::arg("chunks"), py::arg("num_chunks"), py::arg("tensor_chunks"),
