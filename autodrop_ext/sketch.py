@@ -69,9 +69,12 @@ class _Bank:
         return self.tables[0]
 
     def add(self, bases: IntArray) -> None:
-        sources = self.plan.sources
-        copies = {i: sources[i].current().contiguous() for i in self._staged}
-        bases[list(copies)] = [copy.data_ptr() for copy in copies.values()]
+        if not self._staged:
+            self.accumulation.accumulate(self.running, bases)
+            return
+        copies = [self.plan.sources[i].current().contiguous() for i in self._staged]
+        bases = bases.copy()
+        bases[self._staged] = [copy.data_ptr() for copy in copies]
         self.accumulation.accumulate(self.running, bases)  # the copies live until it has begun
 
 
@@ -138,6 +141,8 @@ class Sketch:
         if not self.own and uniform and len(weights):
             self.weight, weights = float(weights[0]), [1.0] * len(shards)
         self._banks: list[_Bank] = []
+        self._addresses: Sequence[int] = ()
+        self._bases: list[IntArray] = []  # of each bank, at those addresses
         self._bounds: list[IntArray] = []
         self._members: list[IntArray] = []
         self._build(shards, [1.0] * len(shards) if self.own else weights, stage, backend)
@@ -202,9 +207,12 @@ class Sketch:
         Args:
             addresses: of the first element of each shard.
         """
-        every = np.array(addresses, np.int64)
-        for bank in self._banks:
-            bank.add(every[bank.members])
+        if addresses is not self._addresses:
+            every = np.array(addresses, np.int64)
+            self._bases = [every[bank.members] for bank in self._banks]
+            self._addresses = addresses
+        for bank, bases in zip(self._banks, self._bases, strict=True):
+            bank.add(bases)
 
     def join(self) -> Tensor | None:
         """Return the running table of all devices, which ranks add up in place; None if own."""
