@@ -143,8 +143,9 @@ class ParameterSource:
         An address in another memory than before is fine: the parameter is the same.
 
         Returns:
-            The same list as before if no address has changed. None if the shards cannot be read as they were found: a parameter's memory is gone, or
-            it has another shape, order in memory, dtype or device.
+            The same list as before if no address has changed; None if the shards cannot be read as
+            they were found: a parameter's memory is gone, or it has another shape, order in memory,
+            dtype or device.
 
         Raises:
             RuntimeError: :meth:`shards` has found nothing yet.
@@ -153,12 +154,15 @@ class ParameterSource:
         if found is None:
             raise RuntimeError("addresses: expected a call after shards(), got one before it")
         with torch._C.DisableTorchFunction():
-            now = _addresses(found.every)
-            if now != self._readable:
-                if _forms(found.every) != found.forms or not _in_memory(found.every):
-                    return None
-                self._readable = now
-        return now if len(found.kept) == len(now) else [now[i] for i in found.kept]
+            # Half of the time of a loop: 40 ns a parameter, and this is called at every read.
+            now = list(map(_ADDRESS, found.plain)) if found.plain else _addresses(found.every)
+            if now == self._readable:
+                return self._kept
+            if _forms(found.every) != found.forms or not _in_memory(found.every):
+                return None
+        self._readable = now
+        self._kept = now if len(found.kept) == len(now) else [now[i] for i in found.kept]
+        return self._kept
 
     def unchanged(self) -> bool:
         """Return True if :meth:`shards` would find the same parameters again.
