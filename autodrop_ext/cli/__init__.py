@@ -1,4 +1,4 @@
-"""Command line: ``autodrop demo``, ``doctor``, ``plot`` and ``watch``."""
+"""Command line: ``autodrop doctor``, ``plot`` and ``watch``."""
 
 from __future__ import annotations
 

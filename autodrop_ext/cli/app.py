@@ -6,7 +6,6 @@ import click
 
 import autodrop_ext
 
-from .demo.command import demo
 from .doctor import examine
 from .plot import plot
 from .watch import watch
@@ -15,7 +14,7 @@ from .watch import watch
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80})
 @click.version_option(autodrop_ext.__version__, prog_name="autodrop_ext")
 def autodrop() -> None:
-    """Automatic learning-rate drop for PyTorch: try it, check it, look at a run."""
+    """Automatic learning-rate drop for PyTorch: check the installation, look at a run."""
 
 
 @click.command()
@@ -27,5 +26,5 @@ def doctor() -> None:
     raise SystemExit(examine())
 
 
-for command in (demo, doctor, plot, watch):
+for command in (doctor, plot, watch):
     autodrop.add_command(command)

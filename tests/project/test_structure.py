@@ -89,8 +89,8 @@ def schedulers_never_import_operations(given: Sources) -> list[str]:
     return forbidden(given, "schedulers", lambda name: not in_room(name, "ops"))
 
 
-def theory_imports_checks_alone(given: Sources) -> list[str]:
-    return forbidden(given, "theory", lambda name: name == "checks")
+def the_velocity_model_imports_checks_alone(given: Sources) -> list[str]:
+    return forbidden(given, "schedulers.velocity_model", lambda name: name == "checks")
 
 
 def checks_import_nothing(given: Sources) -> list[str]:
@@ -379,7 +379,9 @@ RULES: dict[Callable[[Sources], list[str]], list[Callable[[dict[str, str]], None
         with_line("schedulers.base", "from .. import ops"),
         with_line("schedulers", "from autodrop_ext.ops import select"),
     ],
-    theory_imports_checks_alone: [with_line("theory.bounds", "from ..angle import angle_of")],
+    the_velocity_model_imports_checks_alone: [
+        with_line("schedulers.velocity_model", "from .base import Changes")
+    ],
     checks_import_nothing: [with_line("checks", "from .saved import Entries")],
     the_meter_reaches_sampling_through_one_import: [
         with_line("meter", "from .sampling.draw import Sample"),

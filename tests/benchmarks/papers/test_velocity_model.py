@@ -9,8 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
-from autodrop_ext.theory import (
+from papers.theory import (
     VelocityModel,
     algorithm_2,
     drop_count_bounds,
@@ -177,7 +176,7 @@ def test_the_model_says_nothing_before_the_rate_was_changed(t):
 
 
 def test_the_threshold_is_met_far_from_saturation():
-    """What the demo says: at gamma lr / 2 the velocity is at 44 to 51 % of its limit."""
+    """What papers/theory/draw.py says: at gamma lr / 2 the velocity is at 44 to 51 % of its limit."""
     for epsilon in (1e-6, 0.1, 0.333):
         model = VelocityModel(1e-4, epsilon)
         share = model.velocity(model.gap_length(1.0, 1.0), 1.0) / model.limit(1.0)

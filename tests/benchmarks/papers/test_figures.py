@@ -1,4 +1,4 @@
-"""theory.figures and the demo's tasks nqm and theory, in small."""
+"""theory.figures, and the command that draws them, in small."""
 
 from __future__ import annotations
 
@@ -6,28 +6,35 @@ import math
 import sys
 
 import pytest
-from click.testing import CliRunner
-
-from autodrop_ext.cli.app import autodrop
-from autodrop_ext.theory import (
+from papers.theory import (
     AutomaticDrop,
     NoisyQuadratic,
     VelocityModel,
     algorithm_2,
     learning_rate,
 )
-from autodrop_ext.theory.figures import (
-    plot_algorithm_2,
+from papers.theory.draw import main
+from papers.theory.figures import (
     plot_automatic_drop,
     plot_constant_rates,
     plot_velocity_model,
 )
 
+from autodrop_ext.plotting.analytic import plot_algorithm_2
+
 MODEL = VelocityModel(gamma=0.1, epsilon=0.3)
 
 
-def run(*arguments):
-    return CliRunner(env={"COLUMNS": "80"}).invoke(autodrop, ["demo", *map(str, arguments)])
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the command in a narrow terminal and return what it printed."""
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def run(*arguments):
+        main([str(argument) for argument in arguments])
+        return capsys.readouterr().out
+
+    return run
 
 
 def labels(figure):
@@ -115,67 +122,55 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch):
         plot_velocity_model(MODEL, [1.0], 10)
 
 
-# ---- the demo -------------------------------------------------------------------------------
+# ---- the command ----------------------------------------------------------------------------
 
 
-def test_demo_nqm_sets_angles_beside_the_theorem(tmp_path):
-    result = run("--task", "nqm", "--seeds", 3, "--steps", 300, "--output", tmp_path)
-    assert result.exit_code == 0, result.output
-    rows = [row.split("│")[1:-1] for row in result.output.splitlines() if row.startswith("│")]
+def test_nqm_sets_angles_next_to_the_theorem(run, tmp_path):
+    printed = run("nqm", "--seeds", 3, "--steps", 300, "--output", tmp_path)
+    rows = [row.split("│")[1:-1] for row in printed.splitlines() if row.startswith("│")]
     cells = {name: values for name, *values in ([c.strip() for c in row] for row in rows)}
     assert list(cells) == ["0.06", "0.03", "0.01", "0.001", "automatic"]
     assert cells["0.06"][1] == "118.23°"
     for rate in ("0.06", "0.03"):
         angle, theorem = (float(cells[rate][i].rstrip("°")) for i in (0, 1))
         assert abs(angle - theorem) < 1.5  # 450 angles that scatter by 5.4 degrees: 0.25
-    assert all(len(text) <= 80 for text in result.output.splitlines() if "Picture" not in text)
+    assert all(len(text) <= 80 for text in printed.splitlines() if "Picture" not in text)
     for name in ("nqm.png", "nqm-drops.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-        assert str(tmp_path / name) in result.output
+        assert str(tmp_path / name) in printed
 
 
-def test_demo_theory_prints_algorithm_2s_drops(tmp_path):
-    result = run("--task", "theory", "--steps", 2000, "--output", tmp_path)
-    assert result.exit_code == 0, result.output
-    rows = [row.split("│")[1:-1] for row in result.output.splitlines() if row.startswith("│")]
+def test_algorithm_2s_drops_are_printed(run, tmp_path):
+    printed = run("algorithm-2", "--steps", 2000, "--output", tmp_path)
+    rows = [row.split("│")[1:-1] for row in printed.splitlines() if row.startswith("│")]
     cells = [[c.strip() for c in row] for row in rows]
     assert [row[0] for row in cells] == [str(i) for i in range(15)]
     # tau0 = 0.01 binds: k = (sqrt(1.3 pi 0.05 / 0.02) - 1) / 0.05 = 43.9, rounded up
     assert cells[0][1:4] == ["1.0000", "0", "44"]
     assert cells[1][2] == "44"
-    assert "more rates follow" in result.output
-    assert all(len(text) <= 80 for text in result.output.splitlines() if "Picture" not in text)
+    assert "more rates follow" in printed
+    assert all(len(text) <= 80 for text in printed.splitlines() if "Picture" not in text)
     for name in ("velocity-model.png", "algorithm-2.png"):
         assert (tmp_path / name).stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(
-    ("task", "option", "value"),
+    ("arguments", "message"),
     [
-        ("nqm", "--window", 3),
-        ("theory", "--window", 3),
-        ("theory", "--seeds", 2),
-        ("theory", "--first-seed", 1),
+        (("nqm", "--window", "3"), "unrecognized arguments: --window 3"),
+        (("algorithm-2", "--seeds", "2"), "unrecognized arguments: --seeds 2"),
+        # 20 angles make one mean, and a change needs two means.
+        (("nqm", "--steps", "21"), "argument --steps: expected at least 22, got 21"),
+        (("nqm", "--seeds", "none"), "argument --seeds: expected at least 1, got none"),
     ],
 )
-def test_demo_refuses_options_that_a_task_does_not_read(task, option, value, tmp_path):
-    result = run("--task", task, option, value, "--output", tmp_path / "new")
-    assert result.exit_code == 2
-    assert f"{option}: expected none with --task {task}, got {value}" in result.output
+def test_the_command_says_what_is_wrong(arguments, message, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main([*arguments, "--output", str(tmp_path / "new")])
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
 
 
-def test_demo_nqm_needs_a_mean_of_angles(tmp_path):
-    result = run("--task", "nqm", "--steps", 21, "--output", tmp_path)
-    assert result.exit_code == 2
-    assert "--steps: expected at least 22, got 21" in result.output
-    assert not list(tmp_path.iterdir())
+def test_the_least_steps_give_two_means():
     few = NoisyQuadratic([1.0]).run(0.1, 22, [0], drop=AutomaticDrop())
     assert few.smoothed_angle(20).shape == (1, 2)
-
-
-def test_demo_without_matplotlib_names_it(monkeypatch, tmp_path):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    result = run("--task", "theory", "--output", tmp_path / "new")
-    assert result.exit_code == 1
-    assert "the demo needs matplotlib: pip install" in result.output

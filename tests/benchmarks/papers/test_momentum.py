@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from papers.theory import UnifiedMomentum
 from torch import Tensor
-
-from autodrop_ext.theory import UnifiedMomentum
 
 BETA = 0.9
 

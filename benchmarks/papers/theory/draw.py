@@ -1,17 +1,30 @@
-"""Demo tasks without data: the papers' figures on the noisy quadratic model and of Algorithm 2."""
+"""The papers' figures of the theory: the noisy quadratic model, the velocity model, Algorithm 2.
+
+python benchmarks/papers/theory/draw.py nqm           Figures 1 and 2 of UAI 2024, seconds
+python benchmarks/papers/theory/draw.py algorithm-2   Figures 4 and 5
+"""
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import math
+import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from ...theory import (
+# Run as a file, these folders are not on the path.
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from demo.training import single_thread
+
+from autodrop_ext.plotting.analytic import plot_algorithm_2
+from papers.theory import (
     AutomaticDrop,
     NoisyQuadratic,
     Trajectory,
@@ -19,13 +32,11 @@ from ...theory import (
     algorithm_2,
     learning_rate,
 )
-from ...theory.figures import (
-    plot_algorithm_2,
+from papers.theory.figures import (
     plot_automatic_drop,
     plot_constant_rates,
     plot_velocity_model,
 )
-from .training import single_thread
 
 NQM_RATES = (0.06, 0.03, 0.01, 0.001)  # both papers
 NQM_ITERATIONS = 4000  # until the angle at 0.001 has settled; the papers give no number
@@ -43,7 +54,7 @@ ALGORITHM_ITERATIONS = 1000
 _ROWS = 15
 
 
-def nqm(console: Console, output: Path, *, iterations: int, seeds: range) -> None:
+def draw_nqm(console: Console, output: Path, *, iterations: int, seeds: range) -> None:
     """Run the noisy quadratic model, print a table and draw Figures 1 and 2 of UAI 2024."""
     quadratic = NoisyQuadratic()
     console.print(
@@ -79,7 +90,7 @@ def nqm(console: Console, output: Path, *, iterations: int, seeds: range) -> Non
     _name_pictures(console, figures)
 
 
-def theory(console: Console, output: Path, *, iterations: int) -> None:
+def draw_algorithm_2(console: Console, output: Path, *, iterations: int) -> None:
     """Print Algorithm 2's first drops and draw Figures 4 and 5 of UAI 2024."""
     rates = map(learning_rate, itertools.count())
     endless = algorithm_2(_MODEL, _TAU0, rates)
@@ -156,3 +167,41 @@ def _name_pictures(console: Console, paths: Iterable[Path]) -> None:
     console.print()
     for path in paths:
         console.print(f"Picture: {path}", soft_wrap=True, highlight=False)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Read the command line and draw."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0], allow_abbrev=False
+    )
+    figures = parser.add_subparsers(dest="figures", required=True)
+    of_nqm = figures.add_parser("nqm", help="Figures 1 and 2 of UAI 2024")
+    of_nqm.add_argument("--seeds", type=_at_least(1), default=NQM_SEEDS, help="number of runs")
+    of_nqm.add_argument("--first-seed", type=_at_least(0), default=0, help="the others follow")
+    of_nqm.add_argument("--steps", type=_at_least(NQM_LEAST), default=NQM_ITERATIONS)
+    of_model = figures.add_parser("algorithm-2", help="Figures 4 and 5 of UAI 2024")
+    of_model.add_argument("--steps", type=_at_least(1), default=ALGORITHM_ITERATIONS)
+    for each in (of_nqm, of_model):
+        each.add_argument("--output", type=Path, default=Path("build/theory"), help="a folder")
+    chosen = parser.parse_args(arguments)
+    chosen.output.mkdir(parents=True, exist_ok=True)
+    if chosen.figures == "nqm":
+        seeds = range(chosen.first_seed, chosen.first_seed + chosen.seeds)
+        draw_nqm(Console(), chosen.output, iterations=chosen.steps, seeds=seeds)
+    else:
+        draw_algorithm_2(Console(), chosen.output, iterations=chosen.steps)
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    """Return a type of argparse for integers of at least ``least``."""
+
+    def convert(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected at least {least}, got {text}")
+        return int(text)
+
+    return convert
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,6 @@
 """Convergence bounds for discrete drops (UAI 2024, Theorems 5.1, 5.2; 2021, Theorems 2, 3).
 
-For convex ``f`` and :class:`~autodrop_ext.theory.UnifiedMomentum` all three bound
+For convex ``f`` and :class:`~papers.theory.UnifiedMomentum` all three bound
 ``min_{t < T} E f(x_t) - f(x*)``. Errors in the papers, besides those named at the functions:
 
 - the assumption on the noise is printed as ``E|G - E G| <= delta^2``; the proof uses the squared
@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ..checks import at_least_zero, count, fraction, number
+from autodrop_ext.checks import at_least_zero, count, fraction, number
 
 Sums = Literal["printed", "exact"]
 

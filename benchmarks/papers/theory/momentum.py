@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..checks import at_least_zero, fraction, number
+from autodrop_ext.checks import at_least_zero, fraction, number
 
 
 class UnifiedMomentum(Optimizer):

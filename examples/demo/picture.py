@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from .panels import (
+from autodrop_ext.plotting.panels import (
     Record,
     column,
     finish,

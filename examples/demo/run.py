@@ -1,10 +1,14 @@
-"""``autodrop demo``: one run read at three lengths, next to cosine set for each, on real data."""
+"""The demo: one run read at three lengths, next to cosine set for each, on real data.
+
+python examples/demo/run.py --help
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import math
 import statistics
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,25 +20,22 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from ...log import JsonLinesLog
-from ...plotting.lengths import plot_lengths
-from ...schedulers.saturation import Kernel
-from ..plot import printable
-from .digits import Digits
-from .text import Bytes
-from .theory import ALGORITHM_ITERATIONS, NQM_ITERATIONS, NQM_LEAST, NQM_SEEDS, nqm, theory
-from .training import SCHEDULES, SET_FOR_A_LENGTH, Run, Task, train
+# Run as a file, this folder's parent is not on the path.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from autodrop_ext import JsonLinesLog
+from autodrop_ext.cli.plot import printable
+from autodrop_ext.schedulers.saturation import Kernel
+from demo.digits import Digits
+from demo.picture import plot_lengths
+from demo.text import Bytes
+from demo.training import SCHEDULES, SET_FOR_A_LENGTH, Run, Task, train
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _TASKS: dict[str, type[Digits] | type[Bytes]] = {"digits": Digits, "bytes": Bytes}
-_NEEDS = {
-    "digits": ("matplotlib", "sklearn"),
-    "bytes": ("matplotlib",),
-    "nqm": ("matplotlib",),
-    "theory": ("matplotlib",),
-}
+_NEEDS = {"digits": ("matplotlib", "sklearn"), "bytes": ("matplotlib",)}
 _FACTOR = 0.95  # AutoDrop's defaults, for the note below the table
 _WINDOWS_PER_DROP = 11
 _POINTS = 15  # of a curve in the picture
@@ -44,18 +45,16 @@ _POINTS = 15  # of a curve in the picture
 @click.option(
     "--task",
     "name",
-    type=click.Choice(list(_NEEDS)),
+    type=click.Choice(list(_TASKS)),
     default="digits",
     show_default=True,
     help="digits: a convolutional network on handwritten digits, SGD, under 2 minutes. "
-    "bytes: a transformer on Python's source text, AdamW, under 3 minutes. "
-    "nqm: the papers' noisy quadratic model, under a minute. "
-    "theory: the velocity model and Algorithm 2, seconds.",
+    "bytes: a transformer on Python's source text, AdamW, under 3 minutes.",
 )
 @click.option(
     "--seeds",
     type=click.IntRange(1),
-    help="Runs per schedule.  [default: digits 3, bytes 1, nqm 32]",
+    help="Runs per schedule.  [default: digits 3, bytes 1]",
 )
 @click.option(
     "--first-seed", type=click.IntRange(0), default=0, show_default=True, help="The others follow."
@@ -63,8 +62,7 @@ _POINTS = 15  # of a curve in the picture
 @click.option(
     "--steps",
     type=click.IntRange(1),
-    help="Optimizer steps of the longest run.  [default: digits 3000, bytes 1500, nqm 4000, "
-    "theory 1000]",
+    help="Optimizer steps of the longest run.  [default: digits 3000, bytes 1500]",
 )
 @click.option(
     "--window",
@@ -98,8 +96,6 @@ def demo(
     Every schedule is read at three lengths: a tenth, three tenths and all of the steps. Cosine,
     which must know its length, is trained once for each; the others are one run.
 
-    The tasks nqm and theory draw the papers' figures instead.
-
     Nothing is downloaded, and no GPU is needed.
     """
     missing = [module for module in _NEEDS[name] if importlib.util.find_spec(module) is None]
@@ -107,11 +103,6 @@ def demo(
         raise click.ClickException(
             f"the demo needs {' and '.join(missing)}: pip install 'autodrop_ext[demo]'"
         )
-    if name not in _TASKS:
-        _without_data(
-            name, seeds, first_seed, steps, {"--window": window, "--kernel": kernel}, output
-        )
-        return
     task = _TASKS[name]()
     seeds = seeds or task.seeds
     steps = steps or task.steps
@@ -140,33 +131,6 @@ def demo(
     _explain(console, task, runs, lengths, window, kernel)
     console.print(f"Took {time.perf_counter() - start:.0f} s.")
     _write_picture(console, output, task, runs)
-
-
-def _without_data(
-    name: str,
-    seeds: int | None,
-    first_seed: int,
-    steps: int | None,
-    unused: dict[str, object],
-    output: Path,
-) -> None:
-    """Draw the papers' theory, for which there are no schedules and no log."""
-    if name == "theory":
-        unused = unused | {"--seeds": seeds, "--first-seed": first_seed or None}
-    for option, value in unused.items():
-        if value is not None:
-            raise click.UsageError(f"{option}: expected none with --task {name}, got {value}")
-    _make(output)
-    console = Console()
-    if name == "theory":
-        steps = steps or ALGORITHM_ITERATIONS
-        theory(console, output, iterations=steps)
-        return
-    steps = steps or NQM_ITERATIONS
-    if steps < NQM_LEAST:
-        raise click.UsageError(f"--steps: expected at least {NQM_LEAST}, got {steps}")
-    last = first_seed + (seeds or NQM_SEEDS)
-    nqm(console, output, iterations=steps, seeds=range(first_seed, last))
 
 
 def _make(output: Path) -> None:
@@ -383,3 +347,7 @@ def _mean(values: list[float], digits: int) -> str:
 
 def _plural(count: int, noun: str) -> str:
     return noun if count == 1 else f"{noun}s"
+
+
+if __name__ == "__main__":
+    demo()

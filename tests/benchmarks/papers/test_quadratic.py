@@ -6,8 +6,7 @@ import math
 
 import pytest
 import torch
-
-from autodrop_ext.theory import AutomaticDrop, NoisyQuadratic, Trajectory
+from papers.theory import AutomaticDrop, NoisyQuadratic, Trajectory
 
 RATES = (0.06, 0.03, 0.01, 0.001)
 ITERATIONS = 2000

@@ -14,9 +14,8 @@ from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR
 
-from ...log import JsonLinesLog
-from ...schedulers import AnytimeAutoDrop, AutoDrop
-from ...schedulers.saturation import Kernel
+from autodrop_ext import AnytimeAutoDrop, AutoDrop, JsonLinesLog
+from autodrop_ext.schedulers.saturation import Kernel
 
 SCHEDULES = ("AnytimeAutoDrop", "cosine", "AutoDrop", "constant")
 SET_FOR_A_LENGTH = ("cosine",)

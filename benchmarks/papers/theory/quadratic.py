@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import count, number
+from autodrop_ext.checks import count, number
 
 _DIM = 200
 # Iterations whose noise is drawn at once. Always whole, so that a longer run begins like a shorter.

@@ -7,8 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-
-from autodrop_ext.theory import (
+from papers.theory import (
     Problem,
     UnifiedMomentum,
     VelocityModel,

@@ -1,20 +1,23 @@
-"""The papers' theory as code: models, limits, bounds. Stands alone; docs/theory.md has the map."""
+"""The papers' theory as code: models, limits, bounds; docs/theory.md has the map."""
 
-from .bounds import Problem, bound_after_drops, bound_after_iterations, schedule_bound
-from .momentum import UnifiedMomentum
-from .quadratic import AutomaticDrop, Limits, NoisyQuadratic, Trajectory
-from .velocity_model import (
+from autodrop_ext.schedulers.velocity_model import (
     Phase,
     RateSequence,
     VelocityModel,
+    learning_rate,
+)
+
+from .algorithm_2 import (
     algorithm_2,
     drop_count_bounds,
     gap_bounds,
     iteration_count_bounds,
     kappa_1,
     kappa_2,
-    learning_rate,
 )
+from .bounds import Problem, bound_after_drops, bound_after_iterations, schedule_bound
+from .momentum import UnifiedMomentum
+from .quadratic import AutomaticDrop, Limits, NoisyQuadratic, Trajectory
 
 __all__ = [
     "AutomaticDrop",
