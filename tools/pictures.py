@@ -14,6 +14,7 @@ import colorsys
 import io
 import pathlib
 import re
+import sys
 import tempfile
 from typing import Any
 
@@ -27,12 +28,16 @@ from PIL import Image
 from rich.console import Console
 
 from autodrop_ext import JsonLinesLog
-from autodrop_ext.cli.demo.command import lengths_picture, read_at
-from autodrop_ext.cli.demo.digits import Digits
-from autodrop_ext.cli.demo.training import SCHEDULES, SET_FOR_A_LENGTH, train
 from autodrop_ext.cli.watch import render
 from autodrop_ext.log import LogReader
 from autodrop_ext.plotting.run import plot_run
+
+# Run as a file, the demo is not on the path.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "examples"))
+
+from demo.digits import Digits
+from demo.run import lengths_picture, read_at
+from demo.training import SCHEDULES, SET_FOR_A_LENGTH, train
 
 SEED = 0
 WIDTH = 84  # columns of the terminal

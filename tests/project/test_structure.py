@@ -289,6 +289,42 @@ def test_private_names_in_tests_are_noticed(line: str) -> None:
     assert private_names_read({"test_x.py": "x = 1\n" + line}, names) != []
 
 
+# ---- next to the package ---------------------------------------------------------------------
+
+MAY_NOT_IMPORT = {
+    "autodrop_ext": {"demo", "papers", "training"},
+    "examples/demo": {"papers", "training"},
+    "benchmarks/training": {"papers"},
+    "benchmarks/papers/theory": {"training"},
+}
+"""Folders, and packages next to ``autodrop_ext`` that are above them."""
+
+
+def packages_imported(source: str) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add((node.module or "").partition(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("folder", MAY_NOT_IMPORT)
+def test_folders_import_downwards(folder: str) -> None:
+    modules = sorted((TESTS.parent / folder).rglob("*.py"))
+    if not modules:
+        pytest.skip(f"{folder} is not next to the tests")
+    for module in modules:
+        above = packages_imported(module.read_text(encoding="utf-8")) & MAY_NOT_IMPORT[folder]
+        assert not above, module
+
+
+def test_imported_packages_are_found_wherever_they_are() -> None:
+    source = "def f():\n    from papers.tasks import MODELS\nimport training.loop as loop"
+    assert packages_imported(source + "\nfrom .papers import x") == {"papers", "training"}
+
+
 # ---- ranks ------------------------------------------------------------------------------------
 
 

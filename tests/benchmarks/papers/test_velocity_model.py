@@ -176,7 +176,7 @@ def test_the_model_says_nothing_before_the_rate_was_changed(t):
 
 
 def test_the_threshold_is_met_far_from_saturation():
-    """What papers/theory/draw.py says: at gamma lr / 2 the velocity is at 44 to 51 % of its limit."""
+    """What draw.py says: at gamma lr / 2 the velocity is at 44 to 51 % of its limit."""
     for epsilon in (1e-6, 0.1, 0.333):
         model = VelocityModel(1e-4, epsilon)
         share = model.velocity(model.gap_length(1.0, 1.0), 1.0) / model.limit(1.0)

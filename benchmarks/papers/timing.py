@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch.nn import functional
+from training.schedules import SCHEDULES, Setup
 
 from .recipes import RECIPES
-from .schedules import SCHEDULES, Setup
 
 MODELS = ("cifar10-wrn28-10", "cifar100-wrn40-10", "imagenet-resnet50")
 SCHEDULES_TIMED = ("hd", "tlr", "step", "autodrop")
@@ -47,7 +47,7 @@ def time_steps(
     these two are bounds from above.
 
     Args:
-        model: of :data:`training.recipes.RECIPES`, an image model.
+        model: of :data:`papers.recipes.RECIPES`, an image model.
         schedules: keys of ``training.schedules.SCHEDULES``.
         device, bf16: where, and whether under bf16 autocast.
         rounds, steps: how many, after one round that is not counted.

@@ -5,21 +5,29 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from .curves import draw_bars, draw_curves, draw_rates
+from rich.console import Console
+from training.curves import draw_bars, draw_curves, draw_rates
+from training.ranks import Ranks
+from training.report import markdown_table, mean_and_std
+from training.run import RESULT, RunSpec, check_same, machine
+from training.table import candidates, chosen
+
+from . import tasks  # noqa: F401 - adds the papers' models
 from .exhibits import EXHIBITS, Entry, Exhibit, PaperRun, data_of
-from .ranks import Ranks
 from .recipes import RECIPES
-from .report import markdown_table, mean_and_std
-from .run import RESULT, RunSpec, check_same, machine
 from .sources import SOURCES
-from .table import candidates, chosen
+from .theory.draw import (
+    ALGORITHM_ITERATIONS,
+    NQM_ITERATIONS,
+    NQM_SEEDS,
+    draw_algorithm_2,
+    draw_nqm,
+)
 from .timing import MODELS, PRINTED, SCHEDULES_TIMED, describe, time_steps
 
 _OF_THE_MACHINE = ("data", "cache", "log_every", "workers", "checkpoint", "device", "bf16")
@@ -39,7 +47,7 @@ class Options:
         seeds: at most so many; None: the paper's.
         cache: folder of what is decoded once; None: next to the data.
         base: what replaces the recipe in all runs, such as ``epochs`` and ``subset``.
-        timing: arguments of :func:`training.timing.time_steps` but for model and schedules.
+        timing: arguments of :func:`papers.timing.time_steps` but for model and schedules.
     """
 
     output: Path
@@ -94,7 +102,7 @@ def make_exhibit(name: str, options: Options, train: Train | None) -> list[Path]
     """Train what is missing of a table or figure, then write it.
 
     Args:
-        name: a key of :data:`training.exhibits.EXHIBITS`.
+        name: a key of :data:`papers.exhibits.EXHIBITS`.
         options: of the command.
         train: trains specs under a title; None: only what is finished is taken.
 
@@ -301,18 +309,15 @@ def _times(options: Options) -> list[str]:
 
 
 def _theory(exhibit: Exhibit, folder: Path) -> list[Path]:
-    """Figures that need no training: ``autodrop demo`` draws them."""
-    task, picture = exhibit.command
+    """Draw a figure that needs no training."""
     made = folder / "theory"
-    arguments = ["-m", "autodrop_ext", "demo", "--task", task, "--output", str(made)]
-    ended = subprocess.run([sys.executable, *arguments], check=False)
-    if ended.returncode:
-        raise ChildProcessError(
-            f"{exhibit.name}: `python {' '.join(arguments)}` ended with status {ended.returncode}; "
-            "its own message is above"
-        )
+    made.mkdir(exist_ok=True)
+    if exhibit.picture.startswith("nqm"):
+        draw_nqm(Console(), made, iterations=NQM_ITERATIONS, seeds=range(NQM_SEEDS))
+    else:
+        draw_algorithm_2(Console(), made, iterations=ALGORITHM_ITERATIONS)
     target = folder / f"{exhibit.name}.png"
-    shutil.copyfile(made / picture, target)
+    shutil.copyfile(made / exhibit.picture, target)
     return [target]
 
 

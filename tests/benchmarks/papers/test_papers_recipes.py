@@ -14,21 +14,23 @@ import numpy as np
 import pytest
 import tiny_data
 import torch
-from training import imagenet, models, run, translation
+from papers import imagenet, models, translation
+from papers.glue import read_examples
+from papers.imagenet import Folder, ImageNetModel
+from papers.recipes import RECIPES
+from papers.sources import SOURCES
+from papers.tasks import MODELS
+from papers.translation import Translation, read_pairs
+from training import run
 from training.cifar import load_cifar
-from training.glue import read_examples
-from training.imagenet import Folder, ImageNetModel
 from training.loop import train
-from training.recipes import RECIPES
 from training.report import write_report
 from training.run import CHECKPOINT, LOG, RESULT, RunSpec
 from training.schedules import SCHEDULES
-from training.sources import SOURCES
-from training.translation import Translation, read_pairs
 
 from autodrop_ext import read_log
 
-COMMAND = Path(__file__).parents[2] / "benchmarks" / "training" / "command.py"
+COMMAND = Path(__file__).parents[3] / "benchmarks" / "papers" / "command.py"
 
 
 def needs(*packages):
@@ -71,6 +73,7 @@ def test_recipes_name_what_exists(name):
     paper = RECIPES[name]
     assert paper.name == name and paper.data in SOURCES and paper.seeds
     recipe = paper.recipe
+    assert MODELS[name].recipe() is recipe and MODELS[name].data == paper.data
     assert recipe.lr in recipe.rates and recipe.batch
     for settings in (recipe.settings, recipe.search):
         for schedule, values in settings.items():

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Generator, Tensor, nn
+from training.ranks import Ranks
+from training.task import Scores
 
-from .ranks import Ranks
 from .recipe import PaperRecipe
-from .task import Scores
 
 SOURCE, TARGET = "de", "en"  # UAI 2024, section 6.2: German to English
 SUBWORDS = 37_000  # of both languages together, Vaswani et al. 2017

@@ -12,10 +12,10 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
+from training.ranks import Ranks
+from training.task import VALIDATION, Scores
 
-from .ranks import Ranks
 from .recipe import PaperRecipe
-from .task import VALIDATION, Scores
 
 SIDE = 224
 _SHORTER = 256  # side to which test images are scaled before their centre is cut out

@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from .ablations import BUFFER_SIZES, FACTORS
+from training.ablations import BUFFER_SIZES, FACTORS
+from training.schedules import SCHEDULES
+
 from .recipes import RECIPES
 from .recipes.glue_bert import TASKS
 from .recipes.imagenet_resnet18 import EPOCHS_BEFORE_DROPS
-from .schedules import SCHEDULES
 
 Result = Mapping[str, Any]
 Kind = Literal["table", "curves", "rates", "epochs", "time", "theory"]
@@ -75,8 +76,7 @@ class Exhibit:
         unit: of the numbers.
         digits: of our numbers.
         note: what has to be known to compare ours with the paper's.
-        command: arguments of ``autodrop demo`` for figures of the theory, and the pictures that it
-            makes.
+        picture: for figures of the theory, the one of ``theory/draw.py``.
         angles: which of a run's angles a figure of rates draws; see
             :attr:`training.run.RunSpec.angles`.
     """
@@ -88,17 +88,17 @@ class Exhibit:
     unit: str = "test error, %"
     digits: int = 2
     note: str = ""
-    command: tuple[str, ...] = ()
+    picture: str = ""
     angles: Literal["angles", "end_angles", "window_angles"] = "angles"
 
     @property
     def data(self) -> tuple[str, ...]:
-        """Names of the data sets that it needs; keys of ``training.sources.SOURCES``."""
+        """Names of the data sets that it needs; keys of ``papers.sources.SOURCES``."""
         return data_of(entry.run for entry in self.entries)
 
 
 def data_of(runs: Iterable[PaperRun]) -> tuple[str, ...]:
-    """Names of the data sets that runs need; keys of ``training.sources.SOURCES``."""
+    """Names of the data sets that runs need; keys of ``papers.sources.SOURCES``."""
     names = dict.fromkeys(RECIPES[run.model].data for run in runs)
     return (*names, "bert") if "glue" in names else tuple(names)
 
@@ -450,13 +450,13 @@ def _all() -> Iterable[Exhibit]:
         tuple(_table_16()),
         note=_MINIMUM,
     )
-    for name, title, arguments in (
-        ("1", "Noisy quadratic model at constant rates", ("nqm", "nqm.png")),
-        ("2", "Noisy quadratic model with automatic drops", ("nqm", "nqm-drops.png")),
-        ("4", "The model of the angular velocity", ("theory", "velocity-model.png")),
-        ("5", "Algorithm 2", ("theory", "algorithm-2.png")),
+    for name, title, picture in (
+        ("1", "Noisy quadratic model at constant rates", "nqm.png"),
+        ("2", "Noisy quadratic model with automatic drops", "nqm-drops.png"),
+        ("4", "The model of the angular velocity", "velocity-model.png"),
+        ("5", "Algorithm 2", "algorithm-2.png"),
     ):
-        yield Exhibit(f"uai-figure-{name}", title, "theory", command=arguments)
+        yield Exhibit(f"uai-figure-{name}", title, "theory", picture=picture)
     rates = tuple(
         Entry("", f"rate {lr:g}", run)
         for lr, run in zip(FIGURE_3_RATES, _constant_rates(FIGURE_3_RATES), strict=True)
@@ -495,13 +495,13 @@ def _all() -> Iterable[Exhibit]:
         tuple(_2021_table_2()),
         note=_EPOCHS,
     )
-    for name, title, arguments in (
-        ("1", "Noisy quadratic model at constant rates", ("nqm", "nqm.png")),
-        ("3", "Noisy quadratic model with automatic drops", ("nqm", "nqm-drops.png")),
-        ("4", "The model of the angular velocity", ("theory", "velocity-model.png")),
-        ("5", "Algorithm 2", ("theory", "algorithm-2.png")),
+    for name, title, picture in (
+        ("1", "Noisy quadratic model at constant rates", "nqm.png"),
+        ("3", "Noisy quadratic model with automatic drops", "nqm-drops.png"),
+        ("4", "The model of the angular velocity", "velocity-model.png"),
+        ("5", "Algorithm 2", "algorithm-2.png"),
     ):
-        yield Exhibit(f"2021-figure-{name}", title, "theory", command=arguments)
+        yield Exhibit(f"2021-figure-{name}", title, "theory", picture=picture)
     yield Exhibit(
         "2021-figure-2",
         "Loss and angular velocity of ResNet-18 at five rates",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from training.recipe import Recipe
+
 from ..models import imagenet_resnet50
-from ..recipe import PaperRecipe, Recipe
+from ..recipe import PaperRecipe
 from .imagenet_resnet18 import MILESTONES
 from .searched import IMAGE_SEARCH
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ..recipe import PaperRecipe, Recipe
+from training.recipe import Recipe
+
+from ..recipe import PaperRecipe
 
 RECIPE = PaperRecipe(
     name="wmt14-transformer",

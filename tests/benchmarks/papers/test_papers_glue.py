@@ -9,9 +9,9 @@ from dataclasses import replace
 
 import pytest
 import tiny_data
-from training.glue import train_glue
+from papers.glue import train_glue
+from papers.tasks import MODELS
 from training.loop import train
-from training.recipes import RECIPES
 from training.run import RESULT, RunSpec
 
 for _package in ("accelerate", "transformers"):
@@ -86,7 +86,7 @@ def test_checkpoints_go_unless_they_are_to_stay(spec, tmp_path):
 
 
 def test_the_warm_up_is_a_tenth_of_the_run(spec, tmp_path):
-    recipe = RECIPES["glue-cola"].recipe
+    recipe = MODELS["glue-cola"].recipe()
     steps = {"cola": 804, "mnli": 36_816, "qnli": 9_822, "qqp": 34_113, "sst2": 6_315}
     warm = {"cola": 80, "mnli": 3682, "qnli": 982, "qqp": 3411, "sst2": 632}
     assert {task: spec.warmup(recipe, n) for task, n in steps.items()} == warm

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict
 
 import pytest
-from training import translation
-from training.exhibits import EXHIBITS, FIGURE_3_RATES
-from training.recipes import RECIPES
+from papers import translation
+from papers.exhibits import EXHIBITS, FIGURE_3_RATES
+from papers.recipes import RECIPES
+from papers.timing import BATCH, PRINTED, order
 from training.schedules import SCHEDULES
-from training.timing import BATCH, PRINTED, order
 
 STEP_CIFAR = {"step": {"milestones": (0.3, 0.6, 0.8), "factor": 0.2}}
 STEP_IMAGENET = {

@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from training.baselines import HypergradientAdamW, TrainableLearningRate
+from training.ranks import Ranks
+from training.run import LOG, RESULT, RunSpec, check_same, machine, replace_file
+from training.schedules import Setup
 
 from autodrop_ext import JsonLinesLog
 
-from .baselines import HypergradientAdamW, TrainableLearningRate
-from .ranks import Ranks
 from .recipes import RECIPES
-from .run import LOG, RESULT, RunSpec, check_same, machine, replace_file
-from .schedules import Setup
 
 SCHEDULES_HERE = ("autodrop", "linear", "constant", "hd", "tlr")
 _MOST_TOKENS = 128  # of an example, Devlin et al. 2018 for GLUE
@@ -306,7 +306,7 @@ def _data(spec: RunSpec, tokenizer: Any) -> tuple[_Encoded, _Encoded]:
     order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(0)).tolist()
     chosen = order[: spec.subset]
     if spec.validation:
-        from .task import VALIDATION
+        from training.task import VALIDATION
 
         cut = max(1, len(chosen) // VALIDATION)
         test, chosen = _part(train, chosen[:cut]), chosen[cut:]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from training.recipe import Recipe
+
 from ..models import imagenet_resnet18
-from ..recipe import PaperRecipe, Recipe
+from ..recipe import PaperRecipe
 from .searched import IMAGE_SEARCH
 
 # He et al. 2016 divide the rate by 10 where the error stops falling; after 30, 60 and 90 epochs in

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ..recipe import PaperRecipe, Recipe
+from training.recipe import Recipe
+
+from ..recipe import PaperRecipe
 
 TASKS = {"cola": "CoLA", "mnli": "MNLI", "qnli": "QNLI", "qqp": "QQP", "sst2": "SST-2"}
 

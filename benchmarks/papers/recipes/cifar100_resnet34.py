@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from training.recipe import Recipe
+
 from ..models import resnet
-from ..recipe import PaperRecipe, Recipe
+from ..recipe import PaperRecipe
 from .searched import IMAGE_SEARCH
 
 RECIPE = PaperRecipe(
