@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,12 +23,13 @@ from papers.recipes import RECIPES
 from papers.sources import SOURCES
 from papers.tasks import MODELS
 from papers.translation import Translation, read_pairs
-from training import run
+from training import parallel, run
 from training.cifar import load_cifar
 from training.loop import train
 from training.report import write_report
 from training.run import CHECKPOINT, LOG, RESULT, RunSpec
 from training.schedules import SCHEDULES
+from training.tasks import recipe_of
 
 from autodrop_ext import read_log
 
@@ -79,6 +82,14 @@ def test_recipes_name_what_exists(name):
         for schedule, values in settings.items():
             assert set(values) <= set(SCHEDULES[schedule].settings)
     assert set(recipe.warmed) <= set(SCHEDULES)
+
+
+def test_worker_processes_know_the_papers_models():
+    """A spawned process has imported nothing of papers."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, parallel._start_worker, (MODELS,)) as pool:
+        recipe = pool.submit(recipe_of, "cifar10-resnet18").result()
+    assert recipe == RECIPES["cifar10-resnet18"].recipe
 
 
 def test_recipes_are_the_papers():
