@@ -59,10 +59,7 @@ def train(
     result = folder / RESULT
     if result.exists():
         done: dict[str, Any] = json.loads(result.read_text())
-        # Large data are not read for a run that is finished.
-        small = MODELS[spec.model].data is None
-        recipe = spec.task().recipe if small else recipe_of(spec.model)
-        check_same(spec, recipe, done, result)
+        check_same(spec, recipe_of(spec.model), done, result)
         return done
     devices = [] if spec.device == "cpu" else [torch.device(spec.device)]
     with torch.random.fork_rng(devices=devices), _threads_and_kernels(spec):
