@@ -40,8 +40,6 @@ import torch
 
 from autodrop_ext import AngularVelocity, AutoDrop
 from autodrop_ext.angle import FREEDOM_A_MOVER, movers, standard_error
-from autodrop_ext.cli.demo.digits import Digits
-from autodrop_ext.cli.demo.text import Bytes, ByteTransformer
 from autodrop_ext.ops import select
 from autodrop_ext.ops.device_sums import DeviceSums
 from autodrop_ext.ops.plan import Plan, Ranges
@@ -52,7 +50,10 @@ from autodrop_ext.sampling.wandering import Wandering
 from autodrop_ext.schedulers.saturation import SaturationDetector
 
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[1] / "speed"))
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[2] / "examples"))
 import shapes
+from demo.digits import Digits
+from demo.text import Bytes, ByteTransformer
 
 CPU = torch.device("cpu")
 WINDOW = 3

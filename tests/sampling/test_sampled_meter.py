@@ -197,7 +197,7 @@ def test_a_start_over_in_the_survey_lets_it_go_on() -> None:
 
 def test_estimates_scatter_around_the_exact_angle_as_they_say() -> None:
     """Real training, ``benchmarks/accuracy/sampling.py`` does it at length."""
-    from autodrop_ext.cli.demo.digits import Digits
+    from demo.digits import Digits
 
     task = Digits()
     task.width = 64  # 77,000 parameters
