@@ -15,7 +15,7 @@ from ..checks import cosine, none_or
 from ..reading import Decision, Reading
 from ..saved import Form, list_of
 from ..settings import ANYTIME, check_arguments
-from .base import Outcome, as_floats, check_optimizer
+from .base import Outcome, as_floats, check_optimizer, replaced
 from .metered import MeteredScheduler
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ class AnytimeAutoDrop(MeteredScheduler):
         decision = AnytimeDecision(
             # The meter does not know of the warm-up.
             **vars(dataclasses.replace(reading, step=self._optimizer_steps)),
-            lr=self._lrs_after(lrs),
+            lr=tuple(replaced(as_floats(self._rates()), lrs)),
             dropped=lowered,
             window_steps=w,
             mean_cosine=mean,

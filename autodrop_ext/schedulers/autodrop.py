@@ -15,7 +15,7 @@ from ..reading import Decision, Reading
 from ..saved import Form, inside, list_of
 from ..settings import AUTODROP, check_arguments
 from .auto_window import LEAST_WINDOW, window_for
-from .base import Outcome
+from .base import Outcome, as_floats, replaced
 from .metered import MeteredScheduler
 from .saturation import SEEN, Kernel, SaturationDetector, Seen, Verdict
 
@@ -184,7 +184,7 @@ class AutoDrop(MeteredScheduler):
             of_groups = {"smoothed": verdicts[0].smoothed, "rise": verdicts[0].rise}
         decision = Decision(
             **vars(reading),
-            lr=self._lrs_after(lrs),
+            lr=tuple(replaced(as_floats(self._rates()), lrs)),
             dropped=bool(lowered),
             threshold=self.threshold,
             **of_groups,

@@ -17,13 +17,11 @@ from ..checks import none_or
 from ..reading import Decision, Reading
 from ..saved import Form, load
 from ..settings import EPOCH, degrees_above_0
-from .base import Outcome, check_optimizer
+from .base import Outcome, as_floats, check_optimizer, replaced
 from .metered import MeteredScheduler
 
 if TYPE_CHECKING:
     import matplotlib.figure
-
-_SINGLE_STEP_EPOCHS = 1000  # in a row, before a wrong wiring is pointed out
 
 
 @dataclass(frozen=True)
@@ -124,7 +122,7 @@ class EpochAutoDrop(MeteredScheduler):
         "waited": none_or(checks.at_least(0)),
     }
     _record_type = EpochDecision
-    _calls_without_step_allowed = 10  # epochs
+    _once_an_epoch = True
 
     def __init__(
         self,
@@ -152,7 +150,6 @@ class EpochAutoDrop(MeteredScheduler):
         self.on_average = on_average
         self._last_angle: float | None = None
         self._waited: int | None = None  # epochs of a pending drop's delay
-        self._single_step_epochs = 0
         # After a write-back only the delta form can be measured from elsewhere.
         super().__init__(optimizer, arguments, window=1, form="delta")
         self._current_threshold = self.threshold
@@ -197,7 +194,8 @@ class EpochAutoDrop(MeteredScheduler):
             self._waited += 1
             if self.average:
                 self._mean.add(self._waited)
-        self._cool()  # first, so that a decision holds the rates after this epoch
+        if self._cooldown is not None:
+            self._cool(self._cooldown)  # first, so that a decision holds the rates after this epoch
         return self._decide(
             dataclasses.replace(reading, step=self._hook.real_steps, window=self._optimizer_steps)
         )
@@ -215,7 +213,7 @@ class EpochAutoDrop(MeteredScheduler):
         lowered = any(lr is not None for lr in lrs)
         decision = EpochDecision(
             **vars(reading),
-            lr=self._lrs_after(lrs),
+            lr=tuple(replaced(as_floats(self._rates()), lrs)),
             dropped=lowered,
             change=change,
             threshold=threshold,
@@ -267,16 +265,6 @@ class EpochAutoDrop(MeteredScheduler):
         super()._update_lr(epoch)
         self._hook.marked = False
         self._start_over()
-
-    def _watch_calls(self) -> None:
-        single = self._hook.steps_since_call == 1
-        self._hook.called_late()
-        self._single_step_epochs = self._single_step_epochs + 1 if single else 0
-        if self._single_step_epochs == _SINGLE_STEP_EPOCHS:
-            self._warnings.warn(
-                f"step() was called after every single optimizer step {_SINGLE_STEP_EPOCHS} times; "
-                "call it once per epoch (unless an epoch has one batch)"
-            )
 
     # ---- looking ----------------------------------------------------------------------------
 

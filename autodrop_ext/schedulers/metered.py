@@ -84,7 +84,8 @@ class MeteredScheduler(StepScheduler):
 
     def _decide_step(self) -> Outcome:
         reading = self.meter.observe(calls=self._step_count, facts=self._facts)
-        self._cool()  # first, so that a decision holds the rates after this step
+        if self._cooldown is not None:
+            self._cool(self._cooldown)  # first, so that a decision holds the rates after this step
         return NOTHING if reading is None else self._decide_once(reading)
 
     def _decide_once(self, reading: Reading) -> Outcome:
@@ -144,11 +145,6 @@ class MeteredScheduler(StepScheduler):
             _lower(lr, factor, self._floor(g)) if g in chosen else None for g, lr in enumerate(lrs)
         ]
 
-    def _lrs_after(self, lower: Iterable[float | None]) -> tuple[float, ...]:
-        """Return the rates of all param groups once some are lowered."""
-        pairs = zip(as_floats(self._rates()), lower, strict=True)
-        return tuple(lr if new is None else new for lr, new in pairs)
-
     def _closed_form(self, factor: float, drops: Callable[[int], int]) -> list[float]:
         """Base rates after ``drops`` of each group; the warm-up's share of them while it lasts."""
         lrs = self._warmed(self.base_lrs)
@@ -187,12 +183,10 @@ class MeteredScheduler(StepScheduler):
         )
         self._begin_log()
 
-    def _cool(self) -> None:
-        if self._cooldown is not None:
-            now = as_floats(self._rates())
-            lower = self._cooldown.lrs_at(self._optimizer_steps, self._floor)
-            self._set_lrs(map(min, now, lower))
-            self._note_lowered(now, as_floats(self._rates()))
+    def _cool(self, cooldown: Cooldown) -> None:
+        now = as_floats(self._rates())
+        self._set_lrs(map(min, now, cooldown.lrs_at(self._optimizer_steps, self._floor)))
+        self._note_lowered(now, as_floats(self._rates()))
 
     # ---- looking ----------------------------------------------------------------------------
 
