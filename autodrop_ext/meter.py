@@ -127,7 +127,7 @@ class AngularVelocity:
         """Take the parameters as they are now; call once after each optimizer step, on every rank.
 
         Args:
-            calls: how often the training loop came by, optimizer step or not; compared between
+            calls: calls of the scheduler's ``step()``, optimizer step or not; compared between
                 ranks, so that a rank that skipped a step is noticed.
             facts: returns what decisions depend on, plain values by name; compared between ranks.
 
@@ -302,7 +302,7 @@ class AngularVelocity:
 
     @property
     def averaging(self) -> bool:
-        """Whether the parameters hold an average, within :meth:`averaged`."""
+        """``True`` while the parameters hold an average, within :meth:`averaged`."""
         return self._averaging
 
     def rebase(self) -> None:
@@ -555,7 +555,7 @@ class AngularVelocity:
 
     @property
     def started(self) -> bool:
-        """Whether there is something that the next displacement is measured from."""
+        """``True`` if there is something that the next displacement is measured from."""
         return self._restore is not None or (self._sums is not None and self._sums.begun)
 
     @property
@@ -619,9 +619,9 @@ class AngularVelocity:
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any], name: str = "state_dict") -> None:
-        """Continue where :meth:`state_dict` was taken, bit for bit, with its window.
+        """Continue from a :meth:`state_dict`, bit for bit, with its window.
 
-        Where the state has no sums, or they do not fit the parameters or the sample, counts are
+        If the state has no sums, or they do not fit the parameters or the sample, counts are
         restored, the meter warms up again, and a warning says so.
 
         Args:

@@ -1,4 +1,4 @@
-"""The sums of windows in checkpoints of sharded training, and where they wait to be continued."""
+"""The state of a meter in checkpoints, also of sharded training."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class SavedSums:
     Attributes:
         form: form that they are in.
         steps: optimizer steps that the meter had observed.
-        arenas: local tensors by parameter name and role; empty where they were not saved.
+        arenas: local tensors by parameter name and role; empty if they were not saved.
         drawn: state of what the elements were drawn by; see ``WindowSums.state``.
     """
 
@@ -220,7 +220,7 @@ def _check_motion(name: str, value: Any) -> Tensor:
 
 
 def _check_drawn(name: str, value: Any) -> Mapping[str, Any]:
-    """What saved sums were drawn by; see ``WindowSums.state``."""
+    """Return what saved sums were drawn by; see ``WindowSums.state``."""
     drawn = load(value, _DRAWN, name)
     return {**drawn, "sized": drawn["sized"] and len(drawn["sizes"]) > 0}
 

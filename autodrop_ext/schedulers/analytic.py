@@ -41,10 +41,10 @@ class AnalyticDrop:
 
 
 class AnalyticAutoDrop(StepScheduler):
-    """Drops the learning rate where a *model* of the angular velocity saturates; measures nothing.
+    """Drops the learning rate when a *model* of the angular velocity saturates; measures nothing.
 
     Between drops the model (equation (12)) says how the velocity grows at a constant rate
-    ``alpha_i``. Where its derivative has fallen to ``min(tau0, gamma alpha_i / 2)``, the next rate
+    ``alpha_i``. When its derivative has fallen to ``min(tau0, gamma alpha_i / 2)``, the next rate
     of a given sequence takes over and the model starts again at 0 (Algorithm 2). The steps at which
     this happens follow from the arguments alone; see :func:`~autodrop_ext.theory.algorithm_2`.
 
@@ -182,7 +182,7 @@ class AnalyticAutoDrop(StepScheduler):
         """The newest values for a logger, plain floats.
 
         ``lr`` (of the first param group), ``num_drops``, ``angular_velocity``, the model's
-        [degrees], and ``steps_to_drop``, left out where no lower rate follows.
+        [degrees], and ``steps_to_drop``, left out if no lower rate follows.
         """
         since = max(self._since_drop, 0)
         return self._metrics(

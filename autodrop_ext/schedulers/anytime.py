@@ -33,11 +33,11 @@ class AnytimeDecision(Decision):
 
     Attributes:
         window_steps: length of the window, optimizer steps.
-        mean_cosine: mean of the newest cosines, which the exponent follows from; None where there
-            have not been four of them.
-        power: exponent ``p``: the rates were multiplied by ``((t - w) / t)^p``. 0 where parameters
-            travel, None where there is no mean cosine, in a cooldown, and where the angle is not
-            known for another reason than a doubling of the window; the rates stay as they are then.
+        mean_cosine: mean of the newest cosines, which the exponent follows from; None until there
+            are four of them.
+        power: exponent ``p``: the rates were multiplied by ``((t - w) / t)^p``. 0 if parameters
+            travel; None without a mean cosine, in a cooldown, and if the angle is not known for
+            another reason than a doubling of the window. The rates stay as they are then.
     """
 
     window_steps: int = 0
@@ -50,7 +50,7 @@ def _check_product(name: str, value: Any) -> float:
 
 
 class AnytimeAutoDrop(MeteredScheduler):
-    """Lowers the learning rate as fast as a power of time, where parameters no longer travel.
+    """Lowers the learning rate as fast as a power of time, once parameters no longer travel.
 
     The length of the run need not be known. The meter's windows grow with the run, so that the
     angle between their displacements is that of the time scale the run has reached. Its cosine is
@@ -166,7 +166,7 @@ class AnytimeAutoDrop(MeteredScheduler):
 
     @staticmethod
     def _windows_until(steps: int, settings: Mapping[str, Any]) -> list[int]:
-        """Return the lengths that windows may have had after so many optimizer steps."""
+        """Return the lengths that windows may have had after a number of optimizer steps."""
         lengths = [settings["min_window"]]
         while steps - settings["warmup_steps"] >= 2 * settings["windows"] * lengths[-1]:
             lengths.append(2 * lengths[-1])

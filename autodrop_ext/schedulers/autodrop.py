@@ -27,7 +27,7 @@ class AutoDrop(MeteredScheduler):
     """Drops the learning rate whenever the angular velocity of the parameters saturates.
 
     Once per window of optimizer steps the angle between the last two displacements of the mean
-    parameters is measured and smoothed. While training makes headway the angle rises; where the
+    parameters is measured and smoothed. While training makes headway the angle rises; when the
     smoothed angle rises by less than ``threshold``, every param group's learning rate is multiplied
     by ``factor``, right at the :meth:`step` that closes the window (Wang, Teng, Choromanska, UAI
     2024, Algorithm 1). A drop never raises a rate.
@@ -70,7 +70,7 @@ class AutoDrop(MeteredScheduler):
     Attributes:
         history: the last 10,000 :class:`Decision` objects.
         num_drops: how often a learning rate was lowered.
-        group_drops: the same of each param group, where they decide for themselves.
+        group_drops: the same of each param group, if they decide for themselves.
     """
 
     window: int
@@ -214,7 +214,7 @@ class AutoDrop(MeteredScheduler):
         ``lr`` (of the first param group), ``num_drops``, and from the last reading
         ``angular_velocity``, ``angular_velocity_smoothed``, ``angular_velocity_rise``,
         ``standard_error`` and ``rounding_error`` [degrees], and ``displacement``, the length
-        ``|s_i|``. Where param groups decide for themselves, ``angular_velocity/0``,
+        ``|s_i|``. If param groups decide for themselves, ``angular_velocity/0``,
         ``angular_velocity_smoothed/0``, ``angular_velocity_rise/0``, ``num_drops/0`` and so on.
         """
         if not self.history:

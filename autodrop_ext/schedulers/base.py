@@ -18,7 +18,7 @@ from ..saved import Form, Later, exactly, inside, list_of, load
 from ..settings import Settings, form_of
 from .step_hook import StepHook
 
-# Where torch has no _update_lr, SequentialLR calls step(0) at a milestone.
+# If torch has no _update_lr, SequentialLR calls step(0) at a milestone.
 _MILESTONES_CALL_STEP = not hasattr(LRScheduler, "_update_lr")
 
 
@@ -215,7 +215,7 @@ class StepScheduler(LRScheduler):
                     "undone",
                     f"the learning rate of param group {i} was lowered from {before:g} to "
                     f"{after:g}, and something has set it to {lr:g} since; drops have no effect "
-                    "where a script or another scheduler sets the rate at every step",
+                    "if a script or another scheduler sets the rate at every step",
                 )
 
     # ---- learning rates ---------------------------------------------------------------------
@@ -332,7 +332,7 @@ class StepScheduler(LRScheduler):
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue where :meth:`state_dict` was taken. Settings are restored too, as in torch.
+        """Continue from a :meth:`state_dict`. Settings are restored too, as in torch.
 
         Raises:
             ValueError: not a state of this class; the message names the entry, and nothing has been

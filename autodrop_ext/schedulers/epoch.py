@@ -32,9 +32,9 @@ class EpochDecision(Decision):
     ``smoothed`` and ``rise`` stay None.
 
     Attributes:
-        change: ``|w_t - w_{t-1}|``, degrees; None where one of the two angles is undefined.
+        change: ``|w_t - w_{t-1}|``, degrees; None if one of the two angles is undefined.
         threshold: ``theta`` that the change is compared with, degrees.
-        waited: epochs since the one that met the condition, which has 0; None where no drop is
+        waited: epochs since the one that met the condition, which has 0; None if no drop is
             pending.
         averaged: whether the parameters were set to their average at the end of this epoch.
     """
@@ -50,11 +50,11 @@ class EpochAutoDrop(MeteredScheduler):
 
     Call :meth:`step` once per epoch. The displacement ``s_t`` of epoch ``t`` runs from the
     parameters before its first update to those after its last one, and ``w_t`` is the angle between
-    ``s_t`` and ``s_{t-1}``. Where ``|w_t - w_{t-1}| < theta`` and ``t > 2``, training goes on for
+    ``s_t`` and ``s_{t-1}``. When ``|w_t - w_{t-1}| < theta`` and ``t > 2``, training goes on for
     another ``delay`` epochs at the same rate, the parameters are set to their average over these
     epochs with the weights 1, 2, ..., ``delay``, and then every param group's learning rate is
     multiplied by ``factor`` and ``theta`` divided by it (Teng, Wang, Choromanska 2021, Algorithm
-    1). A drop never raises a rate. Where all rates are at ``min_lr``, averages are still taken, as
+    1). A drop never raises a rate. When all rates are at ``min_lr``, averages are still taken, as
     printed.
 
     Where Algorithm 1 contradicts itself or its text:
@@ -260,7 +260,7 @@ class EpochAutoDrop(MeteredScheduler):
         self.meter.close()
 
     def _update_lr(self, epoch: int | None = None) -> None:
-        # SequentialLR calls this in place of step() where it hands over: the epoch that begins now
+        # SequentialLR calls this in place of step() when it hands over: the epoch that begins now
         # is the first one, and what the meter saw of the epochs before must not be measured.
         super()._update_lr(epoch)
         self._hook.marked = False

@@ -113,7 +113,7 @@ class MeteredScheduler(StepScheduler):
             self._commit(self._decide_once(newest))
 
     def _facts(self) -> dict[str, Any]:
-        """What decisions depend on; equal on all ranks."""
+        """Return what decisions depend on; equal on all ranks."""
         return {
             **self._saved_settings(),
             "num_drops": self.num_drops,
@@ -125,7 +125,7 @@ class MeteredScheduler(StepScheduler):
     # ---- learning rates ---------------------------------------------------------------------
 
     def _floor(self, group: int) -> float:
-        """Lower bound of a param group's rate; 0 for those that were added later."""
+        """Return the lower bound of a param group's rate; 0 for those that were added later."""
         return self.min_lr[group] if group < len(self.min_lr) else 0.0
 
     def _dropped(self, factor: float, groups: Iterable[int] | None = None) -> list[float | None]:
@@ -146,7 +146,7 @@ class MeteredScheduler(StepScheduler):
         ]
 
     def _closed_form(self, factor: float, drops: Callable[[int], int]) -> list[float]:
-        """Base rates after ``drops`` of each group; the warm-up's share of them while it lasts."""
+        """Return the base rates after ``drops`` of each group; the warm-up's share of them while it lasts."""
         lrs = self._warmed(self.base_lrs)
         for g in range(len(lrs)):
             for _ in range(drops(g)):
@@ -197,7 +197,7 @@ class MeteredScheduler(StepScheduler):
             begin(self._described())
 
     def _described(self) -> dict[str, Any]:
-        """What this scheduler was made with, for logs and titles of pictures."""
+        """Return what this scheduler was made with, for logs and titles of pictures."""
         of_meter = {s.name: getattr(self.meter, s.name) for s in self._settings if not s.saved}
         described = {"scheduler": type(self).__name__, **of_meter, **self._saved_settings()}
         described["lr"] = as_floats(self.base_lrs)
@@ -284,7 +284,7 @@ class MeteredScheduler(StepScheduler):
         return {**super().state_dict(), "cooldown": cooldown, "meter": meter}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue where :meth:`state_dict` was taken. Settings are restored too, as in torch.
+        """Continue from a :meth:`state_dict`. Settings are restored too, as in torch.
 
         Raises:
             ValueError: not a state of this class; the message names the entry, and nothing has been
@@ -386,7 +386,7 @@ _COOLDOWN: Form = {
 
 
 def _lower(lr: float | Tensor, factor: float, floor: float) -> float | None:
-    """``max(floor, factor * lr)`` in the rate's own precision; None if that is not lower."""
+    """Return ``max(floor, factor * lr)`` in the rate's own precision; None if that is not lower."""
     now = float(lr)
     lower = in_precision_of(lr, max(floor, factor * now))
     return lower if lower < now else None

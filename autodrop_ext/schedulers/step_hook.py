@@ -89,7 +89,7 @@ class StepHook:
 
     @property
     def attached(self) -> bool:
-        """Whether the hooks are registered."""
+        """``True`` while the hooks are registered."""
         return bool(self._handles)
 
     def remove(self) -> None:
