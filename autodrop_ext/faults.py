@@ -20,7 +20,7 @@ _UNKNOWN_ERRORS = 5  # angles in a row whose error a sample cannot tell, before 
 
 
 def _too_large(tensor: Tensor) -> bool:
-    """Return whether all values are finite but float32 cannot hold the sum of a long window of them."""
+    """Return whether all values are finite but float32 cannot hold the sums of a long window."""
     return tensor.numel() > 0 and 1e33 < float(tensor.abs().max()) < float("inf")
 
 

@@ -146,7 +146,7 @@ class MeteredScheduler(StepScheduler):
         ]
 
     def _closed_form(self, factor: float, drops: Callable[[int], int]) -> list[float]:
-        """Return the base rates after ``drops`` of each group; the warm-up's share of them while it lasts."""
+        """Return the base rates after ``drops`` of each group, within the warm-up its share."""
         lrs = self._warmed(self.base_lrs)
         for g in range(len(lrs)):
             for _ in range(drops(g)):
