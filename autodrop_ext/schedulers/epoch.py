@@ -208,6 +208,7 @@ class EpochAutoDrop(MeteredScheduler):
         if waited is None and change is not None and change < threshold:
             waited = 0
         ends = waited == self.delay
+        # Parameters alone are changed here: whether they could be is part of the decision.
         averaged = ends and self._write_average()
         lrs = self._dropped(self.factor, None if ends else ())
         lowered = any(lr is not None for lr in lrs)

@@ -68,10 +68,8 @@ class MeteredScheduler(StepScheduler):
         )
         self._decided: int | None = None  # window of the newest reading that was decided on
         self._cooldown: Cooldown | None = None
-        own = {s.name for s in self._settings if s.saved}
-        super().__init__(
-            optimizer, {k: v for k, v in settings.items() if k in own}, arguments["last_epoch"]
-        )
+        own = {s.name: settings[s.name] for s in self._settings if s.saved}
+        super().__init__(optimizer, own, arguments["last_epoch"])
         self.meter.warn_through(self._warnings)
 
     # ---- a step -----------------------------------------------------------------------------
