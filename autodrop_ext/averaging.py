@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .faults import Warnings
+from .messages import Warnings
 from .ops import Operations, check_name, select
 from .ops.device_sums import DeviceSums
 from .ops.memory import Named, needing
 from .ops.plan import Plan
 from .parameters import ParameterSource
-from .saved import Entries
+from .saved import Form, dict_of, exactly, load
 
 _DOUBLES = (torch.float64, torch.complex128)
 _SLICE = 1 << 24  # elements looked at for NaN at a time: 16 MiB of booleans
@@ -196,22 +196,18 @@ class ParameterAverage:
         Raises:
             ValueError: not a state of this class; nothing has been changed then.
         """
-        self.restore(self.read(Entries(state_dict)))
+        self.restore(self.checked("state_dict", state_dict))
 
     @staticmethod
-    def read(state: Entries) -> Mapping[str, Any]:
-        """A checked state for :meth:`restore`; raises ValueError where an entry is wrong."""
-        state.expect("version", 1)
-        snapshots = state.count("snapshots")
-        means = state.inner("means")
-        return {
-            "snapshots": snapshots,
-            "total": state.read("total", checks.number if snapshots else checks.at_least_zero),
-            "means": {name: means.read(name, _check_mean) for name in means},
-        }
+    def checked(name: str, value: Any) -> dict[str, Any]:
+        """Return a state for :meth:`restore`; raise ValueError if an entry is missing or wrong."""
+        saved = load(value, _FORM, name)
+        if saved["snapshots"] and not saved["total"]:
+            raise ValueError(f"{name}['total']: expected a finite number above 0, got 0")
+        return saved
 
     def restore(self, saved: Mapping[str, Any]) -> None:
-        """Continue what :meth:`read` has returned."""
+        """Continue what :meth:`checked` has returned."""
         self.reset()
         if saved["snapshots"] == 0:
             return
@@ -306,6 +302,14 @@ def _check_mean(name: str, value: Any) -> Tensor:
         raise ValueError(f"{name}: expected a dense floating-point tensor, got {value!r}")
     tensor: Tensor = value
     return tensor
+
+
+_FORM: Form = {
+    "version": exactly(1),
+    "snapshots": checks.at_least(0),
+    "total": checks.at_least_zero,
+    "means": dict_of(_check_mean),
+}
 
 
 @contextlib.contextmanager

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+
+Check = Callable[[str, Any], Any]
+"""Takes a name for messages and a value; returns the value, converted, or raises an error."""
 
 try:
     import torch
@@ -89,6 +92,11 @@ def count(name: str, value: Any, least: int) -> int:
     return int(value)
 
 
+def at_least(least: int) -> Check:
+    """Return the check of :func:`count` with this lower bound."""
+    return lambda name, value: count(name, value, least)
+
+
 def flag(name: str, value: Any) -> bool:
     """The value as a bool; raises TypeError otherwise."""
     if not isinstance(value, bool):
@@ -104,22 +112,37 @@ def one_of(name: str, value: Any, accepted: tuple[str, ...]) -> Any:
     return value
 
 
+def choice(*accepted: str) -> Check:
+    """Return the check of :func:`one_of` for these strings."""
+    return lambda name, value: one_of(name, value, accepted)
+
+
+def none_or(check: Check) -> Check:
+    """Return a check that accepts None, too."""
+    return lambda name, value: None if value is None else check(name, value)
+
+
 def callback(name: str, value: Any) -> None:
     """Raises TypeError unless ``value`` is a function or None."""
     if value is not None and not callable(value):
         raise TypeError(f"{name}: expected a function or None, got {value!r}")
 
 
-def window(value: Any) -> int:
+def cosine(name: str, value: Any) -> float:
+    """A cosine."""
+    return number(name, value, "a number from -1 to 1", lambda x: -1 <= x <= 1)
+
+
+def window(name: str, value: Any) -> int:
     """Optimizer steps per window."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"window: expected an int, got {value!r}")
+        raise TypeError(f"{name}: expected an int, got {value!r}")
     if value < 1:
-        raise ValueError(f"window: expected at least 1 optimizer step, got {value}")
+        raise ValueError(f"{name}: expected at least 1 optimizer step, got {value}")
     return int(value)
 
 
-def sample(value: Any) -> float | None:
+def sample(name: str, value: Any) -> float | None:
     """Part of the parameters that is read; None for everything.
 
     Raises:
@@ -128,29 +151,42 @@ def sample(value: Any) -> float | None:
     expected = "expected None or a number above 0 and at most 1"
     if value == "auto":
         raise ValueError(
-            f"sample: {expected}, got 'auto'; read everything (sample=None), or a part "
+            f"{name}: {expected}, got 'auto'; read everything (sample=None), or a part "
             "such as sample=1/64"
         )
     if isinstance(value, str):
-        raise ValueError(f"sample: {expected}, got {value!r}")
+        raise ValueError(f"{name}: {expected}, got {value!r}")
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"sample: {expected}, got {value!r}")
+        raise TypeError(f"{name}: {expected}, got {value!r}")
     if not 0 < float(value) <= 1:
-        raise ValueError(f"sample: {expected}, got {value!r}")
+        raise ValueError(f"{name}: {expected}, got {value!r}")
     return None if value == 1 else float(value)
 
 
-def floors(min_lr: float | Iterable[float], groups: int) -> list[float]:
-    """One lower bound per param group, from one for all or one for each.
+def one_or_several(name: str, value: Any) -> float | list[float]:
+    """A finite number of at least 0, or several."""
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        return at_least_zero(name, value)
+    return [at_least_zero(name, one) for one in value]
 
-    Raises:
-        TypeError, ValueError: not a number or not one per group.
-    """
-    values = list(min_lr) if isinstance(min_lr, Iterable) else [min_lr] * groups
-    if len(values) != groups:
-        raise ValueError(
-            f"min_lr: expected one number or {groups}, one per param group, got {len(values)}"
-        )
-    return [at_least_zero("min_lr", value) for value in values]
+
+def rates(name: str, value: Any) -> str | list[float]:
+    """The name of a sequence of rates, or decreasing numbers above 0."""
+    if isinstance(value, str):
+        if value not in ("theorem", "proof"):
+            raise ValueError(f"{name}: expected 'theorem', 'proof' or numbers, got {value!r}")
+        return value
+    if not isinstance(value, Sequence):
+        raise TypeError(f"{name}: expected 'theorem', 'proof' or numbers, got {value!r}")
+    values = [number(f"{name}[{i}]", rate) for i, rate in enumerate(value)]
+    if not values:
+        raise ValueError(f"{name}: expected at least one number, got none")
+    for i in range(1, len(values)):
+        if values[i] >= values[i - 1]:
+            raise ValueError(
+                f"{name}[{i}]: expected a number below the one before, {values[i - 1]!r}, "
+                f"got {values[i]!r}"
+            )
+    return values

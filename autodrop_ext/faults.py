@@ -1,19 +1,15 @@
-"""Trouble that the meter meets: recognised here, and reported once as a warning."""
+"""The meter's warnings: each kind of trouble is recognised here and reported once."""
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
-import pathlib
-import sys
-import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .distributed.group import Alone, Group
+from .messages import Warnings
 from .ops.device_sums import DeviceSums
 from .ops.interface import Sums
 from .ops.window_sums import WindowSums
@@ -21,73 +17,10 @@ from .reading import Reading
 
 _STILL_WINDOWS = 5  # windows without displacement before a warning
 _UNKNOWN_ERRORS = 5  # angles in a row whose error a sample cannot tell, before a warning
-_INNER_FOLDER = str(pathlib.Path(__file__).parent)
-# Packages whose code calls a scheduler's step() for the user.
-_CALLERS = (
-    *("torch", "accelerate", "deepspeed", "lightning", "lightning_fabric", "pytorch_lightning"),
-    "transformers",
-)
-
-
-class Warnings:
-    """Warnings that carry the name of what the user made and point to the user's line.
-
-    Between :meth:`hold` and :meth:`release` they wait, because a warning that is an error would
-    leave what is between them half done.
-
-    Args:
-        owner: class that the user made, such as "AutoDrop".
-    """
-
-    def __init__(self, owner: str) -> None:
-        self.owner = owner
-        self._said: set[str] = set()
-        self._held = False
-        self._waiting: list[str] = []
-
-    def once(self, kind: str, message: str) -> None:
-        """Warn, unless there was a warning of this kind."""
-        if kind not in self._said:
-            self._said.add(kind)
-            self.warn(message)
-
-    def said(self, kind: str) -> bool:
-        """Whether there was a warning of this kind."""
-        return kind in self._said
-
-    def warn(self, message: str) -> None:
-        """Warn, or let the warning wait."""
-        self._waiting.append(message)
-        if not self._held:
-            self.release()
-
-    def hold(self) -> None:
-        """Let warnings wait for :meth:`release`."""
-        self._held = True
-
-    def release(self) -> None:
-        """Warn of what has waited; after an error, the rest waits for the next call."""
-        self._held = False
-        while self._waiting:
-            message = f"{self.owner}: {self._waiting.pop(0)}"
-            warnings.warn(message, RuntimeWarning, stacklevel=_users_level())
-
-
-def _users_level() -> int:
-    """The caller's ``stacklevel`` of the first frame outside of this package and its callers."""
-    files = (getattr(sys.modules.get(name), "__file__", None) for name in _CALLERS)
-    folders = (_INNER_FOLDER, *(os.path.dirname(file) for file in files if file))
-    inner = (*(folder + os.sep for folder in folders), contextlib.__file__)
-    level = 1
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(inner):
-        frame = frame.f_back
-        level += 1
-    return level
 
 
 def _too_large(tensor: Tensor) -> bool:
-    """Whether all values are finite but float32 cannot hold the sum of a long window of them."""
+    """Return whether all values are finite but float32 cannot hold the sums of a long window."""
     return tensor.numel() > 0 and 1e33 < float(tensor.abs().max()) < float("inf")
 
 
@@ -196,7 +129,7 @@ class Faults:
                 "undefined and no learning rate is dropped; is this the optimizer that trains the "
                 "watched parameters, and is its learning rate above zero?",
             )
-        if not self.warnings.said("half"):
+        if not self.warnings.has_warned("half"):
             self._watch_half_precision(sums.devices)
 
     def watch_certainty(self, reading: Reading) -> None:

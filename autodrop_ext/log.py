@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .faults import Warnings
+from .messages import Warnings
 from .reading import Decision
 
 _BEGINNING = b'{"event": "'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -12,13 +13,14 @@ from torch import Tensor
 
 from . import angle, checks
 from .averaging import own_bits_after
-from .distributed.checkpoint import ArenaState, SavedMeter, SavedSums
+from .distributed.checkpoint import ArenaState, SavedSums, read_meter
 from .distributed.exchange import Counts, Exchange, Facts
 from .distributed.gathered import discard_gathered
 from .distributed.group import check_group, find_group
 from .distributed.layout import Layout, elements_here
 from .distributed.shards import LocalShard
-from .faults import Faults, Warnings
+from .faults import Faults
+from .messages import Warnings
 from .ops import check_name
 from .ops.device_sums import NamedArenas
 from .ops.interface import Form, Sums
@@ -28,13 +30,13 @@ from .parameters import ParameterSource
 from .parts import Parts
 from .reading import HISTORY, Reading, remember
 from .sampling.sums import sums_of
-from .saved import Entries
+from .settings import METER, check_arguments
 from .windows import Windows
 
 WINDOWS_FOR_ANGLE = 3  # two displacements need three means
 
 
-class AngularVelocity(Windows):
+class AngularVelocity:
     """Angle between the displacements of neighbouring windows (UAI 2024, Definition 3.3).
 
     A window holds the parameters after ``window`` optimizer steps, ``m_i`` is their mean,
@@ -73,10 +75,6 @@ class AngularVelocity(Windows):
         ValueError, TypeError: an argument is wrong; the message names it.
 
     Attributes:
-        window: optimizer steps per window.
-        steps: optimizer steps observed.
-        windows: windows closed.
-        windows_since_restart: windows closed since the meter started or started over.
         history: the last 10,000 readings.
         per_tensor, per_group: the arguments; a change counts from when plans are built next.
     """
@@ -95,14 +93,12 @@ class AngularVelocity(Windows):
         process_group: Any = None,
         form: Literal["auto", "sum", "delta"] = "auto",
     ) -> None:
-        super().__init__(
-            checks.window(window),
-            None if snapshots is None else checks.count("snapshots", snapshots, 1),
-        )
-        self.sample = checks.sample(sample)
-        self.seed = checks.count("seed", seed, least=-(2**63))
-        self.per_tensor = checks.flag("per_tensor", per_tensor)
-        self.per_group = checks.flag("per_group", per_group)
+        settings = check_arguments(METER, locals())
+        self._counter = Windows(settings["window"], settings["snapshots"])
+        self.sample: float | None = settings["sample"]
+        self.seed: int = settings["seed"]
+        self.per_tensor: bool = settings["per_tensor"]
+        self.per_group: bool = settings["per_group"]
         checks.one_of("form", form, ("auto", "sum", "delta"))
         check_group(process_group)
         check_name(backend)
@@ -131,7 +127,7 @@ class AngularVelocity(Windows):
         """Take the parameters as they are now; call once after each optimizer step, on every rank.
 
         Args:
-            calls: how often the training loop came by, optimizer step or not; compared between
+            calls: calls of the scheduler's ``step()``, optimizer step or not; compared between
                 ranks, so that a rank that skipped a step is noticed.
             facts: returns what decisions depend on, plain values by name; compared between ranks.
 
@@ -151,16 +147,19 @@ class AngularVelocity(Windows):
         self._faults.warnings.hold()
         if self._observing:
             self._discard_interrupted()
-            self._faults.interrupted(WINDOWS_FOR_ANGLE)
         self._observing = True
-        self.steps += 1
-        if self.position == 1 or self._sums is None:
+        self._counter.steps += 1
+        if self._counter.position == 1 or self._sums is None:
             self._begin_window()
         if not self._exchange.compared:
             self._exchange.compare_once(self._with_settings(facts))
-        if self.is_snapshot():
+        if self._counter.is_snapshot():
             self._take_snapshot()
-        reading = self._close_window(calls, facts) if self.position >= self.window else None
+        reading = (
+            self._close_window(calls, facts)
+            if self._counter.position >= self._counter.window
+            else None
+        )
         self._observing = False
         if self._warns_by_itself:
             self._faults.warnings.release()
@@ -170,7 +169,7 @@ class AngularVelocity(Windows):
         """Follow the parameters: build the sums, or build them again if the parameters changed."""
         if self._sums is not None and not self._source.unchanged():
             self._faults.parameters_changed(WINDOWS_FOR_ANGLE)
-            self._discard(self.position)
+            self._forget(self._counter.position)
         if self._sums is None:
             try:
                 with no_garbage_collection():
@@ -180,28 +179,30 @@ class AngularVelocity(Windows):
                 self._start_over()
                 self._observing = False
                 raise
-        elif not self.spoiled:
+        elif not self._counter.spoiled:
             self._sums.begin_window()
 
     def _take_snapshot(self) -> None:
         assert self._sums is not None
-        if not self.spoiled and self._source.moved():
+        if not self._counter.spoiled and self._source.moved():
             self._faults.parameters_changed(WINDOWS_FOR_ANGLE)
-            self.spoiled = True
-        if not self.spoiled:
+            self._counter.spoiled = True
+        if not self._counter.spoiled:
             form = self._precision.form if self._sums.begun else self._precision.begin()
-            self._sums.add(form, first=self.taken == 0)
-        self.taken += 1
+            self._sums.add(form, first=self._counter.taken == 0)
+        self._counter.taken += 1
 
     def _close_window(self, calls: int, facts: Facts) -> Reading | None:
         """Nothing on the way to the collective may return or raise on one rank alone."""
         assert self._sums is not None
-        self.begin_close()
+        self._counter.begin_close()
         changed = not self._source.unchanged()
-        restart = changed or self.spoiled
-        totals = None if restart else self._sums.close(self.snapshots_per_window)
-        since = 0 if totals is None else self.windows_since_restart + 1
-        counts = Counts(self.steps, self.windows, self.window, calls, since, restart)
+        restart = changed or self._counter.spoiled
+        totals = None if restart else self._sums.close(self._counter.snapshots_per_window)
+        since = 0 if totals is None else self._counter.windows_since_restart + 1
+        counts = Counts(
+            self._counter.steps, self._counter.windows, self._counter.window, calls, since, restart
+        )
         total, numbers = self._exchange.close(
             counts,
             self._layout,
@@ -210,28 +211,28 @@ class AngularVelocity(Windows):
             [] if totals is None else self._extras,
             self._with_settings(facts),
         )
-        self.next_window()
+        self._counter.next_window()
         if changed:
             self._faults.parameters_changed(WINDOWS_FOR_ANGLE)
-            self._discard()
+            self._forget()
         if total.restart:
             self._start_over()
             return None
-        self.windows += 1
+        self._counter.windows += 1
         if total.not_finite:
             self._faults.not_finite(
                 self._sums,
-                self.windows - 1,
+                self._counter.windows - 1,
                 WINDOWS_FOR_ANGLE,
                 self._exchange.group,
                 total.not_finite,
             )
             self._start_over()
             return self._keep(self._undefined())
-        self.windows_since_restart = since
+        self._counter.windows_since_restart = since
         if since >= 2:
             self._faults.watch_displacement(total.sums, self._sums, first=since == 2)
-        k, elements = self.snapshots_per_window, (total.elements, total.effective_elements)
+        k, elements = self._counter.snapshots_per_window, (total.elements, total.effective_elements)
         error = self._precision.close(k, total.sums, *elements)
         if since < WINDOWS_FOR_ANGLE:
             return self._keep(self._undefined())
@@ -246,8 +247,8 @@ class AngularVelocity(Windows):
         measured = angle.angle_of(sums.dot, sums.norm, sums.previous_norm)
         degrees, cosine = (None, None) if measured is None else measured
         return Reading(
-            step=self.steps,
-            window=self.windows - 1,
+            step=self._counter.steps,
+            window=self._counter.windows - 1,
             angle=degrees,
             cosine=cosine,
             norm=math.sqrt(sums.norm),
@@ -258,10 +259,18 @@ class AngularVelocity(Windows):
 
     def _undefined(self) -> Reading:
         unknown = fields_of(self._extras, None, None)
-        return Reading(self.steps, self.windows - 1, None, None, math.nan, math.nan, **unknown)
+        return Reading(
+            self._counter.steps,
+            self._counter.windows - 1,
+            None,
+            None,
+            math.nan,
+            math.nan,
+            **unknown,
+        )
 
     def _keep(self, reading: Reading) -> Reading | None:
-        if self.windows < WINDOWS_FOR_ANGLE:
+        if self._counter.windows < WINDOWS_FOR_ANGLE:
             return None
         remember(self.history, reading, HISTORY)
         return reading
@@ -278,22 +287,22 @@ class AngularVelocity(Windows):
             RuntimeError: a window is open, or two windows have not been closed since the meter
                 started or started over.
         """
-        if self.position or self._sums is None or self.windows_since_restart < 2:
+        if self._counter.position or self._sums is None or self._counter.windows_since_restart < 2:
             raise RuntimeError(
                 "double_window: expected a call at a window's end, at least two windows after a "
-                f"start, got one after {self.position} of {self.window} steps and "
+                f"start, got one after {self._counter.position} of {self.window} steps and "
                 f"{self.windows_since_restart} windows"
             )
-        k = self.snapshots_per_window
+        k = self._counter.snapshots_per_window
         self._observing = True  # where this is interrupted, the sums are discarded
-        self.double()
-        self._sums.merge(k, self.snapshots_per_window)
+        self._counter.double()
+        self._sums.merge(k, self._counter.snapshots_per_window)
         self._precision.merged()
         self._observing = False
 
     @property
     def averaging(self) -> bool:
-        """Whether the parameters hold an average, within :meth:`averaged`."""
+        """``True`` while the parameters hold an average, within :meth:`averaged`."""
         return self._averaging
 
     def rebase(self) -> None:
@@ -311,18 +320,18 @@ class AngularVelocity(Windows):
                 "rebase: expected a meter with form='delta' (sums of earlier windows cannot be "
                 f"moved), got form={self._precision.fixed or 'auto'!r}"
             )
-        if self.position:
+        if self._counter.position:
             raise RuntimeError(
-                f"rebase: expected a call at a window's end, got one after {self.position} of "
-                f"{self.window} steps"
+                "rebase: expected a call at a window's end, got one after "
+                f"{self._counter.position} of {self.window} steps"
             )
         self._begin_window()
         assert self._sums is not None
         first = not self._sums.begun
-        self._sums.rebase(self.snapshots_per_window)
+        self._sums.rebase(self._counter.snapshots_per_window)
         if first:
-            self.windows_since_restart = 1
-            self.windows += 1
+            self._counter.windows_since_restart = 1
+            self._counter.windows += 1
 
     @contextlib.contextmanager
     def averaged(self, windows: Literal["last", "all"] = "all") -> Iterator[None]:
@@ -346,8 +355,8 @@ class AngularVelocity(Windows):
         only_loaded = self._sums is None and self._restore is not None
         if only_loaded:
             self._build()  # a checkpoint's sums, before the first step
-        weights = self.mean_weights(last_only=windows == "last")
-        uncertain = self._observing or self.spoiled or not self._source.unchanged()
+        weights = self._counter.mean_weights(last_only=windows == "last")
+        uncertain = self._observing or self._counter.spoiled or not self._source.unchanged()
         if weights is None or uncertain or self._sums is None or self._averaging:
             yield
             return
@@ -360,7 +369,7 @@ class AngularVelocity(Windows):
         with self._discarding_gathered(), own_bits_after(sums.devices, self._moved_memory):
             self._averaging = True
             try:
-                sums.write_mean(self.snapshots_per_window, self.taken, weights)
+                sums.write_mean(self._counter.snapshots_per_window, self._counter.taken, weights)
                 yield
             finally:
                 self._averaging = False
@@ -396,41 +405,38 @@ class AngularVelocity(Windows):
         Args:
             position: steps of the open window that have been observed.
         """
-        self.start_over(position)
+        self._counter.start_over(position)
         self._precision.start_over()
         self._faults.still_windows = 0
         if self._sums is not None:
             self._sums.reset()
 
-    def _discard(self, position: int = 0) -> None:
+    def _forget(self, position: int = 0) -> None:
         """Forget sums of parameters that are watched no longer."""
         self._sums = None
         self._start_over(position)
 
-    def interrupted(self) -> bool:
+    def discard(self) -> None:
         """Discard the open window: the loop that calls :meth:`observe` may have lost a step.
 
         Call it after an interrupt between an optimizer step and :meth:`observe`, or inside of it.
         """
-        at_once = self._discard_interrupted()
-        self._faults.interrupted(WINDOWS_FOR_ANGLE)
+        self._discard_interrupted()
         if self._warns_by_itself:
             self._faults.warnings.release()
-        return at_once
 
-    def _discard_interrupted(self) -> bool:
-        at_once = super().interrupted()
-        if at_once:
+    def _discard_interrupted(self) -> None:
+        if self._counter.discard():
             self._start_over()
         self._observing = False
-        return at_once
+        self._faults.interrupted(WINDOWS_FOR_ANGLE)
 
     # ---- building ---------------------------------------------------------------------------
 
     def _build(self) -> None:
         shards = self._find_group()
         group = self._exchange.group
-        if not shards and group.size == 1 and self.steps <= 1:
+        if not shards and group.size == 1 and self._counter.steps <= 1:
             raise ValueError(
                 "params: expected at least one trainable parameter, got none "
                 "(is requires_grad False everywhere?)"
@@ -457,7 +463,7 @@ class AngularVelocity(Windows):
         self._source.watch(shards)
         if saved is not None:
             self._continue(saved, sums)
-        if self.position == 1 and not self.spoiled:
+        if self._counter.position == 1 and not self._counter.spoiled:
             sums.begin_window()
         # Last, so that an interrupt before it leaves everything to be built again.
         self._sums = sums
@@ -487,11 +493,11 @@ class AngularVelocity(Windows):
             return
         self._faults.cannot_continue(problem, WINDOWS_FOR_ANGLE)
         if self._exchange.group.size == 1:
-            self._start_over(position=min(self.position, 1))
+            self._start_over(position=min(self._counter.position, 1))
         else:
             # The other ranks may be able to go on: end the window with them, and say so then.
-            self._start_over(self.position)
-            self.spoiled = True
+            self._start_over(self._counter.position)
+            self._counter.spoiled = True
 
     def compare(self, facts: Facts = dict) -> None:
         """Compare settings between the ranks, once; :meth:`observe` does it where nobody has.
@@ -506,7 +512,9 @@ class AngularVelocity(Windows):
             DisagreementError: ranks have different settings; the message names the first of them,
                 the ranks and their values. Raised on all ranks alike.
         """
-        if self._sums is None and not self._exchange.compared:
+        if self._exchange.compared:
+            return
+        if self._sums is None:
             self._find_group()
         self._exchange.compare_once(self._with_settings(facts))
 
@@ -514,15 +522,40 @@ class AngularVelocity(Windows):
         return lambda: {**self._settings(), **facts()}
 
     def _settings(self) -> dict[str, Any]:
-        """What readings depend on, next to the parameters."""
-        names = ("window", "snapshots", "sample", "seed", "per_tensor", "per_group")
-        return {name: getattr(self, name) for name in names} | {"form": self._precision.fixed}
+        """Return what readings depend on, next to the parameters."""
+        settings = {setting.name: getattr(self, setting.name) for setting in METER}
+        return settings | {"form": self._precision.fixed}
 
     # ---- looking ----------------------------------------------------------------------------
 
     @property
+    def window(self) -> int:
+        """Optimizer steps per window."""
+        return self._counter.window
+
+    @property
+    def snapshots(self) -> int | None:
+        """How many times a window the parameters are read; None for every step."""
+        return self._counter.snapshots
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps observed."""
+        return self._counter.steps
+
+    @property
+    def windows(self) -> int:
+        """Windows closed."""
+        return self._counter.windows
+
+    @property
+    def windows_since_restart(self) -> int:
+        """Windows closed since the meter started or started over."""
+        return self._counter.windows_since_restart
+
+    @property
     def started(self) -> bool:
-        """Whether there is something that the next displacement is measured from."""
+        """``True`` if there is something that the next displacement is measured from."""
         return self._restore is not None or (self._sums is not None and self._sums.begun)
 
     @property
@@ -560,9 +593,11 @@ class AngularVelocity(Windows):
         history is not part of it. The sums of sharded parameters are not either, because the other
         ranks' parts would be missing: save :attr:`arena_state` too.
         """
-        if self._observing:
-            self.interrupted()
-        spoiled, waiting = self.spoiled, self._restore
+        counter, waiting, fresh = self._counter, self._restore, not self.started
+        if self._observing:  # or interrupted: the window is discarded in the state
+            counter = copy.copy(counter)
+            fresh = counter.discard() or fresh
+        spoiled = counter.spoiled
         arenas: NamedArenas = {}
         drawn: Mapping[str, Any] = EVERYTHING if self._sums is None else self._sums.state()
         if waiting is not None:
@@ -570,13 +605,13 @@ class AngularVelocity(Windows):
         elif self._sums is not None and not self._layout.sharded:
             # Sums of parameters that were replaced inside of the window are those of old memory.
             spoiled = spoiled or not self._source.unchanged()
-            arenas = {} if spoiled else on_cpu(self._sums.views())
+            arenas = {} if spoiled or self._observing else on_cpu(self._sums.views())
         return {
             "version": 1,
-            **self.state(),
+            **counter.state(),
             "spoiled": spoiled,
-            "fresh": not self.started,
-            "still": self._faults.still_windows,
+            "fresh": fresh,
+            "still": 0 if fresh else self._faults.still_windows,
             "variances": list(self._precision.variances),
             "form": self.form if waiting is None else waiting.form,
             "sample": dict(drawn),
@@ -584,9 +619,9 @@ class AngularVelocity(Windows):
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any], name: str = "state_dict") -> None:
-        """Continue where :meth:`state_dict` was taken, bit for bit, with its window.
+        """Continue from a :meth:`state_dict`, bit for bit, with its window.
 
-        Where the state has no sums, or they do not fit the parameters or the sample, counts are
+        If the state has no sums, or they do not fit the parameters or the sample, counts are
         restored, the meter warms up again, and a warning says so.
 
         Args:
@@ -597,16 +632,16 @@ class AngularVelocity(Windows):
             ValueError: not a state of this class; the message names the entry, and nothing has been
                 changed.
         """
-        saved = SavedMeter.read(Entries(state_dict, name))
+        saved = read_meter(state_dict, name)
         self._sums = None
         self._observing = False
-        self.window, self.snapshots = saved.window, saved.snapshots
-        self.steps, self.windows = saved.steps, saved.windows
+        self._counter.window, self._counter.snapshots = saved.window, saved.snapshots
+        self._counter.steps, self._counter.windows = saved.steps, saved.windows
         self._start_over()
         self._restore = saved.sums
         if saved.sums is None and not saved.spoiled:
             return
-        self.restore(
+        self._counter.restore(
             saved.steps,
             saved.windows,
             saved.position,
@@ -636,17 +671,17 @@ class AngularVelocity(Windows):
 
     def _sums_to_save(self) -> SavedSums:
         if self._sums is not None:
-            return SavedSums(self._precision.form, self.steps, self._sums.views())
+            return SavedSums(self._precision.form, self._counter.steps, self._sums.views())
         waiting = self._resharded or self._restore
         return SavedSums(
-            self.form or "delta", self.steps, {} if waiting is None else waiting.arenas
+            self.form or "delta", self._counter.steps, {} if waiting is None else waiting.arenas
         )
 
     def _take_sums(self, saved: SavedSums) -> None:
         self._resharded = saved
         if self._sums is not None:
             # The counts in this meter are older; the next step finds out whether they fit.
-            self._restore = SavedSums(self._precision.form, self.steps, {})
+            self._restore = SavedSums(self._precision.form, self._counter.steps, {})
             self._sums = None
 
     def __getstate__(self) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, NamedTuple, TypeVar
 
 from . import checks
-from .saved import Entries
+from .checks import Check
+from .saved import Later, list_of, load
 
 _UNSAVED = {"saved": False}  # too much for checkpoints
 
@@ -19,11 +20,11 @@ class PartReading(NamedTuple):
     """The angular velocity of one tensor or param group in one window.
 
     Attributes:
-        angle: degrees; None where it is undefined (a zero or non-finite displacement).
-        cosine: of the angle; None where it is undefined.
+        angle: degrees; None if it is undefined (a zero or non-finite displacement).
+        cosine: of the angle; None if it is undefined.
         norm: ``|s_i|`` over the part.
         previous_norm: ``|s_{i-1}|`` over the part.
-        standard_error: of a sampled angle, degrees; 0 where every element was read.
+        standard_error: of a sampled angle, degrees; 0 if every element was read.
     """
 
     angle: float | None
@@ -45,18 +46,18 @@ class Reading:
         step: optimizer steps observed so far, this window's last one included.
         window: index of the window, counted from 0.
         angle: between this window's displacement and the last one's, degrees in [0, 180]; None
-            where it is undefined (a zero or non-finite displacement).
-        cosine: of the angle; None where it is undefined.
+            if it is undefined (a zero or non-finite displacement).
+        cosine: of the angle; None if it is undefined.
         norm: ``|s_i|``, length of this window's displacement.
         previous_norm: ``|s_{i-1}|``.
-        standard_error: of a sampled angle, degrees; 0 where every element was read, NaN where the
+        standard_error: of a sampled angle, degrees; 0 if every element was read, NaN if the
             angle is undefined.
         rounding_error: bound on what float32 sums may have moved the angle by, degrees.
         margin: half the width of the 95 % confidence interval of a sampled angle, degrees:
             Student's t times the standard error; 0 and NaN as there.
-        per_tensor: the same of each parameter by name, where that was asked for. Histories keep the
+        per_tensor: the same of each parameter by name, if that was asked for. Histories keep the
             last 100 and checkpoints none of them.
-        per_group: the same of each param group, where that was asked for.
+        per_group: the same of each param group, if that was asked for.
     """
 
     step: int
@@ -74,7 +75,7 @@ class Reading:
     def as_dict(self) -> dict[str, Any]:
         """Plain values that fit a JSON line: None in place of NaN and infinity.
 
-        Parts are left out where they were not asked for.
+        Parts are left out if they were not asked for.
         """
         plain = {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
         for name in ("per_tensor", "per_group"):
@@ -89,17 +90,17 @@ class Decision(Reading):
 
     Attributes:
         step: optimizer steps so far, the warm-up's included.
-        smoothed: the angular velocity behind the Gaussian filter, degrees; None where there are
+        smoothed: the angular velocity behind the Gaussian filter, degrees; None if there are
             too few values since the last drop.
-        rise: ``C_i - C_{i-1}``, degrees in one window; the rate drops where it stays below the
-            threshold. None where there are not two smoothed values since the last drop.
+        rise: ``C_i - C_{i-1}``, degrees in one window; the rate drops if it stays below the
+            threshold. None if there are not two smoothed values since the last drop.
         lr: learning rate of each param group after this step.
         dropped: whether this reading lowered a learning rate.
-        dropped_groups: where every param group decides for itself, those whose rate was lowered.
-        group_angles: likewise the angle of each group, degrees; None where undefined.
+        dropped_groups: if every param group decides for itself, those whose rate was lowered.
+        group_angles: likewise the angle of each group, degrees; None if undefined.
         group_smoothed: likewise its smoothed angle.
         group_rises: likewise its rise.
-        threshold: what the rise was compared with, degrees per window; None where the scheduler
+        threshold: what the rise was compared with, degrees per window; None if the scheduler
             has no such setting.
     """
 
@@ -114,7 +115,7 @@ class Decision(Reading):
     threshold: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """As :meth:`Reading.as_dict`; what groups decided is left out where they did not."""
+        """As :meth:`Reading.as_dict`; what groups decided is left out if they did not."""
         plain = super().as_dict()
         if self.threshold is None:
             del plain["threshold"]
@@ -134,26 +135,32 @@ def to_columns(records: Sequence[Any], kind: type) -> dict[str, list[Any]]:
     return {k: [list(x) if isinstance(x, tuple) else x for x in v] for k, v in columns.items()}
 
 
-def from_columns(columns: Entries, kind: type[Any]) -> list[Any]:
-    """The records of :func:`to_columns`.
+def from_columns(kind: type[Any]) -> Check:
+    """Return the check of the columns of :func:`to_columns`, which returns their records.
 
     Columns that a checkpoint of an earlier version lacks keep their defaults.
-
-    Raises:
-        ValueError: a column is missing, has another length, or holds other values.
     """
-    accepted = {f.name: f.type for f in fields(kind) if f.metadata.get("saved", True)}
-    needed = [f.name for f in fields(kind) if f.default is MISSING]
-    length: int | None = None
-    values: dict[str, list[Any]] = {}
-    for name in dict.fromkeys([*needed, *columns]):
-        if name not in accepted:
-            raise ValueError(f"{columns.name(name)}: expected no such column of {kind.__name__}")
-        check = functools.partial(_check_value, str(accepted[name]))
-        values[name] = columns.list(name, check, length)
-        length = len(values[name])
-    rows = zip(*values.values(), strict=True)
-    return [kind(**dict(zip(values, row, strict=True))) for row in rows]
+    form: dict[str, Check | Later] = {}
+    for f in fields(kind):
+        if f.metadata.get("saved", True):
+            column = list_of(functools.partial(_check_value, str(f.type)))
+            form[f.name] = column if f.default is MISSING else Later(column, None)
+
+    def check(name: str, value: Any) -> list[Any]:
+        columns = {
+            key: column for key, column in load(value, form, name).items() if column is not None
+        }
+        for key in value:
+            if key not in form:
+                raise ValueError(f"{name}[{key!r}]: expected no such column of {kind.__name__}")
+        length = len(next(iter(columns.values())))
+        for key, column in columns.items():
+            if len(column) != length:
+                raise ValueError(f"{name}[{key!r}]: expected {length} values, got {len(column)}")
+        rows = zip(*columns.values(), strict=True)
+        return [kind(**dict(zip(columns, row, strict=True))) for row in rows]
+
+    return check
 
 
 def _check_value(kind: str, name: str, value: Any) -> Any:

@@ -1,100 +1,94 @@
-"""Reading saved states: every entry is checked, and an error names the entry."""
+"""The form of a saved state: its entries by name, each with the check that it must pass."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from . import checks
+from .checks import Check
 
 
-class Entries:
-    """The entries of a saved state, read by name.
+@dataclass(frozen=True)
+class Later:
+    """An entry that states of earlier releases lack.
 
-    Args:
-        state: what was loaded.
-        name: how error messages call it.
-
-    Raises:
-        ValueError: it is no mapping; and in every method, where an entry is missing or is not what
-            was expected.
+    Attributes:
+        check: of the entry.
+        value: what takes its place in a state without it.
     """
 
-    def __init__(self, state: Any, name: str = "state_dict") -> None:
-        if not isinstance(state, Mapping):
-            raise ValueError(f"{name}: expected a dict, got {type(state).__name__}")
-        self._state = state
-        self._name = name
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._state
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._state)
-
-    def __len__(self) -> int:
-        return len(self._state)
-
-    def name(self, key: str) -> str:
-        """How error messages call an entry."""
-        return f"{self._name}[{key!r}]"
-
-    def value(self, key: str) -> Any:
-        """An entry without any check."""
-        if key not in self._state:
-            raise ValueError(f"{self._name}: no entry {key!r}")
-        return self._state[key]
-
-    def read(self, key: str, check: Callable[[str, Any], Any]) -> Any:
-        """An entry, converted by one of the functions of ``checks`` or one like them."""
-        value = self.value(key)
-        with problems_named(self.name(key)):
-            return check(self.name(key), value)
-
-    def expect(self, key: str, expected: int | str) -> None:
-        """Check that an entry is what this release reads."""
-        value = self.value(key)
-        if type(value) is not type(expected) or value != expected:
-            reads = ", which this release reads" if key == "version" else ""
-            raise ValueError(f"{self.name(key)}: expected {expected!r}{reads}, got {value!r}")
-
-    def count(self, key: str, least: int = 0) -> int:
-        """An int of at least ``least``."""
-        return int(self.read(key, lambda name, value: checks.count(name, value, least)))
-
-    def number(self, key: str) -> float:
-        """A finite number."""
-        return float(self.read(key, checks.finite))
-
-    def flag(self, key: str) -> bool:
-        """A bool."""
-        return bool(self.read(key, checks.flag))
-
-    def maybe(self, key: str, check: Callable[[str, Any], Any]) -> Any:
-        """None, or as :meth:`read`."""
-        return None if self.value(key) is None else self.read(key, check)
-
-    def list(self, key: str, check: Callable[[str, Any], Any], length: int | None = None) -> Any:
-        """A list whose items are checked one by one."""
-        values = self.value(key)
-        if not isinstance(values, Sequence) or isinstance(values, str):
-            raise ValueError(f"{self.name(key)}: expected a list, got {values!r}")
-        if length is not None and len(values) != length:
-            raise ValueError(f"{self.name(key)}: expected {length} values, got {len(values)}")
-        with problems_named(self.name(key)):
-            return [check(f"{self.name(key)}[{i}]", value) for i, value in enumerate(values)]
-
-    def inner(self, key: str) -> Entries:
-        """The entries of a dict within this one."""
-        return Entries(self.value(key), self.name(key))
+    check: Check
+    value: Any
 
 
-@contextlib.contextmanager
-def problems_named(name: str) -> Iterator[None]:
-    """Turn what a check raises into a ValueError that names the entry."""
+Form = Mapping[str, "Check | Later"]
+
+
+def load(state: Any, form: Form, name: str = "state_dict") -> dict[str, Any]:
+    """Return the entries of a state, checked one after the other; changes nothing.
+
+    Args:
+        state: what was loaded. Entries that are not in the form are passed over.
+        form: a check for each entry.
+        name: of the state, for messages.
+
+    Raises:
+        ValueError: the state is no dict, or an entry is missing or wrong; the message names it.
+    """
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{name}: expected a dict, got {type(state).__name__}")
+    return {key: _entry(state, key, check, name) for key, check in form.items()}
+
+
+def _entry(state: Mapping[str, Any], key: str, check: Check | Later, name: str) -> Any:
+    if key not in state:
+        if isinstance(check, Later):
+            return check.value
+        raise ValueError(f"{name}: no entry {key!r}")
+    entry = f"{name}[{key!r}]"
     try:
-        yield
+        return (check.check if isinstance(check, Later) else check)(entry, state[key])
     except (ValueError, TypeError, KeyError, OverflowError) as error:
         message = str(error)
-        raise ValueError(message if name in message else f"{name}: {message}") from error
+        raise ValueError(message if entry in message else f"{entry}: {message}") from error
+
+
+def exactly(*expected: int | str) -> Check:
+    """Return the check of an entry that must be one of these values."""
+
+    def check(name: str, value: Any) -> Any:
+        if not any(type(value) is type(one) and value == one for one in expected):
+            reads = ", which this release reads" if name.endswith("['version']") else ""
+            ones = " or ".join(map(repr, expected))
+            raise ValueError(f"{name}: expected {ones}{reads}, got {value!r}")
+        return value
+
+    return check
+
+
+def list_of(check: Check, length: int | None = None) -> Check:
+    """Return the check of a list whose values all pass another one."""
+
+    def check_list(name: str, value: Any) -> list[Any]:
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            raise ValueError(f"{name}: expected a list, got {value!r}")
+        if length is not None and len(value) != length:
+            raise ValueError(f"{name}: expected {length} values, got {len(value)}")
+        return [check(f"{name}[{i}]", item) for i, item in enumerate(value)]
+
+    return check_list
+
+
+def dict_of(check: Check) -> Check:
+    """Return the check of a dict whose values, under whatever keys, all pass another one."""
+
+    def check_dict(name: str, value: Any) -> dict[str, Any]:
+        return load(value, dict.fromkeys(value, check) if isinstance(value, Mapping) else {}, name)
+
+    return check_dict
+
+
+def inside(form: Form) -> Check:
+    """Return the check of a dict of this form."""
+    return lambda name, value: load(value, form, name)

@@ -1,4 +1,4 @@
-"""Counting steps, snapshots and windows: where a meter is, and whether its window can be used."""
+"""A counter of steps, snapshots and windows."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ class Windows:
         return self.window if self.snapshots is None else min(self.snapshots, self.window)
 
     def is_snapshot(self) -> bool:
-        """Whether the parameters are to be read after the present step: evenly spaced."""
+        """Return whether the parameters are to be read after this step; reads are evenly spaced."""
         return self.position * self.snapshots_per_window // self.window > self.taken
 
     def begin_close(self) -> None:
-        """The window's end is reached; :meth:`interrupted` needs to know until it is closed."""
+        """The window's end is reached; :meth:`discard` needs to know until it is closed."""
         self._closing = self.windows + 1
 
     def next_window(self) -> None:
@@ -72,8 +72,11 @@ class Windows:
         self.windows_since_restart = 0
         self._closing = self.windows
 
-    def interrupted(self) -> bool:
-        """Discard the open window; whether that starts over at once, at a window's beginning."""
+    def discard(self) -> bool:
+        """Discard the open window, and return whether that has started over at once.
+
+        Within a window its end is waited for, because other ranks end it too.
+        """
         if 0 < self.position < self.window:
             self.spoiled = True
             return False
@@ -90,13 +93,13 @@ class Windows:
     def mean_weights(self, *, last_only: bool) -> tuple[float, float, float] | None:
         """Weights of the window before the last one, of the last one and of the open one.
 
-        They are in proportion to the steps that each covers, and 0 where there is none.
+        They are in proportion to the steps that each covers, and 0 if there is none.
 
         Args:
             last_only: whether only the last whole window counts.
 
         Returns:
-            The weights, or None where there is no window.
+            The weights, or None if there is no window.
         """
         whole = self.windows_since_restart
         covered = self.taken * self.window // self.snapshots_per_window
@@ -107,7 +110,7 @@ class Windows:
         return (steps[0] / total, steps[1] / total, steps[2] / total) if total else None
 
     def state(self) -> dict[str, Any]:
-        """The counts as plain values."""
+        """Return the counts as plain values."""
         return {
             "window": self.window,
             "snapshots": self.snapshots,
@@ -121,7 +124,7 @@ class Windows:
     def restore(
         self, steps: int, windows: int, position: int, windows_since_restart: int, *, spoiled: bool
     ) -> None:
-        """Go on where :meth:`state` was taken; window and snapshots are set before."""
+        """Continue from a :meth:`state`; window and snapshots are set before."""
         self.steps, self.windows = steps, windows
         self.start_over(position)
         self.taken = position * self.snapshots_per_window // self.window

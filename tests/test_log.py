@@ -198,7 +198,7 @@ def test_a_cooldown_is_logged(tmp_path: pathlib.Path) -> None:
 def test_readings_keep_the_threshold_that_they_were_compared_with(tmp_path: pathlib.Path) -> None:
     scheduler, _ = trained(tmp_path, threshold=0.1)
     state = scheduler.state_dict()
-    state["settings"]["threshold"] = 15.0
+    state["threshold"] = 15.0
     with pytest.warns(RuntimeWarning, match="settings replace those given"):
         scheduler.load_state_dict(state)
     train(scheduler, 10)

@@ -1,75 +1,92 @@
-"""Entries of saved states: each is checked, and an error names it once."""
+"""Saved states: every entry is checked, and an error names it once."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from autodrop_ext import checks
-from autodrop_ext.saved import Entries
+from autodrop_ext.saved import Form, Later, dict_of, exactly, inside, list_of, load
 
 STATE: dict[str, Any] = {
+    "version": 2,
     "steps": 3,
     "rate": 0.5,
-    "stepped": True,
     "angle": None,
     "lrs": [0.1, 0.2],
     "meter": {"window": "4", "form": "sum"},
 }
 
 
-def test_entries_are_read() -> None:
-    state = Entries(STATE)
-    assert state.count("steps") == 3
-    assert state.number("rate") == 0.5
-    assert state.flag("stepped") is True
-    assert state.maybe("angle", checks.finite) is None
-    assert state.list("lrs", checks.at_least_zero, 2) == [0.1, 0.2]
-    assert state.inner("meter").value("form") == "sum"
-    assert "steps" in state and "windows" not in state
-    assert list(state) == list(STATE) and len(state) == len(STATE)
+def test_entries_are_checked_and_converted() -> None:
+    form: Form = {
+        "version": exactly(1, 2),
+        "steps": checks.at_least(3),
+        "angle": checks.none_or(checks.finite),
+        "lrs": list_of(checks.at_least_zero, 2),
+        "meter": inside({"form": checks.choice("sum", "delta")}),
+        "cooldown": Later(checks.flag, "no such entry then"),
+    }
+    assert load(STATE, form) == {
+        "version": 2,
+        "steps": 3,
+        "angle": None,
+        "lrs": [0.1, 0.2],
+        "meter": {"form": "sum"},
+        "cooldown": "no such entry then",
+    }
+    named = {"meter": dict_of(lambda name, value: (name, value))}
+    assert load(STATE, named, "saved") == {
+        "meter": {
+            "window": ("saved['meter']['window']", "4"),
+            "form": ("saved['meter']['form']", "sum"),
+        }
+    }
+
+
+count, finite = checks.at_least(0), checks.finite
 
 
 @pytest.mark.parametrize(
-    ("read", "message"),
+    ("form", "message"),
     [
-        (lambda s: s.count("windows"), "saved: no entry 'windows'"),
-        (lambda s: s.value("windows"), "saved: no entry 'windows'"),
-        (lambda s: s.count("rate"), "saved['rate']: expected an int, got 0.5"),
-        (lambda s: s.count("steps", 4), "saved['steps']: expected at least 4, got 3"),
-        (lambda s: s.flag("steps"), "saved['steps']: expected a bool, got 3"),
-        (lambda s: s.number("lrs"), "saved['lrs']: expected a finite number, got [0.1, 0.2]"),
-        (lambda s: s.inner("steps"), "saved['steps']: expected a dict, got int"),
-        (lambda s: s.list("rate", checks.finite), "saved['rate']: expected a list, got 0.5"),
-        (lambda s: s.list("lrs", checks.finite, 3), "saved['lrs']: expected 3 values, got 2"),
+        ({"windows": count}, "saved: no entry 'windows'"),
+        ({"rate": count}, "saved['rate']: expected an int, got 0.5"),
+        ({"steps": checks.at_least(4)}, "saved['steps']: expected at least 4, got 3"),
+        ({"steps": checks.flag}, "saved['steps']: expected a bool, got 3"),
+        ({"lrs": finite}, "saved['lrs']: expected a finite number, got [0.1, 0.2]"),
+        ({"steps": inside({})}, "saved['steps']: expected a dict, got int"),
+        ({"steps": dict_of(finite)}, "saved['steps']: expected a dict, got int"),
+        ({"rate": list_of(finite)}, "saved['rate']: expected a list, got 0.5"),
+        ({"lrs": list_of(finite, 3)}, "saved['lrs']: expected 3 values, got 2"),
+        ({"lrs": list_of(count)}, "saved['lrs'][0]: expected an int, got 0.1"),
+        ({"steps": Later(checks.flag, True)}, "saved['steps']: expected a bool, got 3"),
         (
-            lambda s: s.list("lrs", lambda name, value: checks.count(name, value, 0)),
-            "saved['lrs'][0]: expected an int, got 0.1",
+            {"version": exactly(1)},
+            "saved['version']: expected 1, which this release reads, got 2",
         ),
+        ({"steps": exactly(True, "x")}, "saved['steps']: expected True or 'x', got 3"),
         (
-            lambda s: s.inner("meter").count("window"),
+            {"meter": inside({"window": count})},
             "saved['meter']['window']: expected an int, got '4'",
         ),
-        (lambda s: s.inner("meter").count("steps"), "saved['meter']: no entry 'steps'"),
+        ({"meter": inside({"steps": count})}, "saved['meter']: no entry 'steps'"),
         # A check that knows nothing of states: the entry is put in front of its message.
-        (lambda s: s.read("rate", lambda name, value: {}[value]), "saved['rate']: 0.5"),
+        ({"rate": lambda name, value: {}[value]}, "saved['rate']: 0.5"),
     ],
 )
-def test_errors_are_value_errors_that_name_the_entry(
-    read: Callable[[Entries], object], message: str
-) -> None:
+def test_errors_are_value_errors_that_name_the_entry(form: Form, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        read(Entries(STATE, "saved"))
+        load(STATE, form, "saved")
 
 
 def test_other_errors_of_a_check_pass() -> None:
     with pytest.raises(ZeroDivisionError):
-        Entries(STATE).read("steps", lambda name, value: value / 0)
+        load(STATE, {"steps": lambda name, value: value / 0})
 
 
 def test_a_state_is_a_dict() -> None:
     with pytest.raises(ValueError, match=r"^state_dict: expected a dict, got list"):
-        Entries([1])
+        load([1], {})

@@ -1,8 +1,7 @@
-"""The sums of windows in checkpoints of sharded training, and where they wait to be continued."""
+"""The state of a meter in checkpoints, also of sharded training."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -11,10 +10,12 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..checks import choice, none_or
 from ..ops.device_sums import ROLES, NamedArenas
 from ..ops.interface import Form
 from ..ops.window_sums import EVERYTHING
-from ..saved import Entries
+from ..saved import Form as SavedForm
+from ..saved import Later, dict_of, exactly, inside, list_of, load
 from .shards import LocalShard, Sharding, local_tensor
 
 
@@ -25,7 +26,7 @@ class SavedSums:
     Attributes:
         form: form that they are in.
         steps: optimizer steps that the meter had observed.
-        arenas: local tensors by parameter name and role; empty where they were not saved.
+        arenas: local tensors by parameter name and role; empty if they were not saved.
         drawn: state of what the elements were drawn by; see ``WindowSums.state``.
     """
 
@@ -66,54 +67,34 @@ class SavedMeter(NamedTuple):
     form: Form
     sums: SavedSums | None
 
-    @classmethod
-    def read(cls, state: Entries) -> SavedMeter:
-        """Raises ValueError where an entry is missing or wrong."""
-        state.expect("version", 1)
-        window = state.count("window", 1)
-        steps = state.count("steps")
-        fresh = state.flag("fresh")
-        usable = state.read("usable", lambda name, value: checks.count(name, value, -2))
-        spoiled = usable < 0 or ("spoiled" in state and state.flag("spoiled"))
-        before, last = state.list("variances", checks.at_least_zero, 2)
-        form: Form = state.maybe("form", _check_form) or "delta"
-        position = state.read("position", functools.partial(_check_position, window, steps))
-        sums = None
-        # Older states have no such entry.
-        drawn = check_drawn(state.inner("sample")) if "sample" in state else EVERYTHING
-        arenas = check_arenas(state.inner("arenas"))
-        if not fresh and not spoiled:
-            sums = SavedSums(form, steps, arenas, drawn)
-        return cls(
-            window,
-            state.maybe("snapshots", _check_snapshots) if "snapshots" in state else None,
-            steps,
-            state.count("windows"),
-            position,
-            max(usable, 0),
-            spoiled,
-            state.count("still"),
-            (before, last),
-            form,
-            sums,
-        )
 
-
-def _check_form(name: str, value: Any) -> Any:
-    return checks.one_of(name, value, ("sum", "delta"))
-
-
-def _check_snapshots(name: str, value: Any) -> int:
-    return checks.count(name, value, 1)
-
-
-def _check_position(window: int, steps: int, name: str, value: Any) -> int:
-    position = checks.count(name, value, 0)
+def read_meter(state: Any, name: str) -> SavedMeter:
+    """Return the state of a meter, checked; raise ValueError if an entry is missing or wrong."""
+    saved = load(state, _METER, name)
+    window, steps, position = saved["window"], saved["steps"], saved["position"]
     if position >= window or position > steps:
         raise ValueError(
-            f"{name}: expected less than window={window} and at most steps={steps}, got {position}"
+            f"{name}['position']: expected less than window={window} and at most steps={steps}, "
+            f"got {position}"
         )
-    return position
+    form: Form = saved["form"] or "delta"
+    spoiled = saved["usable"] < 0 or saved["spoiled"]
+    sums = None
+    if not saved["fresh"] and not spoiled:
+        sums = SavedSums(form, steps, saved["arenas"], saved["sample"])
+    return SavedMeter(
+        window,
+        saved["snapshots"],
+        steps,
+        saved["windows"],
+        position,
+        max(saved["usable"], 0),
+        spoiled,
+        saved["still"],
+        (saved["variances"][0], saved["variances"][1]),
+        form,
+        sums,
+    )
 
 
 class ArenaState:
@@ -161,16 +142,15 @@ class ArenaState:
         missing = [key for key in ("form", "steps", "arenas") if key not in state_dict]
         if missing:
             raise ValueError(f"state_dict: expected a state of ArenaState, got no {missing[0]!r}")
-        state = Entries(state_dict)
-        form, steps = state.read("form", _check_form), state.count("steps")
-        saved, arenas = state.inner("arenas"), {}
-        for key, shard in self._shards().items():
-            if key in saved:
-                roles = saved.inner(key)
-                arenas[shard.name] = {
-                    role: roles.read(role, _check_arena).clone() for role in ROLES
-                }
-        self._keep(SavedSums(form, steps, arenas))
+        shards = self._shards()
+        form = {**_ARENA_STATE, "arenas": inside({key: Later(_ROLES, None) for key in shards})}
+        saved = load(state_dict, form)
+        arenas = {
+            shards[key].name: {role: arena.clone() for role, arena in roles.items()}
+            for key, roles in saved["arenas"].items()
+            if roles is not None
+        }
+        self._keep(SavedSums(saved["form"], saved["steps"], arenas))
 
 
 def _empty(shard: LocalShard) -> dict[str, Tensor]:
@@ -209,15 +189,6 @@ def _own_storage(view: Tensor) -> Tensor:
     return empty.set_(storage, 0, view.shape, view.stride())
 
 
-def check_arenas(state: Entries) -> NamedArenas:
-    """Saved arenas by parameter name and role; raises ValueError where they are none."""
-    arenas = {}
-    for name in state:
-        roles = state.inner(name)
-        arenas[name] = {role: roles.read(role, _check_arena) for role in ROLES}
-    return arenas
-
-
 def _check_arena(name: str, value: Any) -> Tensor:
     if not isinstance(value, Tensor):
         raise ValueError(f"{name}: expected a float32 tensor, got {value!r}")
@@ -228,18 +199,6 @@ def _check_arena(name: str, value: Any) -> Tensor:
             f"{arena.layout} on {arena.device}"
         )
     return arena
-
-
-def check_drawn(state: Entries) -> Mapping[str, Any]:
-    """What saved sums were drawn by; see ``WindowSums.state``. Raises ValueError."""
-    motion = state.inner("sizes")
-    return {
-        "fraction": state.read("fraction", _check_fraction),
-        "seed": state.read("seed", lambda name, value: checks.count(name, value, -(2**63))),
-        "drawn": state.list("drawn", _check_text),
-        "sized": state.flag("sized") and len(motion) > 0,
-        "sizes": {name: motion.read(name, _check_motion) for name in motion},
-    }
 
 
 def _check_fraction(name: str, value: Any) -> float:
@@ -258,3 +217,36 @@ def _check_motion(name: str, value: Any) -> Tensor:
         raise ValueError(f"{name}: expected a vector of finite numbers of at least 0")
     vector: Tensor = value
     return vector.cpu()
+
+
+def _check_drawn(name: str, value: Any) -> Mapping[str, Any]:
+    """Return what saved sums were drawn by; see ``WindowSums.state``."""
+    drawn = load(value, _DRAWN, name)
+    return {**drawn, "sized": drawn["sized"] and len(drawn["sizes"]) > 0}
+
+
+_ROLES = inside(dict.fromkeys(ROLES, _check_arena))
+_DRAWN: SavedForm = {
+    "fraction": _check_fraction,
+    "seed": checks.at_least(-(2**63)),
+    "drawn": list_of(_check_text),
+    "sized": checks.flag,
+    "sizes": dict_of(_check_motion),
+}
+_METER: SavedForm = {
+    "version": exactly(1),
+    "window": checks.at_least(1),
+    "snapshots": Later(none_or(checks.at_least(1)), None),
+    "steps": checks.at_least(0),
+    "windows": checks.at_least(0),
+    "position": checks.at_least(0),
+    "usable": checks.at_least(-2),
+    "spoiled": Later(checks.flag, False),
+    "fresh": checks.flag,
+    "still": checks.at_least(0),
+    "variances": list_of(checks.at_least_zero, 2),
+    "form": none_or(choice("sum", "delta")),
+    "sample": Later(_check_drawn, EVERYTHING),
+    "arenas": dict_of(_ROLES),
+}
+_ARENA_STATE: SavedForm = {"form": choice("sum", "delta"), "steps": checks.at_least(0)}

@@ -6,7 +6,7 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
-from ..faults import Warnings
+from ..messages import Warnings
 from ..schedulers import EpochAutoDrop
 from .lookup import find_schedulers, prefixed
 

@@ -6,29 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..settings import unit_of, usual_values
 from .panels import Record, number
-
-_IN_DEGREES = ("threshold", "max_threshold")
-# Settings that say little as long as they are these.
-_USUAL: dict[str, tuple[Any, ...]] = {
-    "average": (True, 8),
-    "buffer_size": (10,),
-    "critical": (0.25,),
-    "gain": (5.0,),
-    "kernel": ("value",),
-    "max_power": (0.5,),
-    "max_threshold": (1.0,),
-    "min_lr": (0.0,),
-    "min_samples": (10,),
-    "min_window": (16,),
-    "per_group": (False,),
-    "per_tensor": (False,),
-    "sample": (None,),
-    "seed": (0,),
-    "snapshots": (None, 32),
-    "warmup_steps": (0,),
-    "windows": (8,),
-}
 
 
 def title_of(
@@ -43,7 +22,7 @@ def title_of(
     Args:
         settings: Of the scheduler, as a log's header has them; none in logs of other programs.
         readings: At least one.
-        name: Of the run, for a title where the settings do not say which scheduler it was.
+        name: Of the run, for a title if the settings do not say which scheduler it was.
         metrics: Of the run; they may go on after the last reading.
     """
     what = describe(settings)
@@ -66,13 +45,12 @@ def describe(settings: Mapping[str, Any]) -> str:
         values = value if isinstance(value, list) else [value]
         if name in ("scheduler", "version") or not values:
             continue
-        if all(v in _USUAL.get(name, ()) for v in values):
+        if all(v in usual_values(name) for v in values):
             continue
         numbers = [f"{v:g}" if isinstance(v, float) else str(v) for v in values]
         # One value for all param groups is one value.
         text = numbers[0] if len(set(numbers)) == 1 else " / ".join(numbers)
-        unit = "°" if name in _IN_DEGREES else ""
-        words.append(name if value is True else f"{name} {text}{unit}")
+        words.append(name if value is True else f"{name} {text}{unit_of(name)}")
     return ", ".join(words)
 
 

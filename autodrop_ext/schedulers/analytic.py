@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch.optim import Optimizer
 
 from .. import checks
 from ..distributed.exchange import Exchange
 from ..distributed.group import check_group, find_group
-from ..saved import Entries, problems_named
-from .base import Changes, StepScheduler, check_optimizer
-from .rates import as_floats, in_precision_of
-from .velocity_model import Phase, RateSequence, VelocityModel, check_tau0, learning_rate
+from ..saved import Form
+from ..settings import ANALYTIC, check_arguments
+from .base import Outcome, StepScheduler, as_floats, check_optimizer, in_precision_of
+from .velocity_model import Phase, RateSequence, VelocityModel, learning_rate
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -41,10 +41,10 @@ class AnalyticDrop:
 
 
 class AnalyticAutoDrop(StepScheduler):
-    """Drops the learning rate where a *model* of the angular velocity saturates; measures nothing.
+    """Drops the learning rate when a *model* of the angular velocity saturates; measures nothing.
 
     Between drops the model (equation (12)) says how the velocity grows at a constant rate
-    ``alpha_i``. Where its derivative has fallen to ``min(tau0, gamma alpha_i / 2)``, the next rate
+    ``alpha_i``. When its derivative has fallen to ``min(tau0, gamma alpha_i / 2)``, the next rate
     of a given sequence takes over and the model starts again at 0 (Algorithm 2). The steps at which
     this happens follow from the arguments alone.
 
@@ -83,6 +83,12 @@ class AnalyticAutoDrop(StepScheduler):
         num_drops: ``i``, how often the rate was lowered.
     """
 
+    gamma: float
+    epsilon: float
+    tau0: float
+    rates: RateSequence | list[float]
+    _settings = ANALYTIC
+    _gathered: ClassVar[Form] = {"since_drop": checks.at_least(-1)}
     _record_type = AnalyticDrop
 
     def __init__(
@@ -98,22 +104,25 @@ class AnalyticAutoDrop(StepScheduler):
         on_drop: Callable[[AnalyticDrop], object] | None = None,
         last_epoch: int = -1,
     ) -> None:
+        settings = check_arguments(self._settings, locals())
         checks.callback("on_drop", on_drop)
         check_group(process_group)
+        VelocityModel(settings["gamma"], settings["epsilon"])
+        self.on_drop = on_drop
         self._process_group = process_group
         self._compared = False
-        optimizer = check_optimizer(optimizer)
-        self.model = VelocityModel(checks.number("gamma", gamma), checks.number("epsilon", epsilon))
-        self.tau0 = check_tau0(tau0)
-        self.rates: RateSequence | list[float] = _checked_rates(rates)
-        self.on_drop = on_drop
         self._since_drop = -1  # t - t_i of the last step; Algorithm 2's first step is t = 0
-        super().__init__(optimizer, warmup_steps=warmup_steps, last_epoch=last_epoch)
+        super().__init__(check_optimizer(optimizer), settings, last_epoch)
         self._gap = self._next_gap(0)
+
+    @property
+    def model(self) -> VelocityModel:
+        """The model of the angular velocity."""
+        return VelocityModel(self.gamma, self.epsilon)
 
     # ---- deciding ---------------------------------------------------------------------------
 
-    def _on_marked_step(self) -> None:
+    def _compare_ranks(self) -> None:
         if not self._compared:
             exchange = Exchange(type(self).__name__)
             exchange.group = find_group(self._process_group, ())
@@ -122,15 +131,14 @@ class AnalyticAutoDrop(StepScheduler):
 
     def _facts(self) -> dict[str, Any]:
         """What drops depend on; equal on all ranks."""
-        return {**self._settings(), "num_drops": self.num_drops, "lr": as_floats(self.base_lrs)}
+        facts = {**self._saved_settings(), "num_drops": self.num_drops}
+        return {**facts, "lr": as_floats(self.base_lrs)}
 
-    def _on_optimizer_step(self) -> None:
-        self._since_drop += 1
-        if self._gap is not None and self._since_drop >= self._gap:
-            self._drop()
-
-    def _drop(self) -> None:
-        angle = math.degrees(self.model.velocity(float(self._since_drop), self._alpha()))
+    def _decide_step(self) -> Outcome:
+        since = self._since_drop + 1
+        if self._gap is None or since < self._gap:
+            return Outcome(None, (), {"_since_drop": since})
+        angle = math.degrees(self.model.velocity(float(since), self._alpha()))
         before, after = self._scale(self.num_drops), self._scale(self.num_drops + 1)
         lrs = []
         for i, group in enumerate(self.optimizer.param_groups):
@@ -140,25 +148,16 @@ class AnalyticAutoDrop(StepScheduler):
             ours = math.isclose(lr, base * before, rel_tol=1e-6)
             new = base * after if ours else lr * after / before
             lrs.append(in_precision_of(group["lr"], new))
-        drop = AnalyticDrop(
-            step=self._optimizer_steps,
-            index=self.num_drops,
-            gap=self._since_drop,
-            angle=angle,
-            lr=tuple(lrs),
-        )
         drops = self.num_drops + 1
-        self._carry_out(
-            Changes(
-                drop,
-                lrs,
-                num_drops=drops,
-                _since_drop=0,
-                _gap=self._next_gap(drops),
-            )
+        drop = AnalyticDrop(
+            step=self._optimizer_steps, index=drops - 1, gap=since, angle=angle, lr=tuple(lrs)
         )
+        state = {"num_drops": drops, "_since_drop": 0, "_gap": self._next_gap(drops)}
+        return Outcome(drop, lrs, state)
+
+    def _report(self, record: Any) -> None:
         if self.on_drop is not None:
-            self.on_drop(drop)
+            self.on_drop(record)
 
     def _scale(self, i: int) -> float:
         """``r_i / r_0``."""
@@ -183,7 +182,7 @@ class AnalyticAutoDrop(StepScheduler):
         """The newest values for a logger, plain floats.
 
         ``lr`` (of the first param group), ``num_drops``, ``angular_velocity``, the model's
-        [degrees], and ``steps_to_drop``, left out where no lower rate follows.
+        [degrees], and ``steps_to_drop``, left out if no lower rate follows.
         """
         since = max(self._since_drop, 0)
         return self._metrics(
@@ -215,41 +214,24 @@ class AnalyticAutoDrop(StepScheduler):
 
     # ---- state ------------------------------------------------------------------------------
 
-    def _settings(self) -> dict[str, Any]:
-        return {
-            "gamma": self.model.gamma,
-            "epsilon": self.model.epsilon,
-            "tau0": self.tau0,
-            "rates": list(self.rates) if isinstance(self.rates, list) else self.rates,
-            "warmup_steps": self.warmup_steps,
-        }
-
-    def _read_settings(self, settings: Entries) -> dict[str, Any]:
-        numbers = [settings.read(name, checks.number) for name in ("gamma", "epsilon")]
-        return {
-            "model": VelocityModel(*numbers),
-            "tau0": settings.read("tau0", lambda name, value: check_tau0(value)),
-            "rates": settings.read("rates", lambda name, value: _checked_rates(value)),
-            "warmup_steps": settings.count("warmup_steps"),
-        }
-
-    def _progress(self) -> dict[str, Any]:
-        return {"since_drop": self._since_drop}
-
-    def _read_progress(self, state: Entries, settings: Mapping[str, Any]) -> dict[str, Any]:
-        rates, drops = settings["rates"], state.count("num_drops")
+    def _restored(self, loaded: Mapping[str, Any]) -> dict[str, Any]:
+        rates, drops = loaded["rates"], loaded["num_drops"]
         if isinstance(rates, list) and drops >= len(rates):
             raise ValueError(
-                f"{state.name('num_drops')}: expected less than the {len(rates)} rates, got {drops}"
+                f"state_dict['num_drops']: expected less than the {len(rates)} rates, got {drops}"
             )
-        since = state.read("since_drop", lambda name, value: checks.count(name, value, -1))
-        base_lrs = state.list("base_lrs", checks.at_least_zero)
-        with problems_named(state.name("base_lrs")):
-            if not base_lrs:
-                raise ValueError("expected a rate for each param group, got none")
-            settings["model"].limit(base_lrs[0])  # refuses an epsilon that the rate is too high for
-            gap = _gap(settings["model"], settings["tau0"], rates, base_lrs[0], drops)
-        return {"_since_drop": since, "_gap": gap}
+        if not loaded["base_lrs"]:
+            raise ValueError(
+                "state_dict['base_lrs']: expected a rate for each param group, got none"
+            )
+        base_lr = loaded["base_lrs"][0]
+        try:
+            model = VelocityModel(loaded["gamma"], loaded["epsilon"])
+            model.limit(base_lr)  # refuses an epsilon that the rate is too high for
+            gap = _gap(model, loaded["tau0"], rates, base_lr, drops)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise ValueError(f"state_dict['base_lrs']: {error}") from error
+        return {**super()._restored(loaded), "_gap": gap}
 
 
 def _scale(rates: RateSequence | list[float], i: int) -> float:
@@ -268,22 +250,3 @@ def _gap(
     if isinstance(rates, list) and drops + 1 >= len(rates):
         return None
     return model.drop_gap(base_lr * _scale(rates, drops), tau0)
-
-
-def _checked_rates(rates: Any) -> RateSequence | list[float]:
-    if isinstance(rates, str):
-        if rates not in ("theorem", "proof"):
-            raise ValueError(f"rates: expected 'theorem', 'proof' or numbers, got {rates!r}")
-        return "theorem" if rates == "theorem" else "proof"
-    if not isinstance(rates, Sequence):
-        raise TypeError(f"rates: expected 'theorem', 'proof' or numbers, got {rates!r}")
-    values = [checks.number(f"rates[{i}]", rate) for i, rate in enumerate(rates)]
-    if not values:
-        raise ValueError("rates: expected at least one number, got none")
-    for i in range(1, len(values)):
-        if values[i] >= values[i - 1]:
-            raise ValueError(
-                f"rates[{i}]: expected a number below the one before, {values[i - 1]!r}, "
-                f"got {values[i]!r}"
-            )
-    return values

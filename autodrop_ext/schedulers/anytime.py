@@ -6,23 +6,22 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch.optim import Optimizer
 
 from .. import checks
-from ..meter import AngularVelocity
+from ..checks import cosine, none_or
 from ..reading import Decision, Reading
-from ..saved import Entries
-from .base import Changes, check_optimizer
-from .drop import DropScheduler
-from .rates import as_floats, dropped, lower_bounds
+from ..saved import Form, list_of
+from ..settings import ANYTIME, check_arguments
+from .base import Outcome, as_floats, check_optimizer, replaced
+from .metered import MeteredScheduler
 
 if TYPE_CHECKING:
     import matplotlib.figure
 
 _FIRST_COSINES = 4  # before the first mean of them is trusted
-_LEAST_WINDOWS = 2  # with 1 the window would double before it has had an angle
 
 
 @dataclass(frozen=True)
@@ -34,11 +33,11 @@ class AnytimeDecision(Decision):
 
     Attributes:
         window_steps: length of the window, optimizer steps.
-        mean_cosine: mean of the newest cosines, which the exponent follows from; None where there
-            have not been four of them.
-        power: exponent ``p``: the rates were multiplied by ``((t - w) / t)^p``. 0 where parameters
-            travel, None where there is no mean cosine, in a cooldown, and where the angle is not
-            known for another reason than a doubling of the window; the rates stay as they are then.
+        mean_cosine: mean of the newest cosines, which the exponent follows from; None until there
+            are four of them.
+        power: exponent ``p``: the rates were multiplied by ``((t - w) / t)^p``. 0 if parameters
+            travel; None without a mean cosine, in a cooldown, and if the angle is not known for
+            another reason than a doubling of the window. The rates stay as they are then.
     """
 
     window_steps: int = 0
@@ -46,8 +45,12 @@ class AnytimeDecision(Decision):
     power: float | None = None
 
 
-class AnytimeAutoDrop(DropScheduler):
-    """Lowers the learning rate as fast as a power of time, where parameters no longer travel.
+def _check_product(name: str, value: Any) -> float:
+    return checks.number(name, value, "a number from 0 to 1", lambda x: 0 <= x <= 1)
+
+
+class AnytimeAutoDrop(MeteredScheduler):
+    """Lowers the learning rate as fast as a power of time, once parameters no longer travel.
 
     The length of the run need not be known. The meter's windows grow with the run, so that the
     angle between their displacements is that of the time scale the run has reached. Its cosine is
@@ -74,7 +77,7 @@ class AnytimeAutoDrop(DropScheduler):
         critical: cosine below which rates fall; 1/4 is a random walk's.
         gain: exponent for each unit of cosine below ``critical``.
         max_power: largest exponent.
-        average: how many of the newest cosines of windows of one length are averaged.
+        cosines: how many of the newest cosines of windows of one length are averaged.
         min_lr: lower bound of the rate, one for all param groups or one for each.
         warmup_steps: optimizer steps of linear warm-up, during which nothing is measured.
         params: what is measured instead of the optimizer's trainable parameters, such as float32
@@ -105,6 +108,21 @@ class AnytimeAutoDrop(DropScheduler):
         " by min_window, windows and warmup_steps of its settings, and optimizer_steps"
     )
 
+    min_window: int
+    windows: int
+    snapshots: int
+    critical: float
+    gain: float
+    max_power: float
+    cosines: int
+    _settings = ANYTIME
+    _gathered: ClassVar[Form] = {
+        "newest_cosines": list_of(cosine),
+        "doubled": checks.flag,
+        "mean_cosine": none_or(cosine),
+        "factor": _check_product,
+    }
+
     def __init__(
         self,
         optimizer: Optimizer,
@@ -115,7 +133,7 @@ class AnytimeAutoDrop(DropScheduler):
         critical: float = 0.25,
         gain: float = 5.0,
         max_power: float = 0.5,
-        average: int = 8,
+        cosines: int = 8,
         min_lr: float | Iterable[float] = 0.0,
         warmup_steps: int = 0,
         params: Any = None,
@@ -127,117 +145,87 @@ class AnytimeAutoDrop(DropScheduler):
         on_drop: Callable[[AnytimeDecision], object] | None = None,
         last_epoch: int = -1,
     ) -> None:
+        arguments = dict(locals())
         optimizer = check_optimizer(optimizer)
-        self.min_window = checks.count("min_window", min_window, 1)
-        self.windows = checks.count("windows", windows, _LEAST_WINDOWS)
-        self.snapshots = checks.count("snapshots", snapshots, 1)
-        self.critical = _check_cosine("critical", critical)
-        self.gain = checks.number("gain", gain)
-        self.max_power = checks.number("max_power", max_power)
-        self.average = checks.count("average", average, 1)
-        self._cosines: list[float] = []  # of windows of one length, but for the first after it grew
-        self._fresh = True  # whether the window has grown since the newest cosine
+        self._newest_cosines: list[float] = []  # of windows of one length, once one is known
+        self._doubled = True  # whether the window has doubled since the newest cosine
         self._mean_cosine: float | None = None
         self._factor = 1.0  # product of all factors so far
-        self._next_window = self.min_window  # length of the window after the last decision's
         lrs = as_floats(group["lr"] for group in optimizer.param_groups)
-        meter = AngularVelocity(
-            optimizer if params is None else params,
-            self.min_window,
-            sample=sample,
-            seed=seed,
-            snapshots=self.snapshots,
-            backend=backend,
-            process_group=process_group,
-        )
-        super().__init__(
-            optimizer,
-            meter,
-            min_lr=min_lr,
-            on_reading=on_reading,
-            on_drop=on_drop,
-            warmup_steps=warmup_steps,
-            last_epoch=last_epoch,
-        )
+        window = min_window
         if last_epoch > 0:
-            self._join(last_epoch, lrs)
+            window = self._windows_until(last_epoch, check_arguments(ANYTIME, arguments))[-1]
+        super().__init__(optimizer, arguments, window=window)
+        self._next_window = window  # length of the window after the last decision's
+        if last_epoch > 0:
+            # It joins a run, with the rates that it had.
+            self._optimizer_steps = last_epoch
+            warming = last_epoch < warmup_steps
+            self._set_lrs(self._warmed(self.base_lrs) if warming else lrs)
+            self._last_lr = self._lrs()
+
+    @staticmethod
+    def _windows_until(steps: int, settings: Mapping[str, Any]) -> list[int]:
+        """Return the lengths that windows may have had after a number of optimizer steps."""
+        lengths = [settings["min_window"]]
+        while steps - settings["warmup_steps"] >= 2 * settings["windows"] * lengths[-1]:
+            lengths.append(2 * lengths[-1])
+        return lengths
 
     @property
     def window(self) -> int:
         """Present length of a window, optimizer steps."""
         return self.meter.window
 
-    def _time(self) -> int:
-        """``t``, optimizer steps since the warm-up."""
-        return self._optimizer_steps - self.warmup_steps
-
-    def _join(self, steps: int, lrs: Sequence[float]) -> None:
-        """Take part in a run after so many optimizer steps, with the rates that it had."""
-        self._optimizer_steps = steps
-        self._set_lrs(self._warmed(self.base_lrs) if steps < self.warmup_steps else lrs)
-        self._last_lr = self._lrs()
-        self.meter.window = _windows_until(self._time(), self.min_window, self.windows)[-1]
-
     # ---- deciding ---------------------------------------------------------------------------
 
-    def _carry_out(self, changes: Changes) -> None:
-        # Before the callbacks, which may raise, and so that it is repeated after an interrupt.
-        self._changes = changes
-        if self.window < changes.attributes["_next_window"]:
-            if self.meter.windows_since_restart >= 2:
-                self.meter.double_window()
-            else:  # it has started over since; other ranks have doubled theirs
-                self.meter.window = changes.attributes["_next_window"]
-        super()._carry_out(changes)
-
-    def _decide(self, reading: Reading) -> Changes:
-        cosines, mean = self._cosines, self._mean_cosine
+    def _decide(self, reading: Reading) -> Outcome:
+        newest, mean = self._newest_cosines, self._mean_cosine
         known = reading.cosine is not None and not math.isnan(reading.standard_error)
         if reading.cosine is not None and known:
-            if self._fresh and mean is not None:
-                cosines = []
-            cosines = [*cosines, reading.cosine][-self.average :]
-            if mean is not None or len(cosines) >= min(_FIRST_COSINES, self.average):
-                mean = math.fsum(cosines) / len(cosines)
-        t, w = self._time(), self.window
-        grows = t >= 2 * self.windows * w and self.meter.windows_since_restart >= 2
+            if self._doubled and mean is not None:
+                newest = []
+            newest = [*newest, reading.cosine][-self.cosines :]
+            if mean is not None or len(newest) >= min(_FIRST_COSINES, self.cosines):
+                mean = math.fsum(newest) / len(newest)
+        t, w = self._optimizer_steps - self.warmup_steps, self.window
+        doubles = t >= 2 * self.windows * w and self.meter.windows_since_restart >= 2
         # The first angle of a doubled window is not known yet; any other that is not known lowers
         # nothing: parameters were not finite, did not move, or were replaced.
-        doubled = bool(self.history) and self.history[-1].window_steps < w
-        expected = doubled and self.meter.windows_since_restart == 2
+        has_doubled = bool(self.history) and self.history[-1].window_steps < w
+        expected = has_doubled and self.meter.windows_since_restart == 2
         power = factor = None
         if mean is not None and (known or expected) and self._cooldown is None:
             power = min(self.max_power, self.gain * max(0.0, self.critical - mean))
             factor = ((t - w) / t) ** power if t > w else 1.0
-        everything = range(len(self.optimizer.param_groups))
-        lrs = self._dropped_lrs(1.0 if factor is None else factor, everything)
+        lrs = self._dropped(1.0 if factor is None else factor)
         lowered = any(lr is not None for lr in lrs)
         decision = AnytimeDecision(
             # The meter does not know of the warm-up.
             **vars(dataclasses.replace(reading, step=self._optimizer_steps)),
-            lr=self._lrs_after(lrs),
+            lr=tuple(replaced(as_floats(self._rates()), lrs)),
             dropped=lowered,
             window_steps=w,
             mean_cosine=mean,
             power=power,
         )
-        return Changes(
-            decision,
-            lrs,
-            num_drops=self.num_drops + lowered,
-            _cosines=cosines,
-            _fresh=grows or (self._fresh and not known),
-            _next_window=2 * w if grows else w,
-            _mean_cosine=mean,
-            _factor=self._factor * (factor or 1.0),
-        )
+        state = {
+            "num_drops": self.num_drops + lowered,
+            "_newest_cosines": newest,
+            "_doubled": doubles or (self._doubled and not known),
+            "_mean_cosine": mean,
+            "_factor": self._factor * (factor or 1.0),
+            "_next_window": 2 * w if doubles else w,
+        }
+        return Outcome(decision, lrs, state)
+
+    def _carry_out(self) -> None:
+        if self._unwritten is not None and self.window < self._next_window:
+            self.meter.double_window()
+        super()._carry_out()
 
     def _get_closed_form_lr(self) -> list[float]:
-        lrs = self._warmed(self.base_lrs)
-        for g, floor in enumerate(lower_bounds(self.min_lrs, len(lrs))):
-            lower = dropped(lrs[g], self._factor, floor)
-            lrs[g] = lrs[g] if lower is None else lower
-        return lrs
+        return self._closed_form(self._factor, lambda group: 1)
 
     # ---- looking ----------------------------------------------------------------------------
 
@@ -269,71 +257,13 @@ class AnytimeAutoDrop(DropScheduler):
 
     # ---- state ------------------------------------------------------------------------------
 
-    def _settings(self) -> dict[str, Any]:
-        return {
-            "min_window": self.min_window,
-            "windows": self.windows,
-            "snapshots": self.snapshots,
-            "critical": self.critical,
-            "gain": self.gain,
-            "max_power": self.max_power,
-            "average": self.average,
-            "min_lr": list(self.min_lrs),
-            "warmup_steps": self.warmup_steps,
-        }
+    def _restored(self, loaded: Mapping[str, Any]) -> dict[str, Any]:
+        newest = loaded["newest_cosines"][-loaded["cosines"] :]
+        return {**super()._restored(loaded), "_newest_cosines": newest}
 
-    def _read_settings(self, settings: Entries) -> dict[str, Any]:
-        return {
-            **super()._read_settings(settings),
-            "min_window": settings.count("min_window", 1),
-            "windows": settings.count("windows", _LEAST_WINDOWS),
-            "snapshots": settings.count("snapshots", 1),
-            "critical": settings.read("critical", _check_cosine),
-            "gain": settings.read("gain", checks.number),
-            "max_power": settings.read("max_power", checks.number),
-            "average": settings.count("average", 1),
-            "warmup_steps": settings.count("warmup_steps"),
-        }
+    def _possible_windows(self, loaded: Mapping[str, Any]) -> Sequence[int]:
+        return self._windows_until(loaded["optimizer_steps"], loaded)
 
-    def _saved_windows(self, state: Entries) -> Sequence[int]:
-        settings = state.inner("settings")
-        t = state.count("optimizer_steps") - settings.count("warmup_steps")
-        return _windows_until(
-            t, settings.count("min_window", 1), settings.count("windows", _LEAST_WINDOWS)
-        )
-
-    def _progress(self) -> dict[str, Any]:
-        return {
-            "cosines": list(self._cosines),
-            "fresh": self._fresh,
-            "mean_cosine": self._mean_cosine,
-            "factor": self._factor,
-        }
-
-    def _decision_state(self) -> dict[str, Any]:
-        return {"num_drops": self.num_drops, **self._progress()}
-
-    def _read_progress(self, state: Entries, settings: Mapping[str, Any]) -> dict[str, Any]:
-        return {
-            **super()._read_progress(state, settings),
-            "_cosines": state.list("cosines", _check_cosine)[-settings["average"] :],
-            "_fresh": state.flag("fresh"),
-            "_mean_cosine": state.maybe("mean_cosine", _check_cosine),
-            "_factor": state.read("factor", _check_product),
-        }
-
-
-def _windows_until(t: int, min_window: int, windows: int) -> list[int]:
-    """The lengths that windows may have had after ``t`` steps since the warm-up."""
-    lengths = [min_window]
-    while t >= 2 * windows * lengths[-1]:
-        lengths.append(2 * lengths[-1])
-    return lengths
-
-
-def _check_cosine(name: str, value: Any) -> float:
-    return checks.number(name, value, "a number from -1 to 1", lambda x: -1 <= x <= 1)
-
-
-def _check_product(name: str, value: Any) -> float:
-    return checks.number(name, value, "a number from 0 to 1", lambda x: 0 <= x <= 1)
+    def _take_over(self, loaded: dict[str, Any]) -> None:
+        super()._take_over(loaded)
+        self._next_window = self.window

@@ -3,32 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch.optim import Optimizer
 
 from .. import checks
-from ..faults import Warnings
-from ..meter import AngularVelocity
+from ..messages import Warnings
 from ..reading import Decision, Reading
-from ..saved import Entries
+from ..saved import Form, inside, list_of
+from ..settings import AUTODROP, check_arguments
 from .auto_window import LEAST_WINDOW, window_for
-from .base import Changes, check_optimizer, count_of_drops
-from .drop import DropScheduler
-from .saturation import Kernel, SaturationDetector, Verdict, check_kernel
+from .base import Outcome, as_floats, replaced
+from .metered import MeteredScheduler
+from .saturation import SEEN, Kernel, SaturationDetector, Seen, Verdict
 
 if TYPE_CHECKING:
     import matplotlib.figure
 
 
-class AutoDrop(DropScheduler):
+class AutoDrop(MeteredScheduler):
     """Drops the learning rate whenever the angular velocity of the parameters saturates.
 
     Once per window of optimizer steps the angle between the last two displacements of the mean
-    parameters is measured and smoothed. While training makes headway the angle rises; where the
+    parameters is measured and smoothed. While training makes headway the angle rises; when the
     smoothed angle rises by less than ``threshold``, every param group's learning rate is multiplied
     by ``factor``, right at the :meth:`step` that closes the window (Wang, Teng, Choromanska, UAI
     2024, Algorithm 1). A drop never raises a rate.
@@ -71,8 +70,24 @@ class AutoDrop(DropScheduler):
     Attributes:
         history: the last 10,000 :class:`Decision` objects.
         num_drops: how often a learning rate was lowered.
-        group_drops: the same of each param group, where they decide for themselves.
+        group_drops: the same of each param group, if they decide for themselves.
     """
+
+    window: int
+    factor: float
+    threshold: float
+    buffer_size: int
+    min_samples: int
+    kernel: Kernel
+    per_group: bool
+    _settings = AUTODROP
+    _gathered: ClassVar[Form] = {
+        "detector": inside(SEEN),
+        "groups": inside(
+            {name: list_of(check) for name, check in SEEN.items()}
+            | {"drops": list_of(checks.at_least(0))}
+        ),
+    }
 
     def __init__(
         self,
@@ -100,86 +115,62 @@ class AutoDrop(DropScheduler):
         on_drop: Callable[[Decision], object] | None = None,
         last_epoch: int = -1,
     ) -> None:
-        optimizer = check_optimizer(optimizer)
-        detector = SaturationDetector(
-            checks.finite("threshold", threshold, "a finite number of degrees"),
-            checks.count("buffer_size", buffer_size, 1),
-            checks.count("min_samples", min_samples, 1),
-            check_kernel("kernel", kernel),
-        )
-        warmup_steps = checks.count("warmup_steps", warmup_steps, 0)
+        arguments = dict(locals())
         if window == "auto":
-            factor = checks.between_0_and_1("factor", factor)
-            if num_steps is None:
-                raise ValueError("num_steps: expected the length of the run for window='auto'")
-            checks.count("num_steps", num_steps, warmup_steps + 1)
-            window = window_for(
-                num_steps - warmup_steps,
-                factor=factor,
-                min_samples=min_samples,
-                total_decay=total_decay,
-            )
-            if window < LEAST_WINDOW:
-                Warnings(type(self).__name__).warn(
-                    f"window='auto' would take {window} of num_steps={num_steps} for a window; "
-                    "that is shorter than a few times the optimizer's memory, and angles would be "
-                    f"noise. It takes {LEAST_WINDOW}, and this run is too short for the rate to "
-                    "fall far; AnytimeAutoDrop needs no window"
-                )
-                window = LEAST_WINDOW
+            arguments["window"] = self._window_of_run(arguments)
         elif num_steps is not None:
             raise ValueError(f"num_steps: expected window='auto' with it, got window={window!r}")
-        meter = AngularVelocity(
-            optimizer if params is None else params,
-            window,
-            sample=sample,
-            seed=seed,
-            snapshots=snapshots,
-            per_tensor=per_tensor,
-            per_group=per_group,
-            backend=backend,
-            process_group=process_group,
-        )
-        self.window = meter.window
-        self.per_group = meter.per_group
         self.group_drops: list[int] = []
-        self._detectors = [detector]
-        self.factor = checks.between_0_and_1("factor", factor)
-        super().__init__(
-            optimizer,
-            meter,
-            min_lr=min_lr,
-            on_reading=on_reading,
-            on_drop=on_drop,
-            warmup_steps=warmup_steps,
-            last_epoch=last_epoch,
-        )
+        self._seen = [Seen()]  # of each param group, if they decide for themselves
+        super().__init__(optimizer, arguments)
         groups = len(self.optimizer.param_groups)
-        if per_group and params is not None and meter.num_groups != groups:
+        if per_group and params is not None and self.meter.num_groups != groups:
             raise ValueError(
                 f"params: expected {groups} param groups for per_group=True, as the optimizer has, "
-                f"got {meter.num_groups}"
+                f"got {self.meter.num_groups}"
             )
+
+    def _window_of_run(self, arguments: Mapping[str, Any]) -> int:
+        """Return the window for ``window="auto"``."""
+        settings = tuple(s for s in self._settings if s.name != "window")
+        checked, num_steps = check_arguments(settings, arguments), arguments["num_steps"]
+        if num_steps is None:
+            raise ValueError("num_steps: expected the length of the run for window='auto'")
+        window = window_for(
+            checks.count("num_steps", num_steps, checked["warmup_steps"] + 1)
+            - checked["warmup_steps"],
+            factor=checked["factor"],
+            min_samples=checked["min_samples"],
+            total_decay=arguments["total_decay"],
+        )
+        if window < LEAST_WINDOW:
+            Warnings(type(self).__name__).warn(
+                f"window='auto' would take {window} of num_steps={num_steps} for a window; "
+                "that is shorter than a few times the optimizer's memory, and angles would be "
+                f"noise. It takes {LEAST_WINDOW}, and this run is too short for the rate to "
+                "fall far; AnytimeAutoDrop needs no window"
+            )
+        return max(window, LEAST_WINDOW)
 
     # ---- deciding ---------------------------------------------------------------------------
 
-    def _decide(self, reading: Reading) -> Changes:
+    def _decide(self, reading: Reading) -> Outcome:
         # The meter does not know of the warm-up.
         reading = dataclasses.replace(reading, step=self._optimizer_steps)
         parts = (reading.per_group or ()) if self.per_group else (reading,)
         # The error of a sample in which too few chunks move is not known.
         angles = [None if math.isnan(p.standard_error) else p.angle for p in parts]
-        detectors = [detector.copy() for detector in self._detectors]
-        detectors += [detectors[0].fresh() for _ in range(len(angles) - len(detectors))]
-        verdicts = [
-            Verdict() if angle is None else detector.update(angle)
-            for angle, detector in zip(angles, detectors, strict=False)
-        ]
-        saturated = [i for i, verdict in enumerate(verdicts) if verdict.saturated]
-        everything = range(len(self.optimizer.param_groups)) if saturated else ()
-        lrs = self._dropped_lrs(self.factor, saturated if self.per_group else everything)
+        detector = self._detector(vars(self))
+        seen = self._seen + [Seen()] * (len(angles) - len(self._seen))
+        verdicts = [Verdict()] * len(angles)
+        for g, angle in enumerate(angles):
+            if angle is not None:
+                verdicts[g], seen[g] = detector.judge(seen[g], angle)
+        saturated = [g for g, verdict in enumerate(verdicts) if verdict.saturated]
+        lrs = self._dropped(self.factor, saturated if self.per_group or not saturated else None)
         lowered = [g for g, lr in enumerate(lrs) if lr is not None]
         of_groups: dict[str, Any] = {}
+        drops: list[int] = []
         if self.per_group:
             of_groups = {
                 "dropped_groups": tuple(lowered),
@@ -187,31 +178,30 @@ class AutoDrop(DropScheduler):
                 "group_smoothed": tuple(verdict.smoothed for verdict in verdicts),
                 "group_rises": tuple(verdict.rise for verdict in verdicts),
             }
+            drops = self.group_drops + [0] * (len(angles) - len(self.group_drops))
+            drops = [n + (g in lowered) for g, n in enumerate(drops)]
         elif verdicts:
             of_groups = {"smoothed": verdicts[0].smoothed, "rise": verdicts[0].rise}
         decision = Decision(
             **vars(reading),
-            lr=self._lrs_after(lrs),
+            lr=tuple(replaced(as_floats(self._rates()), lrs)),
             dropped=bool(lowered),
-            threshold=detectors[0].threshold,
+            threshold=self.threshold,
             **of_groups,
         )
-        group_drops = self.group_drops + [0] * (len(angles) - len(self.group_drops))
-        if self.per_group:
-            group_drops = [n + (g in lowered) for g, n in enumerate(group_drops)]
-        return Changes(
-            decision,
-            lrs,
-            num_drops=self.num_drops + decision.dropped,
-            group_drops=group_drops if self.per_group else [],
-            _detectors=detectors,
-        )
+        state = {"num_drops": self.num_drops + decision.dropped, "group_drops": drops}
+        return Outcome(decision, lrs, {**state, "_seen": seen})
+
+    @staticmethod
+    def _detector(settings: Mapping[str, Any]) -> SaturationDetector:
+        names = ("threshold", "buffer_size", "min_samples", "kernel")
+        return SaturationDetector(*(settings[name] for name in names))
 
     def _get_closed_form_lr(self) -> list[float]:
         return self._closed_form(self.factor, self._drops_of)
 
     def _drops_of(self, group: int) -> int:
-        """How often the rate of a param group was lowered."""
+        """Return how often the rate of a param group was lowered."""
         if not self.per_group:
             return self.num_drops
         return self.group_drops[group] if group < len(self.group_drops) else 0
@@ -224,7 +214,7 @@ class AutoDrop(DropScheduler):
         ``lr`` (of the first param group), ``num_drops``, and from the last reading
         ``angular_velocity``, ``angular_velocity_smoothed``, ``angular_velocity_rise``,
         ``standard_error`` and ``rounding_error`` [degrees], and ``displacement``, the length
-        ``|s_i|``. Where param groups decide for themselves, ``angular_velocity/0``,
+        ``|s_i|``. If param groups decide for themselves, ``angular_velocity/0``,
         ``angular_velocity_smoothed/0``, ``angular_velocity_rise/0``, ``num_drops/0`` and so on.
         """
         if not self.history:
@@ -251,75 +241,48 @@ class AutoDrop(DropScheduler):
     def _draw(self, records: list[dict[str, Any]], **options: Any) -> matplotlib.figure.Figure:
         from ..plotting.run import plot_run
 
-        return plot_run(records, threshold=self._detectors[0].threshold, **options)
+        return plot_run(records, threshold=self.threshold, **options)
 
     # ---- state ------------------------------------------------------------------------------
 
-    def _settings(self) -> dict[str, Any]:
-        return {
-            "window": self.window,
-            "factor": self.factor,
-            **self._detectors[0].settings(),
-            "min_lr": list(self.min_lrs),
-            "warmup_steps": self.warmup_steps,
-            "per_group": self.per_group,
-        }
-
-    def _read_settings(self, settings: Entries) -> dict[str, Any]:
-        # States from before param groups could decide for themselves have no "per_group".
-        return {
-            **super()._read_settings(settings),
-            "factor": settings.read("factor", checks.between_0_and_1),
-            "window": settings.count("window", 1),
-            "warmup_steps": settings.count("warmup_steps"),
-            "per_group": "per_group" in settings and settings.flag("per_group"),
-            "_detectors": [
-                SaturationDetector(
-                    settings.number("threshold"),
-                    settings.count("buffer_size", 1),
-                    settings.count("min_samples", 1),
-                    settings.read("kernel", check_kernel),
-                )
-            ],
-        }
-
-    def _progress(self) -> dict[str, Any]:
+    def _saved_gathered(self) -> dict[str, Any]:
         # Lists of plain values: torch.distributed.checkpoint would take dicts in them apart.
-        of_groups = [d.state_dict() for d in self._detectors[: len(self.group_drops)]]
-        first = self._detectors[0].fresh() if self.per_group else self._detectors[0]
-        columns = {key: [state[key] for state in of_groups] for key in first.state_dict()}
+        of_groups = [seen.state_dict() for seen in self._seen[: len(self.group_drops)]]
+        first = Seen() if self.per_group else self._seen[0]
+        columns = {name: [state[name] for state in of_groups] for name in SEEN}
         return {
             "detector": first.state_dict(),
             "groups": {**columns, "drops": list(self.group_drops)},
         }
 
-    def _decision_state(self) -> dict[str, Any]:
-        return {"num_drops": self.num_drops, **self._progress()}
-
-    def _read_progress(self, state: Entries, settings: Mapping[str, Any]) -> dict[str, Any]:
-        (detector,) = settings["_detectors"]
-        detectors, drops = [detector.restored(state.inner("detector"))], []
-        if settings["per_group"]:
-            groups = state.inner("groups")
-            drops = groups.list("drops", functools.partial(count_of_drops, state))
-            detectors = [detector.restored(groups, of=g) for g in range(len(drops))] or [detector]
-        return {
-            **super()._read_progress(state, settings),
-            "_detectors": detectors,
-            "group_drops": drops,
-        }
-
-    def _saved_windows(self, state: Entries) -> Sequence[int]:
-        return [state.inner("settings").count("window", 1)]
-
-    def _load_meter(self, state: Entries) -> None:
-        settings = state.inner("settings")
-        per_group = "per_group" in settings and settings.flag("per_group")
-        watched, groups = self.meter.num_groups, len(self.optimizer.param_groups)
-        if per_group and watched != groups:
+    def _restored(self, loaded: Mapping[str, Any]) -> dict[str, Any]:
+        watched, of_optimizer = self.meter.num_groups, len(self.optimizer.param_groups)
+        if loaded["per_group"] and watched != of_optimizer:
             raise ValueError(
-                f"{settings.name('per_group')}: expected False, because params= has {watched} "
-                f"param groups and the optimizer {groups}, got True"
+                f"state_dict['per_group']: expected False, because params= has {watched} "
+                f"param groups and the optimizer {of_optimizer}, got True"
             )
-        super()._load_meter(state)
-        self.meter.per_group = per_group
+        detector = self._detector(loaded)
+        seen = [detector.check_seen(loaded["detector"], "state_dict['detector']")]
+        if not loaded["per_group"]:
+            return {"_seen": seen, "group_drops": []}
+        columns, name = loaded["groups"], "state_dict['groups']"
+        drops = columns["drops"]
+        for key, column in columns.items():
+            if len(column) != len(drops):
+                raise ValueError(
+                    f"{name}[{key!r}]: expected {len(drops)} values, one for each of 'drops', "
+                    f"got {len(column)}"
+                )
+        for number in drops:
+            self._check_drops(loaded, "groups", number)
+        rows = [{key: columns[key][g] for key in SEEN} for g in range(len(drops))]
+        seen = [detector.check_seen(row, name) for row in rows] or seen
+        return {"_seen": seen, "group_drops": drops}
+
+    def _possible_windows(self, loaded: Mapping[str, Any]) -> Sequence[int]:
+        return [loaded["window"]]
+
+    def _take_over(self, loaded: dict[str, Any]) -> None:
+        super()._take_over(loaded)
+        self.meter.per_group = self.per_group

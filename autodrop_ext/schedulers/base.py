@@ -1,11 +1,9 @@
-"""What all schedulers here share: one action per real optimizer step, learning rates, state."""
+"""StepScheduler: a scheduler that acts once per real optimizer step."""
 
 from __future__ import annotations
 
-import collections
-import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,28 +12,45 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from .. import checks
 from ..distributed import unwrap_optimizer
-from ..faults import Warnings
+from ..messages import Warnings
 from ..reading import HISTORY, from_columns, remember, to_columns
-from ..saved import Entries
-from .rates import as_floats, write
+from ..saved import Form, Later, exactly, inside, list_of, load
+from ..settings import Settings, form_of
 from .step_hook import StepHook
 
-# Where torch has no _update_lr, SequentialLR calls step(0) at a milestone.
+# If torch has no _update_lr, SequentialLR calls step(0) at a milestone.
 _MILESTONES_CALL_STEP = not hasattr(LRScheduler, "_update_lr")
+
+
+class Outcome(NamedTuple):
+    """What a step has decided.
+
+    Attributes:
+        record: for the history and the callbacks; None if there is nothing to report.
+        lrs: new rate of each param group; None for those that stay as they are.
+        state: new values of the scheduler's attributes by name.
+    """
+
+    record: Any
+    lrs: Sequence[float | None]
+    state: Mapping[str, Any]
+
+
+NOTHING = Outcome(None, (), {})
 
 
 class StepScheduler(LRScheduler):
     """A scheduler that acts once per *real* optimizer step.
 
-    Subclasses implement :meth:`_on_optimizer_step`, which :meth:`step` calls where
-    :class:`StepHook` has marked a step, and for checkpoints :meth:`_settings`,
-    :meth:`_read_settings`, :meth:`_progress` and :meth:`_read_progress`. What a step changes goes
-    through :meth:`_carry_out`, so that an interrupted call leaves nothing half done.
+    Subclasses declare their settings and what they have gathered towards the next drop, and
+    implement :meth:`_decide_step`, which returns an :class:`Outcome` and changes nothing of it.
+    One assignment makes the outcome the scheduler's state; rates and history follow, and writing
+    them a second time changes nothing. So an interrupt leaves a whole step, and a ``state_dict()``
+    that is called in the middle of one, by a signal handler or a thread, has the last whole step.
 
     Args:
         optimizer: whose learning rates are changed.
-        warmup_steps: optimizer steps over which the rate grows linearly to its initial value: step
-            ``t`` of them (from 1) runs at ``t / warmup_steps`` of it. Nothing is measured then.
+        settings: checked values by name; they become attributes.
         last_epoch: as in torch; -1 for a new run.
 
     Attributes:
@@ -43,22 +58,25 @@ class StepScheduler(LRScheduler):
         num_drops: how often a learning rate was lowered.
     """
 
+    warmup_steps: int = 0
+    _settings: ClassVar[Settings]
+    _gathered: ClassVar[Form]
+    """Form of what was gathered towards the next drop; each entry has the name of an attribute
+    without its underscore."""
     _record_type: ClassVar[type]
-    _calls_without_step_allowed = 1000  # more micro-batches than anyone accumulates
+    _once_an_epoch: ClassVar[bool] = False  # whether step() is to be called once an epoch
 
-    def __init__(self, optimizer: Optimizer, *, warmup_steps: int, last_epoch: int) -> None:
-        optimizer = check_optimizer(optimizer)
-        self.warmup_steps = checks.count("warmup_steps", warmup_steps, 0)
+    def __init__(self, optimizer: Optimizer, settings: Mapping[str, Any], last_epoch: int) -> None:
+        vars(self).update(settings)
         self.num_drops = 0
         self.history: list[Any] = []
         self._warnings = Warnings(type(self).__name__)
-        self._hook = StepHook()
+        self._hook = StepHook(once_an_epoch=self._once_an_epoch)
         self._hook.before_step = self._make_before_step()
         self._optimizer_steps = 0  # consumed marks
-        self._calls_without_step = 0
-        self._stepping = False  # stays True where a call of step() was interrupted
-        self._changes: Changes | None = None  # being carried out
-        self._dropped_from: list[tuple[float, float]] = []  # rates before and after the last drop
+        self._last_whole: dict[str, Any] | None = None  # counts before the step at hand
+        self._unwritten: Outcome | None = None  # its rates and its record are being written
+        self._lowered: list[tuple[float, float]] = []  # rates before and after the last drop
         self._lrs_of_checkpoint: list[float] | None = None  # until the first step after loading
         if not hasattr(optimizer.step, "__func__"):
             # optimizer.step was replaced, by torch.compile for example. torch's base class would
@@ -68,7 +86,7 @@ class StepScheduler(LRScheduler):
         self._hook.attach(self.optimizer)
 
     def _make_before_step(self) -> Callable[[], None] | None:
-        """What the hook calls before each real optimizer step, if anything."""
+        """Return what the hook calls before each real optimizer step, if anything."""
         return None
 
     # ---- a step -----------------------------------------------------------------------------
@@ -83,6 +101,83 @@ class StepScheduler(LRScheduler):
         if epoch == 0 and _MILESTONES_CALL_STEP:
             self._update_lr(0)
             return
+        self._warnings.hold()  # a warning may be an error, and must not leave a step half done
+        try:
+            outcome = self._take_step(epoch)
+        except BaseException:
+            self._make_whole()
+            raise
+        if outcome.record is not None:
+            self._report(outcome.record)
+        self._last_lr = self._lrs()
+        self._warnings.release()
+
+    def _take_step(self, epoch: int | None) -> Outcome:
+        if self._unwritten is not None:  # also the end of a step can be interrupted
+            self._carry_out()
+        self._last_whole = self._counts()
+        self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
+        self._step_count += 1
+        self._watch(epoch)
+        outcome = NOTHING
+        if self._hook.consume():
+            self._optimizer_steps += 1
+            self._compare_ranks()
+            if self._optimizer_steps < self.warmup_steps:
+                self._set_lrs(self._warmed(self.base_lrs))
+            elif self._optimizer_steps > self.warmup_steps:
+                outcome = self._decide_step()
+        self._commit(outcome)
+        return outcome
+
+    def _compare_ranks(self) -> None:
+        """Compare settings between ranks, once; called at every real step."""
+        raise NotImplementedError
+
+    def _decide_step(self) -> Outcome:
+        """Return what follows from the optimizer step that has just been taken."""
+        raise NotImplementedError
+
+    def _report(self, record: Any) -> None:
+        """Call the user's functions, after everything else: what they raise undoes nothing."""
+        raise NotImplementedError
+
+    def _commit(self, outcome: Outcome) -> None:
+        """Make the step the last whole one, and carry it out."""
+        if outcome.record is None:
+            vars(self).update(outcome.state, _last_whole=None)
+            return
+        before = as_floats(self._rates())
+        # Python looks for signals between its own instructions, and within update() there are none.
+        vars(self).update(outcome.state, _last_whole=None, _unwritten=outcome)
+        self._note_lowered(before, replaced(before, outcome.lrs))
+        self._carry_out()
+
+    def _carry_out(self) -> None:
+        """Write rates and history; doing it again changes nothing."""
+        outcome = self._unwritten
+        if outcome is None:
+            return
+        self._set_lrs(outcome.lrs)
+        self._last_lr = self._lrs()
+        if not self._is_remembered(outcome.record):
+            remember(self.history, outcome.record, HISTORY)
+        self._unwritten = None
+
+    def _make_whole(self) -> None:
+        """Finish what a step has decided that ended in an interrupt or an error."""
+        if self._optimizer_steps < self.warmup_steps:
+            self._set_lrs(self._warmed(self.base_lrs))
+        self._carry_out()
+        self._last_whole = None
+
+    def _is_remembered(self, record: Any) -> bool:
+        return bool(self.history) and self.history[-1] is record
+
+    # ---- wrong wirings ----------------------------------------------------------------------
+
+    def _watch(self, epoch: int | None) -> None:
+        """Warn of a call, an optimizer or a rate that is not as it should be."""
         if epoch is not None:
             self._warnings.once(
                 "epoch",
@@ -90,103 +185,18 @@ class StepScheduler(LRScheduler):
                 "is measured; call step() without an argument (torch's own schedulers deprecate "
                 "it)",
             )
-        # A warning may be an error, and must not leave this half done.
-        self._warnings.hold()
-        if self._stepping:
-            self._recover()
-        self._stepping = True
-        self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
-        self._step_count += 1
-        if not self._hook.attach(self.optimizer):
-            self._warnings.warn(
-                "the optimizer had lost its step hook (it was copied or unpickled); the hook is "
-                "registered again and this call is not counted"
-            )
-        self._watch_wiring()
-        self._watch_rates()
-        if self._hook.consume():
-            self._optimizer_steps += 1
-            self._on_marked_step()
-            if self._optimizer_steps < self.warmup_steps:
-                self._set_lrs(self._warmed(self.base_lrs))
-            if self._optimizer_steps > self.warmup_steps:
-                self._on_optimizer_step()
-        self._last_lr = self._lrs()
-        self._stepping = False
-        self._warnings.release()
+        for kind, message in self._hook.problems(self.optimizer, self._optimizer_steps):
+            self._warnings.once(kind, message)
+        if self._lowered or self._lrs_of_checkpoint is not None:
+            self._watch_rates()
 
-    def _on_marked_step(self) -> None:
-        """Called at every real step, also during the warm-up."""
-
-    def _on_optimizer_step(self) -> None:
-        raise NotImplementedError
-
-    def _recover(self) -> None:
-        """Finish what a call that was interrupted had decided."""
-        if self._optimizer_steps < self.warmup_steps:
-            self._set_lrs(self._warmed(self.base_lrs))
-        if self._changes is not None:
-            self._carry_out(self._changes)
-
-    def _carry_out(self, changes: Changes) -> None:
-        """Change rates and attributes and keep the record; repeating it changes nothing more.
-
-        Rates and attributes change in one call that no signal can divide. An interrupt before the
-        end leaves the changes to be repeated at the next call.
-        """
-        self._changes = changes
-        before = as_floats(self._rates())
-        pairs = zip(self.optimizer.param_groups, changes.lrs, strict=False)
-        writes = [write(group, lr) for group, lr in pairs if lr is not None]
-        writes.append(functools.partial(self.__dict__.update, changes.attributes))
-        with torch.no_grad():
-            # Python looks for signals between its own instructions, and here there are none.
-            collections.deque(map(functools.partial.__call__, writes), maxlen=0)
-        self._last_lr = self._lrs()
-        self._note_lowered(before)
-        if not (self.history and self.history[-1] is changes.record):
-            remember(self.history, changes.record, HISTORY)
-        self._changes = None
-        # Only callbacks follow: what they raise leaves nothing to recover.
-        self._stepping = False
-
-    # ---- wrong wirings ----------------------------------------------------------------------
-
-    def _watch_wiring(self) -> None:
-        self._calls_without_step = 0 if self._hook.marked else self._calls_without_step + 1
-        allowed = self._calls_without_step_allowed
-        if self._optimizer_steps == 0:  # more likely the wrong optimizer than many micro-batches
-            allowed = min(allowed, 100)
-        if self._calls_without_step == allowed:
-            self._warnings.warn(
-                f"step() was called {self._calls_without_step} times without an optimizer step in "
-                "between; was this scheduler made for the optimizer that is stepped?"
-            )
-        if self._hook.marked and self._hook.shared(self.optimizer):
-            self._warnings.once(
-                "shared",
-                "another scheduler of this package is stepped for the same optimizer, and each "
-                "lowers the rate that the other has lowered; keep one and close() the other",
-            )
-        self._watch_steps_between_calls()
-
-    def _watch_steps_between_calls(self) -> None:
-        steps = self._hook.called_late()
-        if steps is not None:
-            self._warnings.once(
-                "late",
-                f"{steps} optimizer steps passed since the last step(); call it after every "
-                "optimizer.step(), not once an epoch (Lightning: 'interval': 'step')",
-            )
-
-    def _note_lowered(self, before: Sequence[float]) -> None:
-        """Remember what lowered rates were, for :meth:`_watch_rates`."""
-        now = as_floats(self._rates())
-        if any(lr < old for lr, old in zip(now, before, strict=True)):
-            self._dropped_from = list(zip(before, now, strict=True))
+    def _note_lowered(self, before: Sequence[float], after: Sequence[float]) -> None:
+        """Keep lowered rates for :meth:`_watch_rates`."""
+        if any(lr < old for old, lr in zip(before, after, strict=False)):
+            self._lowered = list(zip(before, after, strict=False))
 
     def _watch_rates(self) -> None:
-        """Notice a script that sets the rate by itself, and so undoes a drop at the next step."""
+        """Warn of a script that sets the rate by itself, and so undoes a drop at the next step."""
         saved, self._lrs_of_checkpoint = self._lrs_of_checkpoint, None
         if saved is not None:  # only once, because reading a rate may wait for a GPU
             now = as_floats(self._rates())[: len(saved)]
@@ -196,8 +206,8 @@ class StepScheduler(LRScheduler):
                     f"{_listed(saved)}; to resume, make the scheduler first, and then load the "
                     "optimizer's state and the scheduler's"
                 )
-        dropped, self._dropped_from = self._dropped_from, []
-        for i, (before, after) in enumerate(dropped[: len(self.optimizer.param_groups)]):
+        lowered, self._lowered = self._lowered, []
+        for i, (before, after) in enumerate(lowered[: len(self.optimizer.param_groups)]):
             lr = float(self.optimizer.param_groups[i]["lr"]) if after < before else 0.0
             # Nearer to the rate before the drop than to the one after it.
             if lr * lr > before * after:
@@ -205,7 +215,7 @@ class StepScheduler(LRScheduler):
                     "undone",
                     f"the learning rate of param group {i} was lowered from {before:g} to "
                     f"{after:g}, and something has set it to {lr:g} since; drops have no effect "
-                    "where a script or another scheduler sets the rate at every step",
+                    "if a script or another scheduler sets the rate at every step",
                 )
 
     # ---- learning rates ---------------------------------------------------------------------
@@ -229,7 +239,7 @@ class StepScheduler(LRScheduler):
         self._last_lr = self._lrs()
 
     def _warmed(self, lrs: Iterable[float | Tensor]) -> list[float]:
-        """Rates for the next optimizer step, if it belongs to the warm-up."""
+        """Return the rates for the next optimizer step, if it belongs to the warm-up."""
         t = min(self._optimizer_steps + 1, self.warmup_steps)
         share = t / self.warmup_steps if self.warmup_steps else 1.0
         return [float(lr) * share for lr in lrs]
@@ -251,13 +261,19 @@ class StepScheduler(LRScheduler):
         return [group["lr"] for group in self.optimizer.param_groups]
 
     def _lrs(self) -> list[float | Tensor]:
-        return [lr.clone() if isinstance(lr, Tensor) else lr for lr in self._rates()]
+        """Return copies of the rates."""
+        lrs = (group["lr"] for group in self.optimizer.param_groups)
+        return [lr.clone() if isinstance(lr, Tensor) else lr for lr in lrs]
 
-    def _set_lrs(self, lrs: Iterable[float]) -> None:
-        # add_param_group may have brought more groups than there are base rates.
+    def _set_lrs(self, lrs: Iterable[float | None]) -> None:
+        """Write the rates of param groups, those that are tensors in place; None leaves one."""
+        # add_param_group may have brought more groups than there are rates.
         with torch.no_grad():
             for group, lr in zip(self.optimizer.param_groups, lrs, strict=False):
-                write(group, lr)()
+                if lr is not None and isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(lr)
+                elif lr is not None:
+                    group["lr"] = lr
 
     def _metrics(self, **values: float | None) -> dict[str, float]:
         """``lr`` of the first param group, ``num_drops`` and those ``values`` that are defined."""
@@ -272,100 +288,120 @@ class StepScheduler(LRScheduler):
 
     # ---- state ------------------------------------------------------------------------------
 
+    def _counts(self) -> dict[str, Any]:
+        return {
+            "last_epoch": self.last_epoch,
+            "step_count": self._step_count,
+            "optimizer_steps": self._optimizer_steps,
+            "stepped": self._hook.marked,
+        }
+
+    def _saved_settings(self) -> dict[str, Any]:
+        """Return the settings as plain values."""
+        values = {s.name: getattr(self, s.name) for s in self._settings if s.saved}
+        return {name: list(v) if isinstance(v, list) else v for name, v in values.items()}
+
+    def _saved_gathered(self) -> dict[str, Any]:
+        """Return what was gathered towards the next drop, as plain values."""
+        values = {name: getattr(self, f"_{name}") for name in self._gathered}
+        return {name: list(v) if isinstance(v, (list, tuple)) else v for name, v in values.items()}
+
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on bit for bit: settings, decisions, history.
 
         Plain values and tensors only, so that ``torch.load(weights_only=True)`` reads it. Learning
         rates are restored by the *optimizer's* ``load_state_dict``, as with torch's schedulers.
         """
-        if self._stepping and self._changes is not None:
-            self._recover()
+        counts, unwritten = self._last_whole or self._counts(), self._unwritten
+        lrs, last_lr, history = as_floats(self._rates()), as_floats(self._last_lr), self.history
+        if unwritten is not None:
+            lrs = last_lr = replaced(lrs, unwritten.lrs)
+            if not self._is_remembered(unwritten.record):
+                history = [*history, unwritten.record]
         return {
-            "version": 1,
+            "version": 2,
             "scheduler": type(self).__name__,
-            "settings": self._settings(),
-            "last_epoch": self.last_epoch,
-            "step_count": self._step_count,
+            **self._saved_settings(),
+            **counts,
             "base_lrs": as_floats(self.base_lrs),
-            "last_lr": as_floats(self._last_lr),
-            "lrs": as_floats(self._rates()),
-            "optimizer_steps": self._optimizer_steps,
-            "stepped": self._hook.marked,
+            "last_lr": last_lr,
+            "lrs": lrs,
             "num_drops": self.num_drops,
-            **self._progress(),
-            "history": to_columns(self.history, self._record_type),
+            **self._saved_gathered(),
+            "history": to_columns(history, self._record_type),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue where :meth:`state_dict` was taken. Settings are restored too, as in torch.
+        """Continue from a :meth:`state_dict`. Settings are restored too, as in torch.
 
         Raises:
             ValueError: not a state of this class; the message names the entry, and nothing has been
                 changed.
         """
-        state = Entries(state_dict)
-        if "version" not in state:
-            raise ValueError(
-                f"state_dict: expected what state_dict() of {type(self).__name__} returns, got a "
-                "dict without 'version'"
-            )
-        state.expect("version", 1)
-        state.expect("scheduler", type(self).__name__)
-        settings = self._read_settings(state.inner("settings"))
-        attributes = {
-            **settings,
-            "last_epoch": state.read("last_epoch", lambda n, v: checks.count(n, v, -1)),
-            "_step_count": state.count("step_count"),
-            "base_lrs": state.list("base_lrs", checks.at_least_zero),
-            "_last_lr": state.list("last_lr", checks.at_least_zero),
-            "_optimizer_steps": state.count("optimizer_steps"),
-            "num_drops": state.read("num_drops", functools.partial(count_of_drops, state)),
-            "history": from_columns(state.inner("history"), self._record_type),
-            **self._read_progress(state, settings),
-        }
-        # Older states do not have them.
-        lrs = state.list("lrs", checks.at_least_zero) if "lrs" in state else None
-        marked = state.flag("stepped")
-        before = self._settings()
-        self._load_meter(state)
-        self._take_over(attributes)
-        self._hook.marked = marked
-        self._stepping, self._changes, self._dropped_from = False, None, []
-        self._lrs_of_checkpoint = lrs
-        changed = {k: v for k, v in self._settings().items() if before[k] != v}
+        loaded = self._read(state_dict)
+        before = self._saved_settings()
+        self._load_meter(state_dict, loaded)
+        self._warnings.hold()  # a warning may be an error, and must not leave this half done
+        self._take_over(loaded)
+        changed = {k: v for k, v in self._saved_settings().items() if before[k] != v}
         if changed:
             self._warnings.warn(
                 "the checkpoint's settings replace those given: "
                 + ", ".join(f"{k}={v!r} (was {before[k]!r})" for k, v in changed.items())
             )
+        self._warnings.release()
 
-    def _take_over(self, attributes: dict[str, Any]) -> None:
-        """Set attributes that were read from a state; nothing here can fail."""
-        self.__dict__.update(attributes)
+    def _read(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the checked entries of a state, the settings first; change nothing."""
+        if isinstance(state, Mapping) and "version" not in state:
+            raise ValueError(
+                f"state_dict: expected what state_dict() of {type(self).__name__} returns, got a "
+                "dict without 'version'"
+            )
+        head: Form = {"version": exactly(1, 2), "scheduler": exactly(type(self).__name__)}
+        if load(state, head)["version"] == 1:  # it has its settings in a dict of their own
+            form: Form = {"settings": inside(form_of(self._settings))}
+            state = {**state, **load(state, form)["settings"]}
+        loaded = load(state, {**form_of(self._settings), **_COUNTS, **self._gathered})
+        loaded |= load(state, {"history": from_columns(self._record_type)})
+        self._check_drops(loaded, "num_drops", loaded["num_drops"])
+        loaded["attributes"] = self._restored(loaded)
+        return loaded
 
-    def _load_meter(self, state: Entries) -> None:
-        """Load what the state holds for a meter, the last thing that can fail."""
+    def _restored(self, loaded: Mapping[str, Any]) -> dict[str, Any]:
+        """Return attributes from what was gathered; raise ValueError if settings forbid it."""
+        return {f"_{name}": loaded[name] for name in self._gathered}
 
-    def _settings(self) -> dict[str, Any]:
-        """What the scheduler was made with, as plain values."""
-        raise NotImplementedError
+    def _check_drops(self, loaded: Mapping[str, Any], name: str, drops: int) -> None:
+        """Raise ValueError unless each drop had an optimizer step at least."""
+        steps = loaded["optimizer_steps"]
+        if drops > steps:
+            raise ValueError(
+                f"state_dict[{name!r}]: expected at most optimizer_steps={steps}, got {drops}"
+            )
 
-    def _read_settings(self, settings: Entries) -> dict[str, Any]:
-        """Attributes by name from saved :meth:`_settings`; raises ValueError where one is wrong."""
-        raise NotImplementedError
+    def _load_meter(self, state: Mapping[str, Any], loaded: Mapping[str, Any]) -> None:
+        """Load what a state holds for a meter, the last thing that can fail."""
 
-    def _progress(self) -> dict[str, Any]:
-        """What has been gathered towards the next drop, as plain values."""
-        raise NotImplementedError
-
-    def _read_progress(self, state: Entries, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Attributes by name from saved :meth:`_progress`; raises ValueError where one is wrong.
-
-        Args:
-            state: with the entries of :meth:`_progress`.
-            settings: attributes that :meth:`_read_settings` has found.
-        """
-        raise NotImplementedError
+    def _take_over(self, loaded: dict[str, Any]) -> None:
+        """Make the entries of a state this scheduler's; nothing here can fail."""
+        settings = {s.name: loaded[s.name] for s in self._settings if s.saved}
+        vars(self).update(
+            settings,
+            **loaded["attributes"],
+            last_epoch=loaded["last_epoch"],
+            base_lrs=loaded["base_lrs"],
+            num_drops=loaded["num_drops"],
+            history=loaded["history"],
+            _step_count=loaded["step_count"],
+            _last_lr=loaded["last_lr"],
+            _optimizer_steps=loaded["optimizer_steps"],
+            _lrs_of_checkpoint=loaded["lrs"],
+            _last_whole=None,
+            _unwritten=None,
+            _lowered=[],
+        )
+        self._hook.marked = loaded["stepped"]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -373,23 +409,20 @@ class StepScheduler(LRScheduler):
         self._hook.attach(self.optimizer)
 
 
-class Changes:
-    """What a decision changes.
-
-    Args:
-        record: for the history.
-        lrs: new rate of each param group, None for those that stay.
-        attributes: new values of the scheduler's attributes by name.
-    """
-
-    def __init__(self, record: Any, lrs: Sequence[float | None] = (), **attributes: Any) -> None:
-        self.record = record
-        self.lrs = list(lrs)
-        self.attributes = attributes
+_COUNTS: Form = {
+    "last_epoch": checks.at_least(-1),
+    "step_count": checks.at_least(0),
+    "optimizer_steps": checks.at_least(0),
+    "stepped": checks.flag,
+    "base_lrs": list_of(checks.at_least_zero),
+    "last_lr": list_of(checks.at_least_zero),
+    "lrs": Later(list_of(checks.at_least_zero), None),
+    "num_drops": checks.at_least(0),
+}
 
 
 def check_optimizer(optimizer: Any) -> Optimizer:
-    """The optimizer itself, taken out of accelerate's and DeepSpeed's wrappers.
+    """Return the optimizer itself, taken out of accelerate's and DeepSpeed's wrappers.
 
     Raises:
         TypeError, ValueError: it has no learning rates to change.
@@ -405,13 +438,22 @@ def check_optimizer(optimizer: Any) -> Optimizer:
     return optimizer
 
 
+def in_precision_of(lr: float | Tensor, value: float) -> float:
+    """Return what a learning rate becomes when it is set to a value: a tensor rounds it."""
+    if not isinstance(lr, Tensor):
+        return value
+    return float(torch.tensor(value, dtype=lr.dtype, device="cpu"))
+
+
+def as_floats(lrs: Iterable[float | Tensor]) -> list[float]:
+    """Return learning rates as plain floats, for logs and checkpoints."""
+    return [float(lr) for lr in lrs]
+
+
+def replaced(lrs: Iterable[float], new: Iterable[float | None]) -> list[float]:
+    """Return the rates with new ones in their places; None leaves one as it is."""
+    return [lr if other is None else other for lr, other in zip(lrs, new, strict=False)]
+
+
 def _listed(lrs: Iterable[float]) -> str:
     return ", ".join(f"{lr:g}" for lr in lrs)
-
-
-def count_of_drops(state: Entries, name: str, value: Any) -> int:
-    """A saved number of drops, each of which took an optimizer step at least."""
-    drops, steps = checks.count(name, value, 0), state.count("optimizer_steps")
-    if drops > steps:
-        raise ValueError(f"{name}: expected at most optimizer_steps={steps}, got {drops}")
-    return drops

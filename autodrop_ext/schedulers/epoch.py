@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch.optim import Optimizer
 
 from .. import checks
 from ..averaging import ParameterAverage
-from ..meter import AngularVelocity
+from ..checks import none_or
 from ..reading import Decision, Reading
-from ..saved import Entries
-from .base import Changes, check_optimizer
-from .drop import DropScheduler
+from ..saved import Form, load
+from ..settings import EPOCH, degrees_above_0
+from .base import Outcome, as_floats, check_optimizer, replaced
+from .metered import MeteredScheduler
 
 if TYPE_CHECKING:
     import matplotlib.figure
-
-_SINGLE_STEP_EPOCHS = 1000  # in a row, before a wrong wiring is pointed out
 
 
 @dataclass(frozen=True)
@@ -34,9 +32,9 @@ class EpochDecision(Decision):
     ``smoothed`` and ``rise`` stay None.
 
     Attributes:
-        change: ``|w_t - w_{t-1}|``, degrees; None where one of the two angles is undefined.
+        change: ``|w_t - w_{t-1}|``, degrees; None if one of the two angles is undefined.
         threshold: ``theta`` that the change is compared with, degrees.
-        waited: epochs since the one that met the condition, which has 0; None where no drop is
+        waited: epochs since the one that met the condition, which has 0; None if no drop is
             pending.
         averaged: whether the parameters were set to their average at the end of this epoch.
     """
@@ -47,16 +45,16 @@ class EpochDecision(Decision):
     averaged: bool = False
 
 
-class EpochAutoDrop(DropScheduler):
+class EpochAutoDrop(MeteredScheduler):
     """Drops the learning rate some epochs after the angular velocity has stopped changing.
 
     Call :meth:`step` once per epoch. The displacement ``s_t`` of epoch ``t`` runs from the
     parameters before its first update to those after its last one, and ``w_t`` is the angle between
-    ``s_t`` and ``s_{t-1}``. Where ``|w_t - w_{t-1}| < theta`` and ``t > 2``, training goes on for
+    ``s_t`` and ``s_{t-1}``. When ``|w_t - w_{t-1}| < theta`` and ``t > 2``, training goes on for
     another ``delay`` epochs at the same rate, the parameters are set to their average over these
     epochs with the weights 1, 2, ..., ``delay``, and then every param group's learning rate is
     multiplied by ``factor`` and ``theta`` divided by it (Teng, Wang, Choromanska 2021, Algorithm
-    1). A drop never raises a rate. Where all rates are at ``min_lr``, averages are still taken, as
+    1). A drop never raises a rate. When all rates are at ``min_lr``, averages are still taken, as
     printed.
 
     Where Algorithm 1 contradicts itself or its text:
@@ -112,8 +110,19 @@ class EpochAutoDrop(DropScheduler):
         current_threshold: ``theta``, degrees.
     """
 
+    factor: float
+    threshold: float
+    max_threshold: float
+    delay: int
+    average: bool
+    _settings = EPOCH
+    _gathered: ClassVar[Form] = {
+        "current_threshold": degrees_above_0,
+        "last_angle": none_or(checks.at_least_zero),
+        "waited": none_or(checks.at_least(0)),
+    }
     _record_type = EpochDecision
-    _calls_without_step_allowed = 10  # epochs
+    _once_an_epoch = True
 
     def __init__(
         self,
@@ -133,38 +142,32 @@ class EpochAutoDrop(DropScheduler):
         on_average: Callable[[EpochDecision], object] | None = None,
         last_epoch: int = -1,
     ) -> None:
-        optimizer = check_optimizer(optimizer)
-        self.threshold = self.current_threshold = _check_threshold("threshold", threshold)
-        self.max_threshold = _check_max_threshold(self.threshold, "max_threshold", max_threshold)
-        self.delay = checks.count("delay", delay, 0)
-        self.average = checks.flag("average", average)
-        checks.callback("on_average", on_average)
         if isinstance(params, Iterator):
             params = list(params)  # it is read twice
+        arguments = dict(locals())
+        optimizer = check_optimizer(optimizer)
+        checks.callback("on_average", on_average)
         self.on_average = on_average
         self._last_angle: float | None = None
         self._waited: int | None = None  # epochs of a pending drop's delay
-        self._single_step_epochs = 0
-        watched = optimizer if params is None else params
-        meter = AngularVelocity(
-            watched,
-            1,
-            backend=backend,
-            process_group=process_group,
-            form="delta",  # after a write-back only this form can be measured from elsewhere
-        )
-        self._mean = ParameterAverage(watched, backend)
-        self.factor = checks.between_0_and_1("factor", factor)
-        super().__init__(
-            optimizer,
-            meter,
-            min_lr=min_lr,
-            on_reading=on_reading,
-            on_drop=on_drop,
-            warmup_steps=0,
-            last_epoch=last_epoch,
-        )
+        # After a write-back only the delta form can be measured from elsewhere.
+        super().__init__(optimizer, arguments, window=1, form="delta")
+        self._current_threshold = self.threshold
+        self._mean = ParameterAverage(optimizer if params is None else params, backend)
         self._mean.warn_through(self._warnings)
+
+    @property
+    def current_threshold(self) -> float:
+        """``theta``, degrees."""
+        return self._current_threshold
+
+    def _check_together(self, settings: Mapping[str, Any], where: str) -> None:
+        least, most = settings["threshold"], settings["max_threshold"]
+        if most < least:
+            raise ValueError(
+                f"{where.format('max_threshold')}: expected a finite number of degrees, at least "
+                f"threshold={least!r}, got {most!r}"
+            )
 
     # ---- deciding ---------------------------------------------------------------------------
 
@@ -179,70 +182,54 @@ class EpochAutoDrop(DropScheduler):
 
         return measure_from_here
 
-    def _on_optimizer_step(self) -> None:
+    def _decide_step(self) -> Outcome:
         reading = self.meter.observe(calls=self._step_count, facts=self._facts)
         if reading is None:  # the first epoch, or the parameters are others than at its start
             reading = Reading(0, 0, None, None, math.nan, math.nan)
-            finite = True
-        else:
-            finite = self.meter.started  # it starts over after NaN
-        self._wait(finite)
-        self._cool()  # first, so that a decision holds the rates after this epoch
-        self._take(
+        elif not self.meter.started and self._waited is not None:
+            # It starts over after NaN. No rate drops on that; the next angles decide.
+            self._waited = None
+            self._mean.reset()
+        if self._waited is not None:
+            self._waited += 1
+            if self.average:
+                self._mean.add(self._waited)
+        if self._cooldown is not None:
+            self._cool(self._cooldown)  # first, so that a decision holds the rates after this epoch
+        return self._decide(
             dataclasses.replace(reading, step=self._hook.real_steps, window=self._optimizer_steps)
         )
 
-    def _wait(self, finite: bool) -> None:
-        """Go on with the delay of a pending drop, if there is one."""
-        if self._waited is None:
-            return
-        if not finite:
-            # No rate drops on NaN; the next angles decide.
-            self._waited = None
-            self._mean.reset()
-            return
-        self._waited += 1
-        if self.average:
-            self._mean.add(self._waited)
-
-    def _decide(self, reading: Reading) -> Changes:
+    def _decide(self, reading: Reading) -> Outcome:
         change = None
         if reading.angle is not None and self._last_angle is not None:
             change = abs(reading.angle - self._last_angle)
-        waited, threshold = self._waited, self.current_threshold
+        waited, threshold = self._waited, self._current_threshold
         if waited is None and change is not None and change < threshold:
             waited = 0
-        averaged = lowered = False
-        lrs: list[float | None] = []
-        changes: dict[str, Any] = {"_last_angle": reading.angle, "_waited": waited}
-        if waited == self.delay:
-            averaged = self._write_average()
-            lrs = self._dropped_lrs(self.factor, range(len(self.optimizer.param_groups)))
-            lowered = any(lr is not None for lr in lrs)
-            changes["_waited"] = None
-            changes["num_drops"] = self.num_drops + lowered
-            changes["current_threshold"] = min(self.max_threshold, threshold / self.factor)
+        ends = waited == self.delay
+        # Parameters alone are changed here: whether they could be is part of the decision.
+        averaged = ends and self._write_average()
+        lrs = self._dropped(self.factor, None if ends else ())
+        lowered = any(lr is not None for lr in lrs)
         decision = EpochDecision(
             **vars(reading),
-            lr=self._lrs_after(lrs or [None] * len(self.optimizer.param_groups)),
+            lr=tuple(replaced(as_floats(self._rates()), lrs)),
             dropped=lowered,
             change=change,
             threshold=threshold,
             waited=waited,
             averaged=averaged,
         )
-        return Changes(decision, lrs, **changes)
-
-    def _get_closed_form_lr(self) -> list[float]:
-        return self._closed_form(self.factor, lambda group: self.num_drops)
-
-    def _report(self, decision: Decision) -> None:
-        assert isinstance(decision, EpochDecision)
-        try:
-            if decision.averaged and self.on_average is not None:
-                self.on_average(decision)
-        finally:
-            super()._report(decision)
+        state: dict[str, Any] = {"_last_angle": reading.angle, "_waited": waited}
+        if ends:
+            state = {
+                "num_drops": self.num_drops + lowered,
+                "_current_threshold": min(self.max_threshold, threshold / self.factor),
+                "_last_angle": reading.angle,
+                "_waited": None,
+            }
+        return Outcome(decision, lrs, state)
 
     def _write_average(self) -> bool:
         written = self._mean.write_back()
@@ -250,33 +237,35 @@ class EpochAutoDrop(DropScheduler):
             self.meter.rebase()
         return written
 
-    def _recover(self) -> None:
-        if self._changes is not None:
-            self._carry_out(self._changes)
-        # How much of an epoch the average has seen is not known.
-        self.meter.interrupted()
+    def _get_closed_form_lr(self) -> list[float]:
+        return self._closed_form(self.factor, lambda group: self.num_drops)
+
+    def _report(self, record: Any) -> None:
+        try:
+            if record.averaged and self.on_average is not None:
+                self.on_average(record)
+        finally:
+            super()._report(record)
+
+    def _make_whole(self) -> None:
+        super()._make_whole()
+        self._start_over()
+
+    def _decide_missed(self) -> None:
+        """Decide nothing: how much of an epoch the average has seen is not known."""
+
+    def _start_over(self) -> None:
+        """Make the epoch that begins now the first one."""
         self._last_angle = self._waited = None
         self._mean.reset()
         self.meter.close()
 
     def _update_lr(self, epoch: int | None = None) -> None:
-        # SequentialLR calls this in place of step() where it hands over: the epoch that begins now
+        # SequentialLR calls this in place of step() when it hands over: the epoch that begins now
         # is the first one, and what the meter saw of the epochs before must not be measured.
         super()._update_lr(epoch)
         self._hook.marked = False
-        self._last_angle = self._waited = None
-        self._mean.reset()
-        self.meter.close()
-
-    def _watch_steps_between_calls(self) -> None:
-        single = self._hook.steps_since_call == 1
-        self._hook.called_late()
-        self._single_step_epochs = self._single_step_epochs + 1 if single else 0
-        if self._single_step_epochs == _SINGLE_STEP_EPOCHS:
-            self._warnings.warn(
-                f"step() was called after every single optimizer step {_SINGLE_STEP_EPOCHS} times; "
-                "call it once per epoch (unless an epoch has one batch)"
-            )
+        self._start_over()
 
     # ---- looking ----------------------------------------------------------------------------
 
@@ -311,77 +300,28 @@ class EpochAutoDrop(DropScheduler):
 
     # ---- state ------------------------------------------------------------------------------
 
-    def _settings(self) -> dict[str, Any]:
-        return {
-            "factor": self.factor,
-            "threshold": self.threshold,
-            "max_threshold": self.max_threshold,
-            "delay": self.delay,
-            "average": self.average,
-            "min_lr": list(self.min_lrs),
-        }
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on bit for bit: settings, decisions, history, sums and average.
 
-    def _read_settings(self, settings: Entries) -> dict[str, Any]:
-        threshold = settings.read("threshold", _check_threshold)
-        most = settings.read("max_threshold", functools.partial(_check_max_threshold, threshold))
-        return {
-            **super()._read_settings(settings),
-            "factor": settings.read("factor", checks.between_0_and_1),
-            "threshold": threshold,
-            "max_threshold": most,
-            "delay": settings.count("delay"),
-            "average": settings.flag("average"),
-        }
+        As :meth:`AutoDrop.state_dict`.
+        """
+        steps, mean = self._hook.real_steps, self._mean.state_dict()
+        return {**super().state_dict(), "real_steps": steps, "mean": mean}
 
-    def _progress(self) -> dict[str, Any]:
-        return {
-            "real_steps": self._hook.real_steps,
-            "current_threshold": self.current_threshold,
-            "last_angle": self._last_angle,
-            "waited": self._waited,
-            "mean": self._mean.state_dict(),
-        }
+    def _read(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        form: Form = {"real_steps": checks.at_least(0), "mean": ParameterAverage.checked}
+        return {**super()._read(state), **load(state, form)}
 
-    def _decision_state(self) -> dict[str, Any]:
-        return {
-            "num_drops": self.num_drops,
-            "current_threshold": self.current_threshold,
-            "last_angle": self._last_angle,
-            "waited": self._waited,
-        }
-
-    def _read_progress(self, state: Entries, settings: Mapping[str, Any]) -> dict[str, Any]:
-        delay = settings["delay"]
-        waited = state.maybe("waited", lambda name, value: checks.count(name, value, 0))
+    def _restored(self, loaded: Mapping[str, Any]) -> dict[str, Any]:
+        waited, delay = loaded["waited"], loaded["delay"]
         if waited is not None and waited > delay:
-            raise ValueError(
-                f"{state.name('waited')}: expected at most delay={delay}, got {waited}"
-            )
-        mean = ParameterAverage.read(state.inner("mean"))
-        return {
-            **super()._read_progress(state, settings),
-            "current_threshold": state.read("current_threshold", _check_threshold),
-            "_last_angle": state.maybe("last_angle", checks.at_least_zero),
-            "_waited": waited,
-            "_saved_mean": mean,
-            "_saved_real_steps": state.count("real_steps"),
-        }
+            raise ValueError(f"state_dict['waited']: expected at most delay={delay}, got {waited}")
+        return super()._restored(loaded)
 
-    def _saved_windows(self, state: Entries) -> Sequence[int]:
+    def _possible_windows(self, loaded: Mapping[str, Any]) -> Sequence[int]:
         return [1]
 
-    def _take_over(self, attributes: dict[str, Any]) -> None:
-        mean = attributes.pop("_saved_mean")
-        self._hook.real_steps = attributes.pop("_saved_real_steps")
-        super()._take_over(attributes)
-        self._mean.restore(mean)  # last, because it may warn
-
-
-def _check_threshold(name: str, value: Any) -> float:
-    degrees = "a finite number of degrees above 0"
-    return checks.number(name, value, degrees, lambda x: 0 < x < math.inf)
-
-
-def _check_max_threshold(threshold: float, name: str, value: Any) -> float:
-    degrees = f"a finite number of degrees, at least threshold={threshold!r}"
-    return checks.number(name, value, degrees, lambda x: threshold <= x < math.inf)
+    def _take_over(self, loaded: dict[str, Any]) -> None:
+        super()._take_over(loaded)
+        self._hook.real_steps = loaded["real_steps"]
+        self._mean.restore(loaded["mean"])

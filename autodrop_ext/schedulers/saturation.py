@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from .. import checks
-from ..saved import Entries
+from ..checks import Check, none_or
+from ..saved import list_of
 
 Kernel = Literal["value", "time"]
 
@@ -30,7 +31,7 @@ def gaussian_filter(values: Sequence[float], buffer_size: int, kernel: Kernel) -
             distance to it in windows.
 
     Returns:
-        Degrees. The newest value itself where all values are equal.
+        Degrees. The newest value itself if all values are equal.
     """
     newest = values[-1]
     mean = math.fsum(values) / len(values)
@@ -67,13 +68,17 @@ class Seen(NamedTuple):
     samples: int = 0
     smoothed: float | None = None
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain values, which :data:`SEEN` checks."""
+        return {**self._asdict(), "buffer": list(self.buffer)}
+
 
 class SaturationDetector:
     """Smooths angles and says when their rise has ended.
 
     Smoothing starts at ``min_samples`` angles since the last saturation and runs over the last
     ``buffer_size`` of them. Saturation needs two smoothed values since the last one, and is
-    reported where the newer exceeds the older by less than ``threshold``. The difference is signed,
+    reported if the newer exceeds the older by less than ``threshold``. The difference is signed,
     so that a fall counts as saturation. The buffer then starts over.
 
     This is Algorithm 1 of UAI 2024 as far as it can be followed; docs/algorithm.md sets what it
@@ -85,114 +90,62 @@ class SaturationDetector:
         min_samples: angles. With 10 for both, a first value comes from 10 angles and a second one
             from the last 10 of 11, as in Algorithm 1, which never holds more than 10.
         kernel: see :func:`gaussian_filter`.
-        seen: what it has seen already; None for nothing.
+
+    Attributes:
+        seen: angles that :meth:`update` was given.
     """
 
     def __init__(
-        self,
-        threshold: float,
-        buffer_size: int,
-        min_samples: int,
-        kernel: Kernel,
-        seen: Seen | None = None,
+        self, threshold: float, buffer_size: int, min_samples: int, kernel: Kernel
     ) -> None:
         self.threshold = threshold
         self.buffer_size = buffer_size
         self.min_samples = min_samples
         self.kernel = kernel
-        self.seen = Seen() if seen is None else seen
-
-    def fresh(self) -> SaturationDetector:
-        """Another one with the same settings that has seen nothing."""
-        return self._with(Seen())
-
-    def _with(self, seen: Seen) -> SaturationDetector:
-        settings = (self.threshold, self.buffer_size, self.min_samples, self.kernel)
-        return SaturationDetector(*settings, seen)
-
-    def reset(self) -> None:
-        """Forget all angles."""
         self.seen = Seen()
 
     def update(self, angle: float) -> Verdict:
         """Take the next angle, in degrees."""
-        buffer = (*self.seen.buffer, angle)[-self.buffer_size :]
-        samples, last = self.seen.samples + 1, self.seen.smoothed
+        verdict, self.seen = self.judge(self.seen, angle)
+        return verdict
+
+    def judge(self, seen: Seen, angle: float) -> tuple[Verdict, Seen]:
+        """Return the verdict on the next angle, in degrees, and what has been seen with it."""
+        buffer = (*seen.buffer, angle)[-self.buffer_size :]
+        samples, last = seen.samples + 1, seen.smoothed
         if samples < self.min_samples:
-            self.seen = Seen(buffer, samples, last)
-            return Verdict()
+            return Verdict(), Seen(buffer, samples, last)
         smoothed = gaussian_filter(buffer, self.buffer_size, self.kernel)
-        self.seen = Seen(buffer, samples, smoothed)
+        seen = Seen(buffer, samples, smoothed)
         if last is None:
-            return Verdict(smoothed)
+            return Verdict(smoothed), seen
         rise = smoothed - last
         saturated = rise < self.threshold
-        if saturated:
-            self.reset()
-        return Verdict(smoothed, rise, saturated)
+        return Verdict(smoothed, rise, saturated), Seen() if saturated else seen
 
-    def copy(self) -> SaturationDetector:
-        """Another one that has seen the same angles."""
-        return self._with(self.seen)
-
-    def settings(self) -> dict[str, Any]:
-        """Arguments by name."""
-        return {
-            "threshold": self.threshold,
-            "buffer_size": self.buffer_size,
-            "min_samples": self.min_samples,
-            "kernel": self.kernel,
-        }
-
-    def state_dict(self) -> dict[str, Any]:
-        """What it has seen since the last saturation."""
-        return {
-            "buffer": list(self.seen.buffer),
-            "samples": self.seen.samples,
-            "smoothed": self.seen.smoothed,
-        }
-
-    def restored(self, state: Entries, of: int | None = None) -> SaturationDetector:
-        """Another one with the same settings that has seen what a state holds.
-
-        Args:
-            state: :meth:`state_dict`, or lists of its values for several detectors.
-            of: index in those lists.
+    def check_seen(self, state: Mapping[str, Any], name: str) -> Seen:
+        """Return what a state of the form :data:`SEEN` holds, called ``name`` in messages.
 
         Raises:
-            ValueError: an entry is missing or wrong.
+            ValueError: there are more angles than this detector keeps.
         """
-        if of is not None:
-            columns = state
-            state = Entries(
-                {key: _item(columns, key, of) for key in self.state_dict()}, columns.name(str(of))
-            )
-        seen = Seen(
-            tuple(state.list("buffer", _check_angle)),
-            state.count("samples"),
-            state.maybe("smoothed", _check_angle),
-        )
-        if len(seen.buffer) > min(self.buffer_size, seen.samples):
+        buffer, samples, smoothed = state["buffer"], state["samples"], state["smoothed"]
+        if len(buffer) > min(self.buffer_size, samples):
             raise ValueError(
-                f"{state.name('buffer')}: expected at most buffer_size={self.buffer_size} and "
-                f"samples={seen.samples} angles, got {len(seen.buffer)}"
+                f"{name}['buffer']: expected at most buffer_size={self.buffer_size} and "
+                f"samples={samples} angles, got {len(buffer)}"
             )
-        return self._with(seen)
-
-
-def check_kernel(name: str, value: Any) -> Kernel:
-    """Raises ValueError unless it is the name of a kernel."""
-    kernel: Kernel = checks.one_of(name, value, ("value", "time"))
-    return kernel
-
-
-def _item(columns: Entries, key: str, index: int) -> Any:
-    values = columns.value(key)
-    if not isinstance(values, Sequence) or isinstance(values, str) or index >= len(values):
-        raise ValueError(f"{columns.name(key)}: expected a value for each detector, got {values!r}")
-    return values[index]
+        return Seen(tuple(buffer), samples, smoothed)
 
 
 def _check_angle(name: str, value: Any) -> float:
     degrees = "a number of degrees from 0 to 180"
     return checks.number(name, value, degrees, lambda x: 0 <= x <= 180)
+
+
+SEEN: Mapping[str, Check] = {
+    "buffer": list_of(_check_angle),
+    "samples": checks.at_least(0),
+    "smoothed": none_or(_check_angle),
+}
+"""Form of what a detector has seen, in a saved state."""

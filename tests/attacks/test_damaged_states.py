@@ -23,6 +23,7 @@ from torch import Tensor
 from trials import Trial
 
 from autodrop_ext import AnalyticAutoDrop, AnytimeAutoDrop, AutoDrop, EpochAutoDrop
+from autodrop_ext.settings import ANALYTIC, AUTODROP, EPOCH
 
 Path = tuple[Any, ...]
 KINDS = (
@@ -101,7 +102,6 @@ class Subject(Trial):
         before = self.rates
         try:
             settings = self.measure.state_dict()
-            settings = settings.get("settings", settings)
             window = max(1, settings.get("window", 1))
             if self.asked == "AnytimeAutoDrop":
                 window = self.measure.window
@@ -305,13 +305,14 @@ def test_settings_that_the_constructor_refuses(kind: str) -> None:
     """A setting in a state is held to what the argument of the same name is."""
     state, _ = saved(kind)
     wrong = []
-    for name in state["settings"]:
+    settings = {"AutoDrop": AUTODROP, "EpochAutoDrop": EPOCH, "AnalyticAutoDrop": ANALYTIC}[kind]
+    for name in (setting.name for setting in settings if setting.saved):
         for value in (*HOSTILE, 1.5, "0.5", "auto", [0.0, 0.0, 0.0], [-1.0, -1.0]):
             if not _refused(kind, name, value):
                 continue
             subject = target(kind)
             before = frozen(subject)
-            damaged = _with(state, ("settings", name), value)
+            damaged = _with(state, (name,), value)
             try:
                 subject.measure.load_state_dict(damaged)
                 problem = "was loaded"

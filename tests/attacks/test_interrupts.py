@@ -16,7 +16,7 @@ import pathlib
 import random
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import CodeType, FrameType
 from typing import Any
 
@@ -25,7 +25,7 @@ import pytest
 import torch
 from oracle import LARGE
 from trajectories import Given, process
-from trials import KINDS, Trial, aftermath, half_dropped
+from trials import KINDS, Trial, aftermath, calls_until_right, half_dropped
 
 import autodrop_ext
 from autodrop_ext import AnytimeAutoDrop
@@ -43,6 +43,7 @@ class Interrupter:
 
     Args:
         at: number of the place, from 0; None counts only.
+        act: called there, as a signal's handler that returns; None to raise KeyboardInterrupt.
 
     Attributes:
         places: how many have been passed.
@@ -51,8 +52,9 @@ class Interrupter:
 
     _after: dict[CodeType, set[int]] = {}  # noqa: RUF012 (a cache for all of them)
 
-    def __init__(self, at: int | None) -> None:
+    def __init__(self, at: int | None, act: Callable[[], None] | None = None) -> None:
         self.at = at
+        self.act = act
         self.places = 0
         self.where = ""
 
@@ -77,7 +79,10 @@ class Interrupter:
                 name = pathlib.Path(frame.f_code.co_filename).name
                 self.where = f"{name}:{frame.f_lineno} in {frame.f_code.co_name}"
                 self.places += 1
-                raise KeyboardInterrupt
+                if self.act is None:
+                    raise KeyboardInterrupt
+                self.act()
+                return self._inside
             self.places += 1
         return self._inside
 
@@ -366,13 +371,68 @@ def test_a_warning_that_is_an_error_comes_after_the_window_was_discarded(
 
 @pytest.mark.parametrize("moment", ["reading", "after a reading"])
 def test_no_reading_is_decided_on_twice(moment: str) -> None:
-    """A second decision would put the same angle into the filter again, and could drop the rate."""
+    """A second decision would put the same angle into the filter again, and could drop the rate.
+
+    Nor is one left out: other ranks may have decided on the reading.
+    """
     call = call_of("AutoDrop", moment)
-    for at in places("AutoDrop", call, 24):
+    for at in places("AutoDrop", call, 48):
         trial, interrupter, _ = interrupted("AutoDrop", call, at)
+        measured = [reading.window for reading in trial.measure.meter.history]
+        assert measured == [decision.window for decision in trial.history], interrupter.where
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             trial.advance(5 * trial.window)
         windows = [decision.window for decision in trial.history]
         assert len(windows) > 1
         assert windows == sorted(set(windows)), interrupter.where
+
+
+@pytest.mark.parametrize("moment", CALLS)
+@pytest.mark.parametrize("kind", ["AutoDrop", "per_group", "AnalyticAutoDrop"])
+def test_a_state_that_a_signals_handler_saves_is_of_a_whole_step(kind: str, moment: str) -> None:
+    """Of the last step or of the one at hand, and the run goes on as if nothing had happened."""
+    call = CALLS[moment] + (2 if moment == "reading" else 0)  # with a drop
+
+    def run(at: int | None) -> tuple[Trial, Interrupter, list[dict[str, Any]], list[Trial]]:
+        trial, states, resumed = Trial(kind), [], []
+
+        def save() -> None:
+            states.append(trial.measure.state_dict())
+            resumed.append(trial.resumed())
+
+        trial.advance(call)
+        trial.train()
+        if at is None:
+            save()
+        with Interrupter(at, save) as interrupter:
+            trial.measured()
+        if at is None:
+            save()
+        trial.note()
+        trial.advance(3 * trial.window)
+        return trial, interrupter, states, resumed
+
+    def own(state: dict[str, Any]) -> str:
+        """What the scheduler itself has; the meter's open window is discarded."""
+        return repr({key: value for key, value in state.items() if key != "meter"})
+
+    undisturbed, counter, states, _ = run(None)
+    whole = [own(state) for state in states]
+    assert whole[0] != whole[1]
+    tried = random.Random(f"{kind} {moment}").sample(range(counter.places), 24)
+    for at in tried:
+        trial, interrupter, (state,), (resumed,) = run(at)
+        assert own(state) in whole, interrupter.where
+        assert repr(trial.history) == repr(undisturbed.history), interrupter.where
+        assert trial.rates == undisturbed.rates, interrupter.where
+        resumed.interrupted.append(call)  # its meter may lack that iterate
+        with warnings.catch_warnings():
+            # Rates are those of the parameters' step, which is not always the state's.
+            warnings.filterwarnings("ignore", message=".* the learning rates are")
+            warnings.filterwarnings("ignore", message=".* the saved sums cannot be continued")
+            resumed.advance(calls_until_right(resumed) + resumed.window)
+        if kind != "AnalyticAutoDrop":
+            assert list(resumed.problems()) == [], interrupter.where
+            angles = [r.angle for c, r in resumed.reported.items() if c > call]
+            assert any(angle is not None for angle in angles), interrupter.where

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from autodrop_ext import AutoDrop
 from autodrop_ext.distributed.agreement import Row
 from autodrop_ext.distributed.group import Ranks
-from autodrop_ext.schedulers.rates import as_floats
+from autodrop_ext.schedulers.base import as_floats
 
 WINDOW = 4
 STEPS = 60

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from autodrop_ext import AngularVelocity, AnytimeAutoDrop
-from autodrop_ext.schedulers.rates import as_floats
+from autodrop_ext.schedulers.base import as_floats
 
 # Windows of 4 steps, of 8 from step 32 on, of 16 from step 64 on, of 32 from step 128 on. A cosine
 # is never above 1, so that every window with a mean cosine lowers the rates.

@@ -99,7 +99,7 @@ def test_every_setting_of_autodrop(engine: str, name: str, values: tuple[Any, An
         ("AnytimeAutoDrop", "critical", (0.25, 0.2)),
         ("AnytimeAutoDrop", "gain", (5.0, 4.0)),
         ("AnytimeAutoDrop", "max_power", (0.5, 0.4)),
-        ("AnytimeAutoDrop", "average", (8, 4)),
+        ("AnytimeAutoDrop", "cosines", (8, 4)),
         ("EpochAutoDrop", "factor", (0.2, 0.3)),
         ("EpochAutoDrop", "delay", (20, 10)),
         ("EpochAutoDrop", "average", (True, False)),

@@ -276,7 +276,7 @@ def test_tests_use_public_names() -> None:
     "line",
     [
         "assert meter._sums is not None",
-        "from autodrop_ext.faults import _users_level",
+        "from autodrop_ext.messages import _warn",
         "monkeypatch.setattr(meter, '_close_window', None)",
         "monkeypatch.setattr('autodrop_ext.faults._STILL_WINDOWS', 2)",
     ],
@@ -413,9 +413,9 @@ RULES: dict[Callable[[Sources], list[str]], list[Callable[[dict[str, str]], None
         with_line("schedulers", "from autodrop_ext.ops import select"),
     ],
     the_velocity_model_imports_checks_alone: [
-        with_line("schedulers.velocity_model", "from .base import Changes")
+        with_line("schedulers.velocity_model", "from .base import Outcome")
     ],
-    checks_import_nothing: [with_line("checks", "from .saved import Entries")],
+    checks_import_nothing: [with_line("checks", "from .saved import load")],
     the_meter_reaches_sampling_through_one_import: [
         with_line("meter", "from .sampling.draw import Sample"),
         with_line("meter", "from .sampling.sums import SampledSums"),
@@ -436,9 +436,9 @@ RULES: dict[Callable[[Sources], list[str]], list[Callable[[dict[str, str]], None
         with_line("ops.plan", "from ..sampling import draw"),
     ],
     nobody_reads_anothers_underscore_names: [
-        with_line("schedulers.drop", "def f(scheduler): return scheduler.meter._sums"),
+        with_line("schedulers.metered", "def f(scheduler): return scheduler.meter._sums"),
         with_line("parts", "def f(other): other._names = []"),
-        with_line("averaging", "from .faults import _users_level"),
+        with_line("averaging", "from .messages import _warn"),
         with_line("cli.plot", "def f(meter): return getattr(meter, '_sums')"),
     ],
     every_allowed_underscore_is_used: [

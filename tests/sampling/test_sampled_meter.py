@@ -182,7 +182,7 @@ def test_a_start_over_in_the_survey_lets_it_go_on() -> None:
         meter.observe()
         if step == 2:
             with pytest.warns(RuntimeWarning, match="the window is discarded"):
-                meter.interrupted()
+                meter.discard()
     steps = 3
     while not meter.state_dict()["sample"]["sized"]:
         p += 1

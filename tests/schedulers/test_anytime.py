@@ -197,7 +197,7 @@ def test_wrong_arguments_say_what_was_expected() -> None:
         ({"gain": 0.0}, "gain: expected a finite number above 0"),
         ({"max_power": -1.0}, "max_power: expected a finite number above 0"),
         ({"snapshots": 0}, "snapshots: expected at least 1"),
-        ({"average": 0}, "average: expected at least 1"),
+        ({"cosines": 0}, "cosines: expected at least 1"),
         ({"min_lr": -1.0}, "min_lr: expected a finite number of at least 0"),
         ({"sample": "auto"}, "sample: .* got 'auto'; read everything"),
     ):

@@ -462,7 +462,7 @@ def test_the_hooks_do_not_keep_the_scheduler_alive() -> None:
         ({"threshold": 0}, ValueError, "threshold: expected a finite number of degrees above 0"),
         ({"threshold": "1"}, TypeError, "threshold: expected a finite number of degrees above 0"),
         ({"max_threshold": 0.001}, ValueError, "at least threshold=0.01, got 0.001"),
-        ({"max_threshold": math.inf}, ValueError, "at least threshold=0.01, got inf"),
+        ({"max_threshold": math.inf}, ValueError, "max_threshold: expected a finite number"),
         ({"delay": -1}, ValueError, "delay: expected at least 0, got -1"),
         ({"delay": 2.5}, TypeError, "delay: expected an int, got 2.5"),
         ({"average": 1}, TypeError, "average: expected a bool, got 1"),

@@ -1,0 +1,399 @@
+"""MeteredScheduler: a scheduler that decides from the readings of a meter."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .. import checks
+from ..distributed.checkpoint import ArenaState
+from ..meter import AngularVelocity
+from ..reading import Decision, Reading
+from ..saved import Form, Later, inside, list_of, load
+from ..settings import METER, check_arguments
+from .base import NOTHING, Outcome, StepScheduler, as_floats, check_optimizer, in_precision_of
+
+if TYPE_CHECKING:
+    import matplotlib.figure
+
+Shape = Literal["linear", "sqrt", "cosine"]
+_SHAPE = checks.choice("linear", "sqrt", "cosine")
+
+
+class MeteredScheduler(StepScheduler):
+    """A scheduler that lowers rates if the readings of its meter say so.
+
+    Subclasses implement :meth:`_decide`, which turns a reading into an :class:`Outcome` and changes
+    nothing itself.
+
+    Args:
+        optimizer: whose learning rates are changed.
+        arguments: of the constructor, by name: the settings, and ``params``, ``backend``,
+            ``process_group``, ``on_reading``, ``on_drop`` and ``last_epoch``.
+        **meter: arguments of the meter that are not the scheduler's own.
+
+    Attributes:
+        meter: the meter.
+        min_lr: lower bound of each param group's rate.
+    """
+
+    min_lr: list[float]
+    _record_type: ClassVar[type[Decision]] = Decision
+    _window_follows_from: ClassVar[str] = ""
+    """For messages: entries of a saved state, if the window follows from several."""
+    averaged_windows: ClassVar[Literal["last", "all"]] = "last"
+    """What :meth:`averaged_parameters` takes the mean of: the last whole window, or both whole
+    windows that the sums hold and the open one, weighted by their steps."""
+
+    def __init__(self, optimizer: Optimizer, arguments: Mapping[str, Any], **meter: Any) -> None:
+        optimizer = check_optimizer(optimizer)
+        settings = check_arguments(self._settings, arguments)
+        self._check_together(settings, "{}")
+        settings["min_lr"] = _one_for_each(settings["min_lr"], len(optimizer.param_groups))
+        checks.callback("on_reading", arguments["on_reading"])
+        checks.callback("on_drop", arguments["on_drop"])
+        self.on_reading: Callable[[Any], object] | None = arguments["on_reading"]
+        self.on_drop: Callable[[Any], object] | None = arguments["on_drop"]
+        params = arguments["params"]
+        self.meter = AngularVelocity(
+            optimizer if params is None else params,
+            **{s.name: settings[s.name] for s in METER if s.name in settings} | meter,
+            backend=arguments["backend"],
+            process_group=arguments["process_group"],
+        )
+        self._decided: int | None = None  # window of the newest reading that was decided on
+        self._cooldown: Cooldown | None = None
+        own = {s.name: settings[s.name] for s in self._settings if s.saved}
+        super().__init__(optimizer, own, arguments["last_epoch"])
+        self.meter.warn_through(self._warnings)
+
+    # ---- a step -----------------------------------------------------------------------------
+
+    def _compare_ranks(self) -> None:
+        # At the first step of all, where every rank is: one with another warm-up would not come.
+        self.meter.compare(self._facts)
+        if self._optimizer_steps == 1:
+            self._begin_log()
+
+    def _decide_step(self) -> Outcome:
+        reading = self.meter.observe(calls=self._step_count, facts=self._facts)
+        if self._cooldown is not None:
+            self._cool(self._cooldown)  # first, so that a decision holds the rates after this step
+        return NOTHING if reading is None else self._decide_once(reading)
+
+    def _decide_once(self, reading: Reading) -> Outcome:
+        outcome = self._decide(reading)
+        return outcome._replace(state={**outcome.state, "_decided": reading.window})
+
+    def _decide(self, reading: Reading) -> Outcome:
+        raise NotImplementedError
+
+    def _report(self, record: Any) -> None:
+        if self.on_reading is not None:
+            self.on_reading(record)
+        if record.dropped and self.on_drop is not None:
+            self.on_drop(record)
+
+    def _make_whole(self) -> None:
+        self._decide_missed()
+        super()._make_whole()
+        self.meter.discard()
+
+    def _decide_missed(self) -> None:
+        """Decide on a reading that an interrupted step had: other ranks may have decided on it."""
+        newest = self.meter.history[-1] if self.meter.history else None
+        if newest is not None and newest.window != self._decided:
+            self._commit(self._decide_once(newest))
+
+    def _facts(self) -> dict[str, Any]:
+        """Return what decisions depend on; equal on all ranks."""
+        return {
+            **self._saved_settings(),
+            "num_drops": self.num_drops,
+            **self._saved_gathered(),
+            "cooldown": Cooldown.saved(self._cooldown),
+            "lr": as_floats(self._rates()),
+        }
+
+    # ---- learning rates ---------------------------------------------------------------------
+
+    def _floor(self, group: int) -> float:
+        """Return the lower bound of a param group's rate; 0 for those that were added later."""
+        return self.min_lr[group] if group < len(self.min_lr) else 0.0
+
+    def _dropped(self, factor: float, groups: Iterable[int] | None = None) -> list[float | None]:
+        """Return the rates after a drop; None for those that stay as they are.
+
+        During a cooldown all of them do.
+
+        Args:
+            factor: what rates are multiplied by.
+            groups: whose rates are dropped; None for all.
+        """
+        lrs = self._rates()
+        chosen = set(range(len(lrs)) if groups is None else groups)
+        if self._cooldown is not None:
+            chosen = set()
+        return [
+            _lower(lr, factor, self._floor(g)) if g in chosen else None for g, lr in enumerate(lrs)
+        ]
+
+    def _closed_form(self, factor: float, drops: Callable[[int], int]) -> list[float]:
+        """Return the base rates after ``drops`` of each group, within the warm-up its share."""
+        lrs = self._warmed(self.base_lrs)
+        for g in range(len(lrs)):
+            for _ in range(drops(g)):
+                lower = _lower(lrs[g], factor, self._floor(g))
+                if lower is None:  # it stays at its floor
+                    break
+                lrs[g] = lower
+        return lrs
+
+    def cooldown(self, num_steps: int, shape: Shape = "linear") -> None:
+        """Let the rates fall to ``min_lr`` over the next ``num_steps`` steps, whatever is measured.
+
+        For someone who now knows when the run ends. A second call starts from the present rates.
+        Checkpoints hold the cooldown, and readings go on.
+
+        Args:
+            num_steps: calls of :meth:`step` that follow an optimizer step.
+            shape: "linear", "sqrt" (``1 - sqrt(x)``) or "cosine", over the part ``x`` that is done.
+
+        Raises:
+            ValueError, TypeError: an argument is wrong.
+            RuntimeError: the warm-up is not over.
+        """
+        if self._optimizer_steps < self.warmup_steps:
+            raise RuntimeError(
+                f"cooldown: expected a call after the warm-up of {self.warmup_steps} steps, got "
+                f"one after {self._optimizer_steps}"
+            )
+        self._cooldown = Cooldown(
+            self._optimizer_steps,
+            checks.count("num_steps", num_steps, 1),
+            _SHAPE("shape", shape),
+            as_floats(self._rates()),
+        )
+        self._begin_log()
+
+    def _cool(self, cooldown: Cooldown) -> None:
+        now = as_floats(self._rates())
+        self._set_lrs(map(min, now, cooldown.lrs_at(self._optimizer_steps, self._floor)))
+        self._note_lowered(now, as_floats(self._rates()))
+
+    # ---- looking ----------------------------------------------------------------------------
+
+    def _begin_log(self) -> None:
+        """Give the settings and a cooldown to a log, as ``JsonLinesLog`` is one."""
+        begin = getattr(self.on_reading, "begin", None)
+        if begin is not None:
+            begin(self._described())
+
+    def _described(self) -> dict[str, Any]:
+        """Return what this scheduler was made with, for logs and titles of pictures."""
+        of_meter = {s.name: getattr(self.meter, s.name) for s in self._settings if not s.saved}
+        described = {"scheduler": type(self).__name__, **of_meter, **self._saved_settings()}
+        described["lr"] = as_floats(self.base_lrs)
+        if self._cooldown is not None:
+            begin, steps, shape, _ = self._cooldown
+            described["cooldown"] = {"begin": begin, "num_steps": steps, "shape": shape}
+        return described
+
+    def plot(self, path: Any = None) -> matplotlib.figure.Figure:
+        """Draw what was measured, why rates were lowered or kept, and the learning rates.
+
+        Args:
+            path: where to save the picture, if anywhere.
+
+        Raises:
+            ImportError: matplotlib is not installed; it comes with ``autodrop_ext[plot]``.
+            ValueError: nothing has been measured yet.
+        """
+        from ..plotting.titles import title_of
+
+        records = [decision.as_dict() for decision in self.history]
+        title = title_of(self._described(), records) if records else None
+        return self._draw(records, path=path, title=title)
+
+    def _draw(self, records: list[dict[str, Any]], **options: Any) -> matplotlib.figure.Figure:
+        raise NotImplementedError
+
+    @contextlib.contextmanager
+    def averaged_parameters(self) -> Iterator[None]:
+        """Within the block the parameters hold a mean of window means, :attr:`averaged_windows`.
+
+        For evaluation, and for saving a model that is to be used::
+
+            with scheduler.averaged_parameters():
+                evaluate(model)
+
+        Save what a run is to be resumed from outside of the block.
+
+        Afterwards the parameters have their bits back, also after an exception. The meter's sums
+        hold the mean already, so that the average costs no memory; within the block there is a copy
+        of the parameters. If the meter has just started (over), the block changes nothing.
+        Statistics of batch normalisation belong to the parameters of the last step: measure them
+        again within the block with ``torch.optim.swa_utils.update_bn(loader, model)``, and keep
+        copies of them if training goes on.
+
+        Raises:
+            RuntimeError: only a sample of the parameters is read, so that the sums have no mean of
+                the others.
+        """
+        with self.meter.averaged(self.averaged_windows):
+            yield
+
+    def close(self) -> None:
+        """Take the hooks off the optimizer and free the sums. The learning rates stay."""
+        super().close()
+        self.meter.close()
+
+    # ---- state ------------------------------------------------------------------------------
+
+    @property
+    def arena_state(self) -> ArenaState:
+        """The meter's sums of sharded parameters, for ``torch.distributed.checkpoint``.
+
+        Save and load it next to the state: ``dcp.save({"scheduler": scheduler, "arenas":
+        scheduler.arena_state, ...})``. Without it the meter warms up again after a restart.
+        """
+        return self.meter.arena_state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on bit for bit: settings, decisions, history and sums.
+
+        Plain values and tensors only, so that ``torch.load(weights_only=True)`` reads it. Learning
+        rates are restored by the *optimizer's* ``load_state_dict``, as with torch's schedulers.
+        Called while a step is being taken, it has the last whole step, and a meter whose open
+        window is discarded.
+        """
+        if self.meter.averaging:
+            self._warnings.warn(
+                "state_dict() was called within averaged_parameters(), where the parameters are "
+                "not those of the run; to resume, save everything outside of the block"
+            )
+        cooldown = Cooldown.saved(self._cooldown)
+        meter = self.meter.state_dict()
+        return {**super().state_dict(), "cooldown": cooldown, "meter": meter}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue from a :meth:`state_dict`. Settings are restored too, as in torch.
+
+        Raises:
+            ValueError: not a state of this class; the message names the entry, and nothing has been
+                changed.
+        """
+        super().load_state_dict(state_dict)
+        self._begin_log()
+
+    def _check_together(self, settings: Mapping[str, Any], where: str) -> None:
+        """Check settings that depend on each other, each of them checked by itself.
+
+        Args:
+            settings: by name.
+            where: how messages call one of them, with "{}" in place of its name.
+        """
+
+    def _read(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        loaded = super()._read(state)
+        self._check_together(loaded, "state_dict['{}']")
+        lows, groups = loaded["min_lr"], len(self.min_lr)
+        if not isinstance(lows, list) or len(lows) != groups:
+            raise ValueError(
+                f"state_dict['min_lr']: expected a value for each of the {groups} param groups "
+                f"that this scheduler was made for, got {lows!r}"
+            )
+        form: Form = {"cooldown": Later(inside(_COOLDOWN), None), "meter": inside({})}
+        loaded |= load(state, form)
+        cooldown = loaded["cooldown"]
+        loaded["cooldown"] = None
+        if cooldown is not None and cooldown["num_steps"] > 0:
+            loaded["cooldown"] = Cooldown(**cooldown)
+            steps = loaded["optimizer_steps"]
+            if cooldown["begin"] > steps:
+                raise ValueError(
+                    "state_dict['cooldown']['begin']: expected at most "
+                    f"optimizer_steps={steps}, got {cooldown['begin']}"
+                )
+        return loaded
+
+    def _load_meter(self, state: Mapping[str, Any], loaded: Mapping[str, Any]) -> None:
+        name, possible = "state_dict['meter']", self._possible_windows(loaded)
+        window = load(state["meter"], {"window": checks.at_least(1)}, name)["window"]
+        if window not in possible:
+            raise ValueError(
+                f"{name}['window']: expected this scheduler's window="
+                f"{' or '.join(map(str, possible))}{self._window_follows_from}, got {window}"
+            )
+        self.meter.load_state_dict(state["meter"], name=name)
+
+    def _possible_windows(self, loaded: Mapping[str, Any]) -> Sequence[int]:
+        """Return the windows that the meter of a saved state may have."""
+        raise NotImplementedError
+
+    def _take_over(self, loaded: dict[str, Any]) -> None:
+        super()._take_over(loaded)
+        self._cooldown = loaded["cooldown"]
+        self._decided = self.meter.history[-1].window if self.meter.history else None
+
+
+class Cooldown(NamedTuple):
+    """A fall of all rates to their lower bounds.
+
+    Attributes:
+        begin: steps before it.
+        num_steps: steps that it takes.
+        shape: form of the fall.
+        lrs: rates at its begin.
+    """
+
+    begin: int
+    num_steps: int
+    shape: Shape
+    lrs: Sequence[float]
+
+    def lrs_at(self, step: int, floor: Callable[[int], float]) -> list[float]:
+        """Return the rates after a step; those of groups that were added since are left out."""
+        done = min(1.0, (step - self.begin) / self.num_steps)
+        left = {
+            "linear": 1.0 - done,
+            "sqrt": 1.0 - math.sqrt(done),
+            "cosine": (1.0 + math.cos(math.pi * done)) / 2,
+        }[self.shape]
+        lows = [min(floor(g), lr) for g, lr in enumerate(self.lrs)]
+        return [low + (lr - low) * left for low, lr in zip(lows, self.lrs, strict=True)]
+
+    @staticmethod
+    def saved(cooldown: Cooldown | None) -> dict[str, Any]:
+        """Return plain values, with the same entries if there is no cooldown."""
+        cooldown = Cooldown(0, 0, "linear", []) if cooldown is None else cooldown
+        return {**cooldown._asdict(), "lrs": list(cooldown.lrs)}
+
+
+_COOLDOWN: Form = {
+    "begin": checks.at_least(0),
+    "num_steps": checks.at_least(0),
+    "shape": _SHAPE,
+    "lrs": list_of(checks.at_least_zero),
+}
+
+
+def _lower(lr: float | Tensor, factor: float, floor: float) -> float | None:
+    """Return ``max(floor, factor * lr)`` in the rate's own precision; None if that is not lower."""
+    now = float(lr)
+    lower = in_precision_of(lr, max(floor, factor * now))
+    return lower if lower < now else None
+
+
+def _one_for_each(min_lr: float | list[float], groups: int) -> list[float]:
+    values = min_lr if isinstance(min_lr, list) else [min_lr] * groups
+    if len(values) != groups:
+        raise ValueError(
+            f"min_lr: expected one number or {groups}, one per param group, got {len(values)}"
+        )
+    return values

@@ -1,0 +1,159 @@
+"""A setting: its name, default, check, help and use in states and titles, declared once.
+
+Argument checks, saved states, the header of a log, titles of pictures and the comparison of ranks
+all follow from the declarations below.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from . import checks
+from .checks import Check, at_least, choice, none_or
+from .saved import Form
+
+REQUIRED = inspect.Parameter.empty
+"""The default of an argument that has none."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """An argument of a constructor that decisions depend on.
+
+    Attributes:
+        name: of the argument, of the attribute, and of the entry of a state.
+        default: of the argument.
+        check: takes a name for messages and a value, and returns the value converted.
+        help: one line.
+        saved: whether a scheduler's state holds it, and replaces it when it is loaded. The others
+            are the meter's.
+        always: whether a picture's title has it even if it is the default.
+        unit: of the value, in titles.
+    """
+
+    name: str
+    default: Any
+    check: Check
+    help: str
+    saved: bool = True
+    always: bool = False
+    unit: str = ""
+
+
+Settings = tuple[Setting, ...]
+
+
+def check_arguments(settings: Settings, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the checked settings among the arguments of a constructor."""
+    return {s.name: s.check(s.name, arguments[s.name]) for s in settings}
+
+
+def form_of(settings: Settings) -> Form:
+    """Return the form of the settings in a saved state."""
+    return {s.name: s.check for s in settings if s.saved}
+
+
+def usual_values(name: str) -> list[Any]:
+    """Return the defaults of a setting that a title leaves out."""
+    return [s.default for s in _declared() if s.name == name and not s.always]
+
+
+def unit_of(name: str) -> str:
+    """Return the unit of a setting, to be put after its value."""
+    return next((s.unit for s in _declared() if s.name == name), "")
+
+
+def _declared() -> Iterable[Setting]:
+    return (*AUTODROP, *ANYTIME, *EPOCH, *ANALYTIC, *METER)
+
+
+def _degrees(name: str, value: Any) -> float:
+    return checks.finite(name, value, "a finite number of degrees")
+
+
+def degrees_above_0(name: str, value: Any) -> float:
+    """A threshold."""
+    degrees = "a finite number of degrees above 0"
+    return checks.number(name, value, degrees, lambda x: 0 < x < math.inf)
+
+
+def _tau0(name: str, value: Any) -> float:
+    return checks.number(name, value, "a number between 0 and 2", lambda x: 0 < x < 2)
+
+
+WINDOW = Setting("window", 64, checks.window, "``k``, optimizer steps per window", always=True)
+SNAPSHOTS = Setting(
+    "snapshots",
+    None,
+    none_or(at_least(1)),
+    "how many times a window the parameters are read",
+    saved=False,
+)
+SAMPLE = Setting(
+    "sample", None, checks.sample, "part of the parameters that is read, in (0, 1]", saved=False
+)
+SEED = Setting("seed", 0, at_least(-(2**63)), "seed of the sample", saved=False)
+PER_TENSOR = Setting(
+    "per_tensor", False, checks.flag, "whether there are angles of each parameter", saved=False
+)
+PER_GROUP = Setting("per_group", False, checks.flag, "whether every param group is on its own")
+FACTOR = Setting("factor", 0.95, checks.between_0_and_1, "``rho``, in (0, 1)", always=True)
+MIN_LR = Setting("min_lr", 0.0, checks.one_or_several, "lower bound of the rate")
+WARMUP_STEPS = Setting("warmup_steps", 0, at_least(0), "optimizer steps of linear warm-up")
+
+METER: Settings = (WINDOW, SNAPSHOTS, SAMPLE, SEED, PER_TENSOR, PER_GROUP)
+
+AUTODROP: Settings = (
+    WINDOW,
+    FACTOR,
+    Setting("threshold", 0.1, _degrees, "degrees per window", always=True, unit="°"),
+    Setting("buffer_size", 10, at_least(1), "``m``, angles that are smoothed over"),
+    Setting("min_samples", 10, at_least(1), "angles since the last drop before smoothing starts"),
+    Setting("kernel", "value", choice("value", "time"), "what the Gaussian filter weighs by"),
+    MIN_LR,
+    WARMUP_STEPS,
+    PER_GROUP,
+    *(SNAPSHOTS, SAMPLE, SEED, PER_TENSOR),
+)
+
+ANYTIME: Settings = (
+    Setting("min_window", 16, at_least(1), "length of the first windows, optimizer steps"),
+    # With 1, the window would double before it has had an angle.
+    Setting("windows", 8, at_least(2), "``N``: the window doubles after ``2 N`` windows"),
+    Setting("snapshots", 32, at_least(1), SNAPSHOTS.help),
+    Setting("critical", 0.25, checks.cosine, "cosine below which rates fall"),
+    Setting("gain", 5.0, checks.number, "exponent for each unit of cosine below ``critical``"),
+    Setting("max_power", 0.5, checks.number, "largest exponent"),
+    Setting("cosines", 8, at_least(1), "how many of the newest cosines are averaged"),
+    MIN_LR,
+    WARMUP_STEPS,
+    *(SAMPLE, SEED),
+)
+
+EPOCH: Settings = (
+    Setting("factor", 0.2, FACTOR.check, FACTOR.help, always=True),
+    Setting(
+        "threshold",
+        0.01,
+        degrees_above_0,
+        "``theta`` until the first drop, degrees",
+        always=True,
+        unit="°",
+    ),
+    Setting("max_threshold", 1.0, degrees_above_0, "upper bound of ``theta``, degrees", unit="°"),
+    Setting("delay", 20, at_least(0), "``n_d``, epochs between condition and drop", always=True),
+    Setting("average", True, checks.flag, "whether parameters are averaged over the delay"),
+    MIN_LR,
+)
+
+ANALYTIC: Settings = (
+    Setting("gamma", REQUIRED, checks.number, "curvature of the model", always=True),
+    Setting("epsilon", REQUIRED, checks.number, "of the model's limit", always=True),
+    Setting("tau0", REQUIRED, _tau0, "threshold of the derivative, radians", always=True),
+    Setting("rates", "theorem", checks.rates, "``r_i``, the rates one after the other"),
+    WARMUP_STEPS,
+)
