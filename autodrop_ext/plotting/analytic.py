@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..schedulers.velocity_model import Phase, VelocityModel
-from .panels import OWN, finish, log_scale, make_panels, mark_drops, name_panel
+from .curves import mark_drops
+from .panels import OWN, finish, log_scale, make_panels, name_panel
 
 if TYPE_CHECKING:
     from pathlib import Path

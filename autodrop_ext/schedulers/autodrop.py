@@ -216,8 +216,9 @@ class AutoDrop(MeteredScheduler):
 
         ``lr`` (of the first param group), ``num_drops``, and from the last reading
         ``angular_velocity``, ``angular_velocity_smoothed``, ``angular_velocity_rise``,
-        ``standard_error`` [degrees], and ``displacement``, the length ``|s_i|``. If param groups decide for themselves, ``angular_velocity/0``,
-        ``angular_velocity_smoothed/0``, ``angular_velocity_rise/0``, ``num_drops/0`` and so on.
+        ``standard_error`` [degrees], and ``displacement``, the length ``|s_i|``. If param groups
+        decide for themselves, also ``angular_velocity/0``, ``angular_velocity_smoothed/0``,
+        ``angular_velocity_rise/0``, ``num_drops/0`` and so on.
         """
         if not self.history:
             return self._metrics()

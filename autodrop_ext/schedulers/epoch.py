@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -214,7 +214,7 @@ class EpochAutoDrop(MeteredScheduler):
             "averaged_parameters: expected AutoDrop or AnytimeAutoDrop with average=True; "
             "EpochAutoDrop sets the parameters to their average at each drop"
         )
-        yield False
+        yield  # type: ignore[unreachable]  # makes this a generator
 
     def _decide(self, reading: Reading) -> Outcome:
         change = None

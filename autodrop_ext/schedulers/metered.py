@@ -334,7 +334,7 @@ class MeteredScheduler(StepScheduler):
                 f"state_dict['min_lr']: expected a value for each of the {groups} param groups "
                 f"that this scheduler was made for, got {lows!r}"
             )
-        form: Form = {"cooldown": Later(inside(_COOLDOWN), None), "meter": inside({})}
+        form: dict[str, Any] = {"cooldown": Later(inside(_COOLDOWN), None), "meter": inside({})}
         if self._averages_run and loaded["average"]:
             form["mean"] = Later(checked_average, None)
         loaded |= load(state, form)
