@@ -35,6 +35,7 @@ class Setting:
             are the meter's.
         always: whether a picture's title has it even if it is the default.
         unit: of the value, in titles.
+        at_least: name of the setting that it must not be below.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Setting:
     saved: bool = True
     always: bool = False
     unit: str = ""
+    at_least: str | None = None
 
 
 Settings = tuple[Setting, ...]
@@ -51,7 +53,19 @@ Settings = tuple[Setting, ...]
 
 def check_arguments(settings: Settings, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return the checked settings among the arguments of a constructor."""
-    return {s.name: s.check(s.name, arguments[s.name]) for s in settings}
+    values = {s.name: s.check(s.name, arguments[s.name]) for s in settings}
+    check_together(settings, values, "{}")
+    return values
+
+
+def check_together(settings: Settings, values: Mapping[str, Any], called: str) -> None:
+    """Check settings against each other; ``called.format(name)`` is a setting in messages."""
+    for s in settings:
+        if s.at_least is not None and values[s.name] < values[s.at_least]:
+            raise ValueError(
+                f"{called.format(s.name)}: expected at least {s.at_least}="
+                f"{values[s.at_least]!r}, got {values[s.name]!r}"
+            )
 
 
 def form_of(settings: Settings) -> Form:
@@ -149,7 +163,14 @@ EPOCH: Settings = (
         always=True,
         unit="°",
     ),
-    Setting("max_threshold", 1.0, degrees_above_0, "upper bound of ``theta``, degrees", unit="°"),
+    Setting(
+        "max_threshold",
+        1.0,
+        degrees_above_0,
+        "upper bound of ``theta``, degrees",
+        unit="°",
+        at_least="threshold",
+    ),
     Setting("delay", 20, at_least(0), "``n_d``, epochs between condition and drop", always=True),
     Setting("average", True, checks.flag, "whether parameters are averaged over the delay"),
     MIN_LR,

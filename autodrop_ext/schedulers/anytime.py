@@ -220,6 +220,7 @@ class AnytimeAutoDrop(MeteredScheduler):
             "_mean_cosine": mean,
             "_factor": self._factor * (factor or 1.0),
             "_next_window": 2 * w if doubles else w,
+            "_decided": reading.window,
         }
         return Outcome(decision, lrs, state)
 
