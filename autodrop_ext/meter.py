@@ -524,7 +524,10 @@ class AngularVelocity:
             spoiled=saved["spoiled"],
         )
         self._faults.still_windows = saved["still"]
-        self._saved = tables
+        # A state from before the first step has nothing to continue.
+        self._saved = tables if saved["usable"] or saved["position"] else None
+        if saved["version"] == 1:
+            self._faults.cannot_continue("it is of an earlier release", WINDOWS_FOR_ANGLE)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy finds its own tensors: the plan's addresses are those of the original.

@@ -57,11 +57,12 @@ class _Bank:
         self.backend = backend
         self._staged = [i for i, source in enumerate(plan.sources) if source.staged]
         self.accumulation = backend.bind(plan)
-        device = table_device(plan.device)
-        tables = 3 if whole else 1
-        self.tables = [
-            torch.zeros(plan.num_buckets, dtype=torch.float64, device=device) for _ in range(tables)
-        ]
+        size, device = plan.num_buckets, table_device(plan.device)
+        with torch.inference_mode(False):  # tables outlive the mode that they are made in
+            self.tables = [
+                torch.zeros(size, dtype=torch.float64, device=device)
+                for _ in range(3 if whole else 1)
+            ]
 
     @property
     def running(self) -> Tensor:

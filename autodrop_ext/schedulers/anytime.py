@@ -195,7 +195,8 @@ class AnytimeAutoDrop(MeteredScheduler):
         doubles = t >= 2 * self.windows * w and self.meter.windows_since_restart >= 2
         # The first angle of a doubled window is not known yet; any other that is not known lowers
         # nothing: parameters were not finite, did not move, or were replaced.
-        has_doubled = bool(self.history) and self.history[-1].window_steps < w
+        last = self.history[-1] if self.history else None
+        has_doubled = last is not None and last.window_steps < w and last.cosine is not None
         expected = has_doubled and self.meter.windows_since_restart == 2
         power = factor = None
         if mean is not None and (known or expected) and self._cooldown is None:
