@@ -1,15 +1,20 @@
 """The error of a sketched angle next to its law, sin(angle) / sqrt(buckets).
 
     python benchmarks/accuracy/law.py motion [--hashes 100] [--buckets 4096]
-    python benchmarks/accuracy/law.py runs [--data FOLDER] [--hashes 16]
+    python benchmarks/accuracy/law.py runs [--hashes 16] [--steps 400] [--cifar10 FOLDER]
     python benchmarks/accuracy/law.py exact
 
 ``motion``: two displacements at a known angle in which all elements move, or only few of them.
 ``runs``: the angles of real training, sketched with several hashes, next to the exact ones.
 ``exact``: one bucket an element next to float64, for steps down to 1e-7 of the parameters.
 
-The rms error over all hashes is divided by the law. With 100 hashes that ratio itself has a
-standard error of 7 %.
+Every hash puts the same elements into other buckets with other signs. The rms error over all
+hashes is divided by the law; with 100 hashes that ratio has a standard error of 7 % itself. What
+``motion`` prints in brackets is the ratio that the variance of a count sketch predicts for these
+two displacements. It is below 1 if few elements carry most of the motion: an element does not
+collide with itself, nor with those of its own chunk. If two or three elements carry it, nearly all
+errors are small, and the rms error comes from the few hashes in which they meet: one such hash in
+the sample makes the ratio several times what is predicted, none makes it a fraction.
 """
 
 from __future__ import annotations
@@ -19,44 +24,61 @@ import math
 import pathlib
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Generator, Tensor, nn
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+# Run as a file, these folders are not on the path.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "examples"))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from demo.digits import Digits
+from demo.text import Bytes
 
 from autodrop_ext import AngularVelocity
 from autodrop_ext.ops import select
-from autodrop_ext.ops.plan import Plan, Source
+from autodrop_ext.ops.plan import LANES, Plan, Source
 from autodrop_ext.sketch import standard_error
 
 CPU = torch.device("cpu")
 ELEMENTS = 2**20
+ANGLES = (20.0, 75.0, 100.0)
 
 
-def motions(random: torch.Generator) -> Iterator[tuple[str, Tensor]]:
-    """Names of motions and how far each of 2^20 elements moves."""
-    yield "all elements", torch.ones(ELEMENTS)
-    yield "Cauchy-distributed sizes", torch.empty(ELEMENTS).cauchy_(generator=random).abs()
+def motions(random: Generator, elements: int = ELEMENTS) -> Iterator[tuple[str, Tensor]]:
+    """Names of motions and how far each element moves."""
+    yield "all elements", torch.ones(elements)
+    for draw in range(1, 6):
+        sizes = torch.empty(elements).cauchy_(generator=random).abs()
+        yield f"Cauchy-distributed sizes, draw {draw}", sizes
     for width in (4096, 512):
-        column = torch.zeros(ELEMENTS // width, width)
+        column = torch.zeros(elements // width, width)
         column[:, 7] = 1
         yield f"one column of {width:,}", column.flatten()
-    rows = torch.zeros(ELEMENTS // 512, 512)
+    rows = torch.zeros(elements // 512, 512)
     rows[torch.randperm(len(rows), generator=random)[:4]] = 1
     yield "4 rows of 512", rows.flatten()
-    few = torch.zeros(ELEMENTS)
-    few[torch.randperm(ELEMENTS, generator=random)[:150]] = 1
+    few = torch.zeros(elements)
+    few[torch.randperm(elements, generator=random)[:150]] = 1
     yield "150 elements", few
 
 
-def at_angle(sizes: Tensor, angle: float, random: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Two float64 displacements with this angle between them, degrees."""
+def orthogonal(sizes: Tensor, random: Generator) -> tuple[Tensor, Tensor]:
+    """Two orthogonal float64 displacements of length 1."""
     a, b = (torch.randn(sizes.shape, generator=random).double() * sizes for _ in range(2))
-    b -= a * (a @ b) / (a @ a)
+    a /= a.norm()
+    for _ in range(2):  # once leaves 1e-16 over the length of what remains
+        b -= a * (a @ b)
+        b /= b.norm()
+    return a, b
+
+
+def at_angle(a: Tensor, b: Tensor, angle: float) -> Tensor:
+    """What stands at an angle to ``a`` in the plane of ``a`` and ``b``, degrees."""
     radians = math.radians(angle)
-    return a, math.cos(radians) * a / a.norm() + math.sin(radians) * b / b.norm()
+    return math.cos(radians) * a + math.sin(radians) * b
 
 
 def degrees(a: Tensor, b: Tensor) -> float:
@@ -64,32 +86,60 @@ def degrees(a: Tensor, b: Tensor) -> float:
 
 
 def sketched(x: Tensor, name: str, buckets: int) -> Tensor:
+    """The table of one parameter of this name."""
     plan = Plan([Source(name, lambda: x, x.numel(), x.dtype)], CPU, buckets=buckets)
     table = torch.zeros(plan.num_buckets, dtype=torch.float64)
     select("auto", CPU).bind(plan).accumulate(table, np.array([x.data_ptr()]))
     return table
 
 
-def ratio_of_motion(
-    sizes: Tensor, angle: float, buckets: int, hashes: int, random: torch.Generator
-) -> float:
-    """The rms error of an angle over the law."""
-    a, b = at_angle(sizes, angle, random)
-    errors = [
-        degrees(sketched(a, f"{i}", buckets), sketched(b, f"{i}", buckets)) - angle
-        for i in range(hashes)
-    ]
-    return math.sqrt(float(np.mean(np.square(errors)))) / standard_error(angle, buckets)
+def scaled_errors(a: Tensor, b: Tensor, buckets: int, hashes: int) -> Tensor:
+    """Errors over the law, ``[hashes, angles]``.
+
+    Tables are linear, so that two of them for each hash serve all :data:`ANGLES`.
+    """
+    errors = torch.empty(hashes, len(ANGLES), dtype=torch.float64)
+    for i in range(hashes):
+        of_a, of_b = sketched(a, f"{i}", buckets), sketched(b, f"{i}", buckets)
+        for j, angle in enumerate(ANGLES):
+            error = degrees(of_a, at_angle(of_a, of_b, angle)) - angle
+            errors[i, j] = error / standard_error(angle, buckets)
+    return errors
 
 
-def motion(hashes: int, buckets: int) -> None:
-    random = torch.Generator().manual_seed(0)
-    print(f"{hashes} hashes, {buckets:,} buckets, {ELEMENTS:,} float64 elements")
-    print("| what moves | 20 degrees | 75 degrees | 100 degrees |")
-    print("|:--|--:|--:|--:|")
-    for name, sizes in motions(random):
-        ratios = [ratio_of_motion(sizes, a, buckets, hashes, random) for a in (20, 75, 100)]
-        print(f"| {name} | {' | '.join(f'{r:.2f}' for r in ratios)} |", flush=True)
+def predicted(a: Tensor, b: Tensor, angle: float) -> float:
+    """The rms error over the law that follows from the variance of a count sketch, first order.
+
+    With ``u = a``, ``v`` at the angle to it and ``c = cos(angle)``, the cosine of the tables errs
+    by ``sum_{i != j} +-[same bucket] M_ij``, where ``M = (u v' + v u' - c (u u' + v v')) / 2``. Its
+    variance is ``2 / m`` times the sum of the ``M_ij^2`` whose elements can meet in a bucket: those
+    of two chunks. Over all pairs that sum is ``sin(angle)^4 / 2``, and the law follows.
+    """
+    v, c = at_angle(a, b, angle), math.cos(math.radians(angle))
+
+    def of_chunks(product: Tensor) -> Tensor:
+        return torch.nn.functional.pad(product, (0, -len(product) % LANES)).view(-1, LANES).sum(1)
+
+    uu, vv, uv = of_chunks(a * a), of_chunks(v * v), of_chunks(a * v)
+    within = (uu * vv + uv**2) / 2 - c * (uu + vv) * uv + c**2 * (uu**2 + vv**2 + 2 * uv**2) / 4
+    share = 2 * float(within.sum()) / math.sin(math.radians(angle)) ** 4
+    return math.sqrt(max(0.0, 1 - share))
+
+
+def motion(hashes: int, buckets: int, elements: int = ELEMENTS) -> None:
+    random = Generator().manual_seed(0)
+    print(f"{hashes} hashes, {buckets:,} buckets, {elements:,} float64 elements")
+    print()
+    columns = " | ".join(f"{angle:g} degrees" for angle in ANGLES)
+    print(f"| what moves | {columns} | within 2 errors |")
+    print(f"|:--|{'--:|' * (len(ANGLES) + 1)}")
+    for name, sizes in motions(random, elements):
+        a, b = orthogonal(sizes, random)
+        errors = scaled_errors(a, b, buckets, hashes)
+        ratios = errors.square().mean(0).sqrt().tolist()
+        cells = [f"{r:.2f} ({predicted(a, b, w):.2f})" for r, w in zip(ratios, ANGLES, strict=True)]
+        within = float((errors.abs() <= 2).double().mean())
+        print(f"| {name} | {' | '.join(cells)} | {within:.1%} |", flush=True)
 
 
 class Both:
@@ -134,13 +184,78 @@ class Both:
         )
 
 
-def runs(data: str | None, hashes: int, steps: int) -> None:
-    from training.models import resnet18_cifar
-    from training.tasks import ByteTransformer, CifarModel, DigitsConvnet
+class Run:
+    """Training of which the angles are measured: a model, and what gives the next batch's loss."""
 
-    print("| run | parameters | buckets | angles | degrees | rms error / law | within 2 |")
+    def __init__(self, task: Any, rate: float, *, adam: bool = False) -> None:
+        torch.manual_seed(0)
+        self.model: nn.Module = task.model()
+        self._task, self._random, self._step = task, Generator().manual_seed(0), 0
+        params = self.model.parameters()
+        self._optimizer: torch.optim.Optimizer = (
+            torch.optim.AdamW(params, rate) if adam else torch.optim.SGD(params, rate, momentum=0.9)
+        )
+
+    def step(self) -> None:
+        per_epoch = getattr(self._task, "steps_per_epoch", None)
+        if per_epoch and self._step % per_epoch == 0:
+            self._task.start_epoch(self._random)
+        self._step += 1
+        loss = self._task.loss(self.model, self._random)
+        self._optimizer.zero_grad()
+        loss.backward()
+        self._optimizer.step()
+
+
+class WideDigits(Digits):
+    """The digits network with more elements than the larger sketch has buckets."""
+
+    width = 64
+
+
+def tasks(cifar10: str | None, batch: int) -> Iterator[tuple[str, Run]]:
+    yield "digits network, 64 wide", Run(WideDigits(), 0.04)
+    yield "byte transformer", Run(Bytes(), 0.006, adam=True)
+    if cifar10 is not None:
+        from papers.models import resnet
+        from papers.recipes import RECIPES
+        from papers.tasks import CifarModel
+        from training.cifar import load_cifar
+
+        task = CifarModel(
+            lambda classes: resnet((2, 2, 2, 2), classes),
+            RECIPES["cifar10-resnet18"].recipe,
+            load_cifar(cifar10, 10),
+            device=CPU,
+            batch=batch,
+        )
+        yield "ResNet-18", Run(task, 0.05)
+
+
+def runs(
+    cifar10: str | None,
+    hashes: int,
+    steps: int,
+    *,
+    window: int = 4,
+    batch: int = 8,
+    sizes: tuple[int, ...] = (4_096, 65_536),
+) -> None:
+    print(
+        f"{hashes} hashes, windows of {window} steps, {steps} steps; ResNet-18: batches of {batch}"
+    )
+    print()
+    print("| run | parameters | buckets | angles | degrees | rms error / law | within 2 errors |")
     print("|:--|--:|--:|--:|--:|--:|--:|")
-    del resnet18_cifar, CifarModel, ByteTransformer, DigitsConvnet, data, hashes, steps
+    for name, run in tasks(cifar10, batch):
+        named = list(run.model.named_parameters())
+        both = [Both(named, window, buckets, hashes) for buckets in sizes]
+        for _ in range(steps):
+            run.step()
+            for meters in both:
+                meters.observe()
+        for meters in both:
+            print(meters.row(name, sum(p.numel() for _, p in named)), flush=True)
 
 
 def exact() -> None:
@@ -153,11 +268,14 @@ def exact() -> None:
 
 
 def exact_error(step: float, window: int, n: int = 4_000) -> float:
-    """The largest error of two angles, degrees; the oracle sees what float32 parameters hold."""
-    random = torch.Generator().manual_seed(1)
+    """The largest error of two angles, degrees, next to float64 displacements of the same values.
+
+    Steps add up in float64; what both sides see is rounded to float32, as parameters are.
+    """
+    random = Generator().manual_seed(1)
     x = torch.randn(n, generator=random).double()
     drift = torch.randn(n, generator=random).double() * x.abs() * step
-    parameter = x.float()
+    start, parameter = x.clone(), x.float()
     meter = AngularVelocity([parameter], window)
     means, errors = [], []
     for _ in range(4):
@@ -165,13 +283,17 @@ def exact_error(step: float, window: int, n: int = 4_000) -> float:
         for _ in range(window):
             x += drift + torch.randn(n, generator=random).double() * x.abs() * step
             parameter.copy_(x)
-            total += parameter.double() - x
-            total += x
+            total += parameter.double() - start  # small next to the parameters: rounds less
             reading = meter.observe()
         means.append(total / window)
         if reading is not None and reading.angle is not None:
             s, before = means[-1] - means[-2], means[-2] - means[-3]
-            errors.append(abs(reading.angle - degrees(s, before)))
+            a, b = s / s.norm(), before / before.norm()
+            # Not by the arc cosine, whose own error is 1e-6 degrees near 0.
+            angle = math.degrees(2 * math.atan2(float((a - b).norm()), float((a + b).norm())))
+            errors.append(abs(reading.angle - angle))
+    if len(errors) != 2:
+        raise RuntimeError(f"expected 2 angles, got {len(errors)}")
     return max(errors)
 
 
@@ -180,13 +302,21 @@ def main() -> None:
     parser.add_argument("what", choices=["motion", "runs", "exact"])
     parser.add_argument("--hashes", type=int)
     parser.add_argument("--buckets", type=int, default=4096)
-    parser.add_argument("--steps", type=int, default=640)
-    parser.add_argument("--data", help="folder of CIFAR-10, for ResNet-18 in `runs`")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--window", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=8, help="images a step of ResNet-18")
+    parser.add_argument("--cifar10", metavar="FOLDER", help="also ResNet-18 on these images")
     options = parser.parse_args()
     if options.what == "motion":
         motion(options.hashes or 100, options.buckets)
     elif options.what == "runs":
-        runs(options.data, options.hashes or 16, options.steps)
+        runs(
+            options.cifar10,
+            options.hashes or 16,
+            options.steps,
+            window=options.window,
+            batch=options.batch,
+        )
     else:
         exact()
 
