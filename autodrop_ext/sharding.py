@@ -77,8 +77,10 @@ class LocalShard(NamedTuple):
 
     @property
     def split(self) -> bool:
-        """True if this rank may hold less than the whole parameter."""
-        return self.flat or self.parts > 1
+        """True if this rank may hold less than the whole parameter, or does on several ranks."""
+        if self.sharding is not None:
+            return not all(p.is_replicate() for p in self.sharding.placements)
+        return self.flat
 
     @property
     def identity(self) -> str:
