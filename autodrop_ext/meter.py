@@ -428,6 +428,7 @@ class AngularVelocity:
             per_tensor=self.per_tensor,
             stage=ranks.stage if ranks.num_stages > 1 else None,
             backend=self._backend,
+            num_stages=ranks.num_stages,
         )
         return sketch, ranks
 

@@ -90,6 +90,7 @@ class Sketch:
         per_tensor: whether sums of single tensors are wanted.
         stage: of a pipeline that the shards are of; None if they are those of the whole model.
         backend: "auto", or the name of a backend.
+        num_stages: stages of the pipeline.
 
     Raises:
         ValueError: ``per_tensor`` needs exact sums.
@@ -116,6 +117,7 @@ class Sketch:
         per_tensor: bool,
         stage: int | None,
         backend: str,
+        num_stages: int = 1,
     ) -> None:
         self.shards = shards
         elements = sum(s.tensor.numel() if s.total is None else s.total for s in shards)
@@ -146,8 +148,10 @@ class Sketch:
         self._crowd = max(1.0, elements / self.buckets) if self.buckets else 1.0
         self.half_precision = _half_precision(shards)
         self._previous = np.zeros(self._num_parts())
-        described = [f"{_key(shard, stage)}|{shard.identity}|{shard.group}" for shard in shards]
-        kind = f"{self.buckets} buckets, {num_groups} groups"
+        # Every rank's must be the same, so that one rank's state is good for all; in a pipeline no
+        # rank knows the parameters of the other stages.
+        described = [f"{s.name}|{s.identity}|{s.group}" for s in shards if stage is None]
+        kind = f"{self.buckets} buckets, {num_groups} groups, {num_stages} stages"
         self.layout = hashlib.sha256("\n".join([kind, *described]).encode()).hexdigest()[:16]
 
     def _build(
