@@ -230,6 +230,9 @@ class AngularVelocity:
         if verdict.restart:
             self._start_over()
             return None
+        if verdict.incomplete:
+            sketch.discard_running()
+            return None
         counter.windows += 1
         if verdict.not_finite:
             self._not_finite(verdict.not_finite)
@@ -258,6 +261,7 @@ class AngularVelocity:
             calls=calls,
             windows_since_restart=0 if restart else counter.windows_since_restart + 1,
             restart=restart,
+            incomplete=counter.incomplete,
             not_finite=not math.isfinite(checksum),
             settings=settings,
             rates=rates,
@@ -441,13 +445,16 @@ class AngularVelocity:
         if problem is not None:
             if counter.windows or counter.position > 1:  # otherwise nothing is lost
                 self._faults.cannot_continue(problem, WINDOWS_FOR_ANGLE)
-            counter.start_over(min(counter.position, 1))
+            late = counter.position > 1
+            counter.start_over(counter.position)
+            counter.spoiled = late
             return
         sketch.load_state_dict(saved)
         if sketch.sharded or not saved["whole"]:
-            # The open window's table is on other ranks: it begins again with the present step.
+            # The open window's table was on other ranks. The next window begins where it would
+            # have begun, so that a rank that loads a state alone is in step with the others.
             sketch.discard_running()
-            counter.begin_again(min(counter.position, 1))
+            counter.incomplete = counter.taken > 0
 
     def _compare_once(self, facts: GetFacts) -> None:
         if not self._compared:
@@ -498,7 +505,7 @@ class AngularVelocity:
 
         Plain values and tensors only, so that ``torch.load(weights_only=True)`` reads it. The
         history is not part of it. The table of the open window is included if every rank has all
-        parameters; if they are sharded, the open window begins again after a resume. With
+        parameters; if they are sharded, the open window is left out after a resume. With
         ``buckets=None`` on sharded parameters there are no tables in it, and the meter warms up
         again. Before the first step it holds tables of zeros, into which
         ``torch.distributed.checkpoint`` can load.

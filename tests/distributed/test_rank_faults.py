@@ -394,16 +394,24 @@ def test_a_rank_that_loads_a_state_alone_keeps_its_place() -> None:
     assert other == (said, at, cosine)
 
 
-@pytest.mark.parametrize("back", [2, 5])
-def test_a_rank_that_loads_another_state_alone_stops_all(back: int) -> None:
+@pytest.mark.parametrize(
+    ("back", "message"),
+    [
+        # Counts and calls are loaded too, so that this rank's twentieth step comes a step later.
+        (1, "ranks 0, 1 hold copies of the same parameters, but the sums over their parameters"),
+        (5, "expected all ranks to end the same window; did one start late or load another check"),
+    ],
+)
+def test_a_rank_that_loads_another_state_alone_stops_all(back: int, message: str) -> None:
     for said, _, _ in run(2, loaded_alone, back, "alone"):
-        assert said.startswith("DisagreementError: expected all ranks ")
+        assert said.startswith(f"DisagreementError: {message}")
 
 
-def test_a_rank_that_loads_a_sharded_state_alone_stops_all() -> None:
-    """Its open window begins again, later than that of the others, between FSDP's collectives."""
-    results = run(2, loaded_alone, 0, "FSDP2", timeout=5)
-    assert all(said for said, _, _ in results), results
+def test_a_rank_that_loads_a_sharded_state_alone_keeps_its_place() -> None:
+    """It has lost the table of the open window, which all leave out then."""
+    (said, at, cosine), other = run(2, loaded_alone, 0, "FSDP2")
+    assert (said, at) == ("", -1) and cosine is not None
+    assert other == (said, at, cosine)
 
 
 def test_ranks_that_do_not_meet_are_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
