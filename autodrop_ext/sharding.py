@@ -142,6 +142,14 @@ def is_dtensor(tensor: Tensor) -> bool:
     return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
 
 
+def is_cut(tensor: Any) -> bool:
+    """Return True for a DTensor of which a rank has only a part."""
+    if not is_dtensor(tensor):
+        return False
+    sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+    return any(size > 1 and not placement.is_replicate() for size, placement in sizes)
+
+
 def is_flattened(parameter: Tensor) -> bool:
     """Return True if FSDP1 has flattened the parameter."""
     return bool(getattr(parameter, "_fsdp_flattened", False))

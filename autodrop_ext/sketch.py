@@ -60,8 +60,7 @@ class _Bank:
         device = table_device(plan.device)
         tables = 3 if whole else 1
         self.tables = [
-            torch.zeros(plan.num_buckets, dtype=torch.float64, device=device)
-            for _ in range(tables)
+            torch.zeros(plan.num_buckets, dtype=torch.float64, device=device) for _ in range(tables)
         ]
 
     @property

@@ -112,7 +112,9 @@ def test_a_window_that_one_rank_has_not_read_is_left_out_by_all() -> None:
 def test_a_rank_that_is_not_finite_is_named() -> None:
     bad = ROW._replace(not_finite=1, checksum=math.nan)
     assert agree([ROW, ROW, bad]) == Agreement(restart=False, incomplete=False, not_finite=[2])
-    assert agree([bad, ROW._replace(restart=1)]) == Agreement(restart=True, incomplete=False, not_finite=[0])
+    assert agree([bad, ROW._replace(restart=1)]) == Agreement(
+        restart=True, incomplete=False, not_finite=[0]
+    )
 
 
 def test_thousands_of_ranks_are_not_all_listed() -> None:

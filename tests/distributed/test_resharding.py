@@ -310,9 +310,7 @@ def saved_while_training(rank: int, folder: str) -> tuple[Seen, Seen]:
     shape = (dist.get_world_size(),)
     whole, resumed = Run(shape), Run(shape)
     whole.train(0, AT_AN_END)
-    saving = dcp.async_save(
-        whole.state(), checkpoint_id=folder, process_group=dist.new_group()
-    )
+    saving = dcp.async_save(whole.state(), checkpoint_id=folder, process_group=dist.new_group())
     whole.train(AT_AN_END, STEPS)
     saving.result()
     resumed.load(folder, None)
