@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from .ranks import Layout, Ranks, check_group, find_group
 from .reading import HISTORY, PartReading, Reading, remember
 from .saved import Form, Later, exactly, inside, list_of, load
 from .settings import METER, USE_BUCKETS, check_arguments, removed
+from .sharding import LocalShard
 from .sketch import Sketch, Totals, standard_error
 from .windows import Windows
 
@@ -58,7 +59,7 @@ class AngularVelocity:
         per_group: whether they have the angle of each param group, which then has its own table.
         backend: "auto", or the name of one (``autodrop doctor`` lists them).
         process_group: the ranks that train the model together: None for all there are, a process
-            group, a ``DeviceMesh``, or :class:`~autodrop_ext.ranks.PipelineStages`.
+            group, a ``DeviceMesh``, or :class:`~autodrop_ext.PipelineStages`.
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message names it.
@@ -183,12 +184,22 @@ class AngularVelocity:
         return self._close_window(calls, facts)
 
     def _begin_window(self) -> None:
-        """Follow the parameters: make the tables, or make them again if the parameters changed."""
+        """Follow parameters and ranks: make the tables, or make them again if these changed."""
         if self._sketch is not None and not self._source.unchanged():
             self._parameters_changed()
             self._counter.start_over(self._counter.position)
+        if self._sketch is not None:
+            self._follow_group(self._sketch)
         if self._sketch is None:
             self._build()
+
+    def _follow_group(self, sketch: Sketch) -> None:
+        """A process group may have been destroyed and made again, of another size as well."""
+        ranks = self._find_ranks(sketch.shards)
+        if not ranks.weighs_like(self._ranks):
+            # Weights follow from the number of ranks; the closed windows' tables do not.
+            self._saved, self._sketch = sketch.state_dict(running=False), None
+        self._ranks = ranks
 
     def _read(self) -> None:
         assert self._sketch is not None
@@ -219,6 +230,9 @@ class AngularVelocity:
         if verdict.restart:
             self._start_over()
             return None
+        if verdict.incomplete:
+            sketch.discard_running()
+            return None
         counter.windows += 1
         if verdict.not_finite:
             self._not_finite(verdict.not_finite)
@@ -247,6 +261,7 @@ class AngularVelocity:
             calls=calls,
             windows_since_restart=0 if restart else counter.windows_since_restart + 1,
             restart=restart,
+            incomplete=counter.incomplete,
             not_finite=not math.isfinite(checksum),
             settings=settings,
             rates=rates,
@@ -387,9 +402,19 @@ class AngularVelocity:
     # Building ------------------------------------------------------------------------------------
 
     def _build(self) -> None:
+        sketch, ranks = self._new_sketch()
+        self._ranks, self._layout = ranks, ranks.layout(sketch.shards)
+        self._continue(sketch)
+        self._sketch, self._saved = sketch, None
+
+    def _find_ranks(self, shards: Sequence[LocalShard]) -> Ranks:
+        return find_group(self._process_group, shards, self._faults.warnings.owner)
+
+    def _new_sketch(self) -> tuple[Sketch, Ranks]:
+        """Return empty tables for the parameters and the ranks as they are now."""
         shards = self._source.shards()
-        ranks = find_group(self._process_group, shards, self._faults.warnings.owner)
-        if not shards and ranks.size == 1 and self.steps <= 1:
+        ranks = self._find_ranks(shards)
+        if not shards and ranks.size == 1 and self.steps == 1:
             raise ValueError(
                 "params: expected at least one trainable parameter, got none "
                 "(is requires_grad False everywhere?)"
@@ -407,10 +432,9 @@ class AngularVelocity:
             per_tensor=self.per_tensor,
             stage=ranks.stage if ranks.num_stages > 1 else None,
             backend=self._backend,
+            num_stages=ranks.num_stages,
         )
-        self._ranks, self._layout = ranks, ranks.layout(shards)
-        self._continue(sketch)
-        self._sketch, self._saved = sketch, None
+        return sketch, ranks
 
     def _continue(self, sketch: Sketch) -> None:
         """Fill new tables with saved ones, or start over if they do not fit."""
@@ -419,14 +443,18 @@ class AngularVelocity:
             return
         problem = sketch.problem_of(saved)
         if problem is not None:
-            self._faults.cannot_continue(problem, WINDOWS_FOR_ANGLE)
-            counter.start_over(min(counter.position, 1))
+            if counter.windows or counter.position > 1:  # otherwise nothing is lost
+                self._faults.cannot_continue(problem, WINDOWS_FOR_ANGLE)
+            late = counter.position > 1
+            counter.start_over(counter.position)
+            counter.spoiled = late
             return
         sketch.load_state_dict(saved)
-        if saved["running"] is None or sketch.sharded:
-            # The open window's table is on other ranks: it begins again with the present step.
+        if sketch.sharded or not saved["whole"]:
+            # The open window's table was on other ranks. The next window begins where it would
+            # have begun, so that a rank that loads a state alone is in step with the others.
             sketch.discard_running()
-            counter.begin_again(min(counter.position, 1))
+            counter.incomplete = counter.taken > 0
 
     def _compare_once(self, facts: GetFacts) -> None:
         if not self._compared:
@@ -447,9 +475,7 @@ class AngularVelocity:
                 the ranks and their values. Raised on all ranks alike.
         """
         if self._sketch is None and not self._compared:
-            self._ranks = find_group(
-                self._process_group, self._source.shards(), self._faults.warnings.owner
-            )
+            self._ranks = self._find_ranks(self._source.shards())
         self._compare_once(facts)
 
     def _with_settings(self, facts: GetFacts) -> Facts:
@@ -479,18 +505,20 @@ class AngularVelocity:
 
         Plain values and tensors only, so that ``torch.load(weights_only=True)`` reads it. The
         history is not part of it. The table of the open window is included if every rank has all
-        parameters; if they are sharded, the open window begins again after a resume. With
+        parameters; if they are sharded, the open window is left out after a resume. With
         ``buckets=None`` on sharded parameters there are no tables in it, and the meter warms up
-        again.
+        again. Before the first step it holds tables of zeros, into which
+        ``torch.distributed.checkpoint`` can load.
         """
         sketch, counter = self._sketch, self._counter
-        tables: Mapping[str, Any] = _NO_TABLES
         if self._saved is not None:
             tables = self._saved
         elif sketch is not None:
             # A window in which the parameters were replaced is not to be continued.
             usable = not counter.spoiled and self._source.unchanged()
-            tables = sketch.state_dict(running=usable and not sketch.sharded)
+            tables = sketch.state_dict(running=usable)
+        else:
+            tables = self._new_sketch()[0].state_dict(running=False)
         return {
             "version": 2,
             **counter.state(),
@@ -531,13 +559,15 @@ class AngularVelocity:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy finds its own tensors: the plan's addresses are those of the original.
-        live = {"_sketch": None, "_ranks": Ranks(), "_saved": self.state_dict()["tables"]}
+        saved = self._saved if self._sketch is None else self.state_dict()["tables"]
+        live = {"_sketch": None, "_ranks": Ranks(), "_saved": saved}
         return {**{k: v for k, v in self.__dict__.items() if k != "_layout"}, **live}
 
 
 _NO_TABLES: Mapping[str, Any] = {
     "layout": "",
     "norms": [],
+    "whole": False,
     "running": None,
     "mean": None,
     "displacement": None,
@@ -603,6 +633,7 @@ _TABLES: Form = {
         {
             "layout": checks.text,
             "norms": list_of(checks.at_least_zero),
+            "whole": checks.flag,
             "running": _table,  # the open window may have met NaN
             "mean": _finite_table,
             "displacement": _finite_table,

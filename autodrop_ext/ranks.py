@@ -98,6 +98,11 @@ class Ranks:
         ranks_per_copy = self.size / self.num_stages
         return shard.parts / ranks_per_copy
 
+    def weighs_like(self, other: Ranks) -> bool:
+        """Return True if every shard has the same weight, and the same place in the pipeline."""
+        mine, theirs = ((r.size, r.stage, r.num_stages) for r in (self, other))
+        return mine == theirs
+
     def layout(self, shards: Sequence[LocalShard]) -> Layout:
         """Return what this rank holds."""
         return Layout(

@@ -93,6 +93,7 @@ class Sketch:
         per_tensor: whether sums of single tensors are wanted.
         stage: of a pipeline that the shards are of; None if they are those of the whole model.
         backend: "auto", or the name of a backend.
+        num_stages: stages of the pipeline.
 
     Raises:
         ValueError: ``per_tensor`` needs exact sums.
@@ -104,6 +105,7 @@ class Sketch:
         sharded: whether other ranks hold elements that this one does not.
         half_precision: dtype of most elements if that is one of 16 bits; None otherwise.
         weight: of all elements of the tables; the mean is ``running * weight / snapshots``.
+        shards: the argument.
         layout: digest of what the tables are tables of; equal on all ranks, and whatever the
             sharding unless ``own``.
     """
@@ -118,7 +120,9 @@ class Sketch:
         per_tensor: bool,
         stage: int | None,
         backend: str,
+        num_stages: int = 1,
     ) -> None:
+        self.shards = shards
         elements = sum(s.tensor.numel() if s.total is None else s.total for s in shards)
         self.sharded = any(shard.split for shard in shards) or stage is not None
         self.own = buckets is None and self.sharded
@@ -149,8 +153,10 @@ class Sketch:
         self._crowd = max(1.0, elements / self.buckets) if self.buckets else 1.0
         self.half_precision = _half_precision(shards)
         self._previous = np.zeros(self._num_parts())
-        described = [f"{_key(shard, stage)}|{shard.identity}|{shard.group}" for shard in shards]
-        kind = f"{self.buckets} buckets, {num_groups} groups"
+        # Every rank's must be the same, so that one rank's state is good for all; in a pipeline no
+        # rank knows the parameters of the other stages.
+        described = [f"{s.name}|{s.identity}|{s.group}" for s in shards if stage is None]
+        kind = f"{self.buckets} buckets, {num_groups} groups, {num_stages} stages"
         self.layout = hashlib.sha256("\n".join([kind, *described]).encode()).hexdigest()[:16]
 
     def _build(
@@ -345,23 +351,23 @@ class Sketch:
     def state_dict(self, *, running: bool) -> dict[str, Any]:
         """Return the tables as CPU copies; none if other ranks hold the rest of them.
 
+        The table of the open window is zero, and ``whole`` False, if it is not wanted or if other
+        ranks have added to theirs. Its place is kept because ``torch.distributed.checkpoint`` loads
+        only what a state has a place for.
+
         Args:
-            running: whether the open window's table is included.
+            running: whether the open window's table is wanted.
         """
-        state: dict[str, Any] = {"layout": self.layout, "norms": self._previous.tolist()}
+        whole = running and not self.sharded
+        state = {"layout": self.layout, "norms": self._previous.tolist(), "whole": whole}
         if self.own:
-            return {**state, "mean": None, "displacement": None, "running": None}
-        now, mean, displacement = self._banks[0].tables
-        if running and len(self._banks) > 1:
-            now = now.clone()
-            for bank in self._banks[1:]:
-                now += bank.running.to(now.device)
-        return {
-            **state,
-            "mean": mean.to("cpu", copy=True),
-            "displacement": displacement.to("cpu", copy=True),
-            "running": now.to("cpu", copy=True) if running else None,
-        }
+            return {**state, **dict.fromkeys(TABLES)}
+        tables = [table.to("cpu", copy=True) for table in self._banks[0].tables]
+        for bank in self._banks[1:]:
+            tables[0] += bank.running.cpu()
+        if not whole:
+            tables[0].zero_()
+        return {**state, **dict(zip(TABLES, tables, strict=True))}
 
     def problem_of(self, state: Mapping[str, Any]) -> str | None:
         """Return why saved tables cannot be continued, or None."""
