@@ -403,7 +403,7 @@ class AngularVelocity:
             shards,
             [ranks.weight(shard) for shard in shards],
             buckets=self.buckets,
-            num_groups=self._source.num_groups() if self.per_group else 1,
+            num_groups=self._source.num_groups() if self.per_group or self.per_tensor else 1,
             per_tensor=self.per_tensor,
             stage=ranks.stage if ranks.num_stages > 1 else None,
             backend=self._backend,

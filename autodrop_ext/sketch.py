@@ -57,12 +57,7 @@ class _Bank:
         self.backend = backend
         self._staged = [i for i, source in enumerate(plan.sources) if source.staged]
         self.accumulation = backend.bind(plan)
-        device = table_device(plan.device)
-        tables = 3 if whole else 1
-        self.tables = [
-            torch.zeros(plan.num_buckets, dtype=torch.float64, device=device)
-            for _ in range(tables)
-        ]
+        self.tables = _zeros(3 if whole else 1, plan.num_buckets, table_device(plan.device))
 
     @property
     def running(self) -> Tensor:
@@ -73,6 +68,20 @@ class _Bank:
         copies = {i: sources[i].current().contiguous() for i in self._staged}
         bases[list(copies)] = [copy.data_ptr() for copy in copies.values()]
         self.accumulation.accumulate(self.running, bases)  # the copies live until it has begun
+
+
+def _zeros(number: int, buckets: int, device: torch.device) -> list[Tensor]:
+    try:
+        return [torch.zeros(buckets, dtype=torch.float64, device=device) for _ in range(number)]
+    except RuntimeError as error:
+        # The CPU's allocator raises a plain RuntimeError.
+        if not (isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: " in str(error)):
+            raise
+        raise RuntimeError(
+            f"no memory on {device}: {number * 8 * buckets:,} bytes were needed for {number} "
+            f"tables of {buckets:,} float64 sums; buckets= sets their size, and with buckets=None "
+            "there is one for each element"
+        ) from error
 
 
 class Sketch:
