@@ -23,7 +23,7 @@ $(VENV)/.%: pyproject.toml setup.py csrc/CMakeLists.txt csrc/cuda/architectures.
 	touch $@ $(if $(filter dev,$*),$(VENV)/.test)  # dev holds test
 
 demo: $(VENV)/.demo   ## train on handwritten digits; a table and a picture in demo-output/
-	$(BIN)/autodrop demo
+	$(BIN)/python examples/demo/run.py
 
 test: $(VENV)/.test   ## the tests, the compiled core under sanitizers included; a few minutes
 	$(BIN)/python -m pytest -n 2 --dist worksteal
@@ -84,12 +84,12 @@ ablations: $(VENV)/.bench   ## AutoDrop's settings one at a time; a quarter of a
 # listed with the data that they need. DATA is what --data takes, such as DATA="cifar10=FOLDER". The
 # interpreter is $(PYTHON), because most of them need a GPU and their own build of torch.
 paper:   ## a table or figure of the papers; see docs/papers.md
-	$(PYTHON) benchmarks/training/command.py paper $(WHAT) $(foreach d,$(DATA),--data $(d)) $(OPTIONS)
+	$(PYTHON) benchmarks/papers/command.py paper $(WHAT) $(foreach d,$(DATA),--data $(d)) $(OPTIONS)
 
 # DATA is a folder of CIFAR-10, see benchmarks/training.md. Needs a GPU: a CPU takes days.
 cifar:   ## ResNet-18 on CIFAR-10 as in the papers, AutoDrop next to step decay
-	$(PYTHON) benchmarks/training/command.py run --model cifar10-resnet18 --schedule autodrop --schedule step --data "$(DATA)"
-	$(PYTHON) benchmarks/training/command.py report build/training --to build/training
+	$(PYTHON) benchmarks/papers/command.py run --model cifar10-resnet18 --schedule autodrop --schedule step --data "$(DATA)"
+	$(PYTHON) benchmarks/papers/command.py report build/training --to build/training
 
 # The same on a part of the images: SUBSET of them, EPOCHS times. With these it takes three quarters
 # of an hour on two cores, one schedule on each. A run that is interrupted goes on when the command
@@ -98,11 +98,11 @@ SUBSET ?= 1000
 EPOCHS ?= 40
 cifar-part:   ## ResNet-18 on a part of CIFAR-10 on a CPU
 	for schedule in "autodrop --set window=auto" step; do \
-	  OMP_NUM_THREADS=1 $(PYTHON) benchmarks/training/command.py run --model cifar10-resnet18 \
+	  OMP_NUM_THREADS=1 $(PYTHON) benchmarks/papers/command.py run --model cifar10-resnet18 \
 	    --schedule $$schedule --data "$(DATA)" --subset $(SUBSET) --epochs $(EPOCHS) --batch 32 \
 	    --log-every 8 --output build/cifar-part & \
 	done; wait
-	$(PYTHON) benchmarks/training/command.py report build/cifar-part --to build/cifar-part
+	$(PYTHON) benchmarks/papers/command.py report build/cifar-part --to build/cifar-part
 
 # Offline, with the torch, pybind11, setuptools, cmake and ninja that $(PYTHON) already has.
 # Each target takes less than ten minutes and can run alone, so that a machine that is lent for a

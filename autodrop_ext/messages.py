@@ -34,13 +34,13 @@ class Warnings:
 
     def __init__(self, owner: str) -> None:
         self.owner = owner
-        self._kinds: set[str] = set()
+        self._kinds: set[str | None] = set()
         self._held = False
         self._waiting: list[str] = []
 
-    def once(self, kind: str, message: str) -> None:
-        """Warn, unless there was a warning of this kind."""
-        if kind not in self._kinds:
+    def once(self, kind: str | None, message: str) -> None:
+        """Warn, unless there was a warning of this kind; None is none."""
+        if kind is None or kind not in self._kinds:
             self._kinds.add(kind)
             self.warn(message)
 

@@ -20,8 +20,8 @@ class PartReading(NamedTuple):
     """The angular velocity of one tensor or param group in one window.
 
     Attributes:
-        angle: degrees; None where it is undefined (a zero or non-finite displacement).
-        cosine: of the angle; None where it is undefined.
+        angle: degrees; None if it is undefined (a zero or non-finite displacement).
+        cosine: of the angle; None if it is undefined.
         norm: ``|s_i|`` over the part.
         previous_norm: ``|s_{i-1}|`` over the part.
         standard_error: of the angle, degrees; 0 if it is exact.
@@ -46,15 +46,15 @@ class Reading:
         step: optimizer steps observed so far, this window's last one included.
         window: index of the window, counted from 0.
         angle: between this window's displacement and the last one's, degrees in [0, 180]; None
-            where it is undefined (a zero or non-finite displacement).
-        cosine: of the angle; None where it is undefined.
+            if it is undefined (a zero or non-finite displacement).
+        cosine: of the angle; None if it is undefined.
         norm: ``|s_i|``, length of this window's displacement.
         previous_norm: ``|s_{i-1}|``.
         standard_error: of the angle, degrees: ``sin(angle) / sqrt(buckets)``, 0 if it is exact, NaN
             if it is undefined.
-        per_tensor: the same of each parameter by name, where that was asked for. Histories keep the
+        per_tensor: the same of each parameter by name, if that was asked for. Histories keep the
             last 100 and checkpoints none of them.
-        per_group: the same of each param group, where that was asked for.
+        per_group: the same of each param group, if that was asked for.
     """
 
     step: int
@@ -70,7 +70,7 @@ class Reading:
     def as_dict(self) -> dict[str, Any]:
         """Plain values that fit a JSON line: None in place of NaN and infinity.
 
-        Parts are left out where they were not asked for.
+        Parts are left out if they were not asked for.
         """
         plain = {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
         for name in ("per_tensor", "per_group"):
@@ -85,17 +85,17 @@ class Decision(Reading):
 
     Attributes:
         step: optimizer steps so far, the warm-up's included.
-        smoothed: the angular velocity behind the Gaussian filter, degrees; None where there are
+        smoothed: the angular velocity behind the Gaussian filter, degrees; None if there are
             too few values since the last drop.
-        rise: ``C_i - C_{i-1}``, degrees in one window; the rate drops where it stays below the
-            threshold. None where there are not two smoothed values since the last drop.
+        rise: ``C_i - C_{i-1}``, degrees in one window; the rate drops if it stays below the
+            threshold. None if there are not two smoothed values since the last drop.
         lr: learning rate of each param group after this step.
         dropped: whether this reading lowered a learning rate.
-        dropped_groups: where every param group decides for itself, those whose rate was lowered.
-        group_angles: likewise the angle of each group, degrees; None where undefined.
+        dropped_groups: if every param group decides for itself, those whose rate was lowered.
+        group_angles: likewise the angle of each group, degrees; None if undefined.
         group_smoothed: likewise its smoothed angle.
         group_rises: likewise its rise.
-        threshold: what the rise was compared with, degrees per window; None where the scheduler
+        threshold: what the rise was compared with, degrees per window; None if the scheduler
             has no such setting.
     """
 
@@ -110,7 +110,7 @@ class Decision(Reading):
     threshold: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """As :meth:`Reading.as_dict`; what groups decided is left out where they did not."""
+        """As :meth:`Reading.as_dict`; what groups decided is left out if they did not."""
         plain = super().as_dict()
         if self.threshold is None:
             del plain["threshold"]

@@ -64,15 +64,19 @@ class _Bank:
         return self.tables[0]
 
     def add(self, bases: IntArray) -> None:
-        sources = self.plan.sources
-        copies = {i: sources[i].current().contiguous() for i in self._staged}
-        bases[list(copies)] = [copy.data_ptr() for copy in copies.values()]
+        if not self._staged:
+            self.accumulation.accumulate(self.running, bases)
+            return
+        copies = [self.plan.sources[i].current().contiguous() for i in self._staged]
+        bases = bases.copy()
+        bases[self._staged] = [copy.data_ptr() for copy in copies]
         self.accumulation.accumulate(self.running, bases)  # the copies live until it has begun
 
 
 def _zeros(number: int, buckets: int, device: torch.device) -> list[Tensor]:
     try:
-        return [torch.zeros(buckets, dtype=torch.float64, device=device) for _ in range(number)]
+        with torch.inference_mode(False):  # tables outlive the mode that they are made in
+            return [torch.zeros(buckets, dtype=torch.float64, device=device) for _ in range(number)]
     except RuntimeError as error:
         # The CPU's allocator raises a plain RuntimeError.
         if not (isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: " in str(error)):
@@ -147,6 +151,8 @@ class Sketch:
         if not self.own and uniform and len(weights):
             self.weight, weights = float(weights[0]), [1.0] * len(shards)
         self._banks: list[_Bank] = []
+        self._addresses: Sequence[int] = ()
+        self._bases: list[IntArray] = []  # of each bank, at those addresses
         self._bounds: list[IntArray] = []
         self._members: list[IntArray] = []
         self._build(shards, [1.0] * len(shards) if self.own else weights, stage, backend)
@@ -211,9 +217,12 @@ class Sketch:
         Args:
             addresses: of the first element of each shard.
         """
-        every = np.array(addresses, np.int64)
-        for bank in self._banks:
-            bank.add(every[bank.members])
+        if addresses is not self._addresses:
+            every = np.array(addresses, np.int64)
+            self._bases = [every[bank.members] for bank in self._banks]
+            self._addresses = addresses
+        for bank, bases in zip(self._banks, self._bases, strict=True):
+            bank.add(bases)
 
     def join(self) -> Tensor | None:
         """Return the running table of all devices, which ranks add up in place; None if own."""
@@ -244,14 +253,17 @@ class Sketch:
         whole = [bank for bank in self._banks if len(bank.tables) == 3]
         sums = np.zeros((len(self._names), 2)) if not self.buckets else np.zeros((0, 2))
         for bank, bounds, members in zip(whole, self._bounds, self._members, strict=False):
-            parts = bank.backend.close(*bank.tables, snapshots / weight, bounds)
+            running, mean, displacement = bank.tables
+            divisor = snapshots / weight
+            parts = bank.backend.close(running, mean, displacement, divisor, bounds)
             if self.buckets:
                 return parts
             sums[members] = parts
         if self.own:
             sums *= self._weights[:, None]
         group = self._group_of if self._num_groups > 1 else np.zeros(len(sums), np.int64)
-        of_groups = np.stack([np.bincount(group, c, self._num_groups) for c in sums.T], axis=1)
+        of_groups = np.zeros((self._num_groups, 2))
+        np.add.at(of_groups, group, sums)
         return np.concatenate([of_groups, sums]) if self._per_tensor else of_groups
 
     def totals(self, sums: FloatArray) -> Totals:

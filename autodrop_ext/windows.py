@@ -1,4 +1,4 @@
-"""Counting steps, snapshots and windows: where a meter is, and whether its window can be used."""
+"""A counter of steps, snapshots and windows."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Windows:
         return self.window if self.snapshots is None else min(self.snapshots, self.window)
 
     def is_snapshot(self) -> bool:
-        """Whether the parameters are to be read after the present step: evenly spaced."""
+        """Return whether the parameters are to be read after this step; reads are evenly spaced."""
         return self.position * self.snapshots_per_window // self.window > self.taken
 
     def begin_close(self) -> None:
@@ -99,7 +99,7 @@ class Windows:
         self._begin, self.taken = self.steps - position, 0
 
     def state(self) -> dict[str, Any]:
-        """The counts as plain values."""
+        """Return the counts as plain values."""
         return {
             "window": self.window,
             "snapshots": self.snapshots,
@@ -113,7 +113,7 @@ class Windows:
     def restore(
         self, steps: int, windows: int, position: int, windows_since_restart: int, *, spoiled: bool
     ) -> None:
-        """Go on where :meth:`state` was taken; window and snapshots are set before."""
+        """Continue from a :meth:`state`; window and snapshots are set before."""
         self.steps, self.windows = steps, windows
         self.start_over(position)
         self.taken = position * self.snapshots_per_window // self.window

@@ -7,6 +7,7 @@ on the site as they do in the repository.
 from __future__ import annotations
 
 import pathlib
+import sys
 from typing import Any
 
 from docutils import nodes
@@ -14,6 +15,9 @@ from sphinx.application import Sphinx
 from sphinx.transforms import SphinxTransform
 
 import autodrop_ext
+
+# The reference also has the papers' theory, which is not installed.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "benchmarks"))
 
 project = "autodrop_ext"
 author = "the autodrop_ext authors"

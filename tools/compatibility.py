@@ -246,7 +246,7 @@ class Bench:
         folder = self.scratch / "run"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        for name in ("tests", "benchmarks"):
+        for name in ("tests", "benchmarks", "examples"):
             shutil.copytree(self.source / name, folder / name)
         shutil.copy(self.source / "pyproject.toml", folder)
         warnings = [option for ignored in IGNORED for option in ("-W", ignored)]
@@ -288,7 +288,7 @@ def _copy_sources(checkout: pathlib.Path, target: pathlib.Path) -> None:
     """What the wheel is built from, and the tests; the build leaves nothing in the checkout."""
     target.mkdir()
     unwanted = shutil.ignore_patterns("*.so", "__pycache__", "build")
-    for name in ("autodrop_ext", "benchmarks", "csrc", "tests", "triton_kernels"):
+    for name in ("autodrop_ext", "benchmarks", "csrc", "examples", "tests", "triton_kernels"):
         shutil.copytree(checkout / name, target / name, ignore=unwanted)
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(checkout / name, target)

@@ -12,6 +12,7 @@ import argparse
 import colorsys
 import io
 import pathlib
+import sys
 import tempfile
 from typing import Any
 
@@ -24,10 +25,14 @@ from matplotlib.text import Text
 from PIL import Image
 
 from autodrop_ext import JsonLinesLog, read_log
-from autodrop_ext.cli.demo.command import lengths_picture, read_at
-from autodrop_ext.cli.demo.digits import Digits
-from autodrop_ext.cli.demo.training import SCHEDULES, SET_FOR_A_LENGTH, train
 from autodrop_ext.plotting.run import plot_run
+
+# Run as a file, the demo is not on the path.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "examples"))
+
+from demo.digits import Digits
+from demo.run import lengths_picture, read_at
+from demo.training import SCHEDULES, SET_FOR_A_LENGTH, train
 
 SEED = 0
 

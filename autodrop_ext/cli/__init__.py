@@ -1,4 +1,4 @@
-"""Command line: ``autodrop demo``, ``doctor`` and ``plot``."""
+"""Command line: ``autodrop doctor`` and ``plot``."""
 
 from __future__ import annotations
 

@@ -6,7 +6,6 @@ import click
 
 import autodrop_ext
 
-from .demo.command import demo
 from .doctor import examine
 from .plot import plot
 
@@ -14,7 +13,7 @@ from .plot import plot
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80})
 @click.version_option(autodrop_ext.__version__, prog_name="autodrop_ext")
 def autodrop() -> None:
-    """Automatic learning-rate drop for PyTorch: try it, check it, look at a run."""
+    """Automatic learning-rate drop for PyTorch: check the installation, look at a run."""
 
 
 @autodrop.command()
@@ -26,5 +25,4 @@ def doctor() -> None:
     raise SystemExit(examine())
 
 
-autodrop.add_command(demo)
 autodrop.add_command(plot)

@@ -23,6 +23,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ..global_index import Runs
+
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 Table = npt.NDArray[np.void]  # rows of PIECE or SPAN
@@ -65,20 +67,6 @@ SPAN = np.dtype(
     ]
 )
 assert PIECE.itemsize == SPAN.itemsize == 32  # as csrc/core/tables.h has them
-
-
-class Runs(NamedTuple):
-    """Stretches of a local tensor that are consecutive in the parameter's global order.
-
-    Attributes:
-        local: first element in the local tensor, ``[num_runs]``.
-        index: its global row-major index, ``[num_runs]``.
-        length: elements, ``[num_runs]``.
-    """
-
-    local: IntArray
-    index: IntArray
-    length: IntArray
 
 
 class Source(NamedTuple):
@@ -152,7 +140,7 @@ class _Stretches(NamedTuple):
 
     tensor: IntArray
     local: IntArray
-    index: IntArray
+    first: IntArray
     length: IntArray
 
 
@@ -167,15 +155,13 @@ def _stretches(sources: Sequence[Source], step: int) -> _Stretches:
     joined = _Stretches(*(np.concatenate(column) for column in zip(*columns, strict=True)))
     joined = _Stretches(*(column[joined.length > 0] for column in joined))
     # Cut each run at the multiples of `step` in the global order.
-    first, last = joined.index // step, (joined.index + joined.length - 1) // step
+    first, last = joined.first // step, (joined.first + joined.length - 1) // step
     counts = last - first + 1
     owner = np.repeat(np.arange(len(counts)), counts)
     nth = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
-    begin = np.maximum(joined.index[owner], (first[owner] + nth) * step)
-    end = np.minimum(
-        joined.index[owner] + joined.length[owner], (first[owner] + nth + 1) * step
-    )
-    at = joined.local[owner] + begin - joined.index[owner]
+    begin = np.maximum(joined.first[owner], (first[owner] + nth) * step)
+    end = np.minimum(joined.first[owner] + joined.length[owner], (first[owner] + nth + 1) * step)
+    at = joined.local[owner] + begin - joined.first[owner]
     return _Stretches(joined.tensor[owner], at, begin, end - begin)
 
 
@@ -200,9 +186,9 @@ def _pieces(
     keys = np.array([key_of(source.name) for source in sources], np.uint64)
     groups = np.array([source.group for source in sources], np.int64)
     table = _described(sources, of, stretches.local, PIECE)
-    table["start"] = stretches.index % LANES
+    table["start"] = stretches.first % LANES
     table["length"] = stretches.length
-    places = place(keys[of] if len(of) else keys[:0], stretches.index // LANES, rows)
+    places = place(keys[of] if len(of) else keys[:0], stretches.first // LANES, rows)
     table["hash"], table["packet"], table["swap"] = places.hash, places.packet, places.swap
     row = places.row + (groups[of] if len(of) else 0) * rows
     bins = row * SWAPS + places.swap
@@ -215,7 +201,7 @@ def _pieces(
 def _spans(sources: Sequence[Source], stretches: _Stretches) -> Table:
     table = _described(sources, stretches.tensor, stretches.local, SPAN)
     buckets = np.array([source.bucket for source in sources], np.int64)
-    table["bucket"] = stretches.index + (buckets[stretches.tensor] if len(buckets) else 0)
+    table["bucket"] = stretches.first + (buckets[stretches.tensor] if len(buckets) else 0)
     table["length"] = stretches.length
     return table[np.argsort(table["bucket"], kind="stable")]
 

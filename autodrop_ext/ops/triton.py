@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from .backends import add_blocks, close_blocks
-from .cuda import DeviceTables, current_device, partial_rows, splits
+from .cuda import DeviceTables, current_device
 from .plan import DTYPES, FloatArray, IntArray, Plan, Source
+
+_SWAPS = 8  # programs that share a row, one for each way to permute packets
 
 
 class TritonBackend:
@@ -42,4 +44,52 @@ class TritonBackend:
     def close(
         self, running: Tensor, mean: Tensor, displacement: Tensor, divisor: float, bounds: IntArray
     ) -> FloatArray:
-        raise NotImplementedError
+        device = running.device
+        blocks, part = close_blocks(bounds)
+        on_device = torch.from_numpy(blocks).to(device)
+        sums = torch.zeros(len(blocks), 2, dtype=torch.float64, device=device)
+        with current_device(device):
+            _launches().close(running, mean, displacement, divisor, on_device, sums)
+        return add_blocks(sums.cpu().numpy(), part, len(bounds) - 1)
+
+
+def _launches() -> Any:
+    # Imported here: Triton is optional and takes a second to load.
+    return importlib.import_module("autodrop_ext.triton_kernels").launches
+
+
+@functools.cache
+def _probe(device: torch.device) -> str | None:
+    """Read a tensor on a device before the kernels are trusted; return the failure, or None."""
+    try:
+        x = torch.ones(3, device=device)
+        plan = Plan([Source("probe", lambda: x, 3, x.dtype)], x.device, buckets=None, num_buckets=3)
+        table = torch.zeros(3, dtype=torch.float64, device=x.device)
+        TritonAccumulation(plan).accumulate(table, np.array([x.data_ptr()], np.int64))
+        total = float(table.sum())
+    except Exception as error:  # compilers and drivers raise whatever they like
+        return f"a test launch failed: {type(error).__name__}: {error}"
+    return None if total == 3.0 else f"a test launch gave {total} instead of 3"
+
+
+class TritonAccumulation:
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._tables = DeviceTables(plan)
+        self._dtypes = sorted({DTYPES.index(source.dtype) for source in plan.sources})
+        rows = _SWAPS if plan.hashed else 0
+        self._partials = torch.empty(
+            rows, plan.num_buckets, dtype=torch.float64, device=plan.device
+        )
+
+    def accumulate(self, table: Tensor, bases: IntArray) -> None:
+        launches, tables = _launches(), self._tables
+        with current_device(self._plan.device):
+            addresses = tables.addresses(bases)
+            if self._plan.hashed:
+                launches.accumulate(
+                    tables.table, tables.runs, addresses, self._partials, table, self._dtypes
+                )
+            else:
+                launches.accumulate_exact(tables.table, addresses, table, self._dtypes)
+            tables.record(self._partials, table)

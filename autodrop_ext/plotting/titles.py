@@ -22,7 +22,7 @@ def title_of(
     Args:
         settings: Of the scheduler, as a log's header has them; none in logs of other programs.
         readings: At least one.
-        name: Of the run, for a title where the settings do not say which scheduler it was.
+        name: Of the run, for a title if the settings do not say which scheduler it was.
         metrics: Of the run; they may go on after the last reading.
     """
     what = describe(settings)

@@ -23,7 +23,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # The analytic scheduler brings the theory with it, which few programs need.
+    # Few programs need the analytic scheduler and its model.
     if name in ("AnalyticAutoDrop", "AnalyticDrop"):
         from . import analytic
 

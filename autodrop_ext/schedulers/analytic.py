@@ -13,8 +13,8 @@ from .. import checks
 from ..ranks import check_group, find_group
 from ..saved import Form
 from ..settings import ANALYTIC, check_arguments
-from ..theory.velocity_model import Phase, RateSequence, VelocityModel, learning_rate
 from .base import Outcome, StepScheduler, as_floats, check_optimizer, in_precision_of
+from .velocity_model import Phase, RateSequence, VelocityModel, learning_rate
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -40,12 +40,12 @@ class AnalyticDrop:
 
 
 class AnalyticAutoDrop(StepScheduler):
-    """Drops the learning rate where a *model* of the angular velocity saturates; measures nothing.
+    """Drops the learning rate when a *model* of the angular velocity saturates; measures nothing.
 
     Between drops the model (equation (12)) says how the velocity grows at a constant rate
-    ``alpha_i``. Where its derivative has fallen to ``min(tau0, gamma alpha_i / 2)``, the next rate
+    ``alpha_i``. When its derivative has fallen to ``min(tau0, gamma alpha_i / 2)``, the next rate
     of a given sequence takes over and the model starts again at 0 (Algorithm 2). The steps at which
-    this happens follow from the arguments alone; see :func:`~autodrop_ext.theory.algorithm_2`.
+    this happens follow from the arguments alone.
 
     Every param group runs at ``base_lr * r_i / r_0``, with the sequence ``r_i`` below, so that
     training starts at the rates that the optimizer was given. The model's ``alpha_i`` is the first
@@ -57,7 +57,7 @@ class AnalyticAutoDrop(StepScheduler):
 
     Args:
         optimizer: any ``torch.optim.Optimizer``; learning rates may be floats or tensors. The
-            papers analyse :class:`~autodrop_ext.theory.UnifiedMomentum`.
+            papers analyse their unified momentum, which docs/theory.md shows.
         gamma: curvature of the model: ``1 / (gamma alpha)`` steps bring the velocity half way up.
         epsilon: the model's limit is ``90 (1 + epsilon alpha)`` degrees; above 0 and below
             ``1 / (3 alpha_0)``.
@@ -179,7 +179,7 @@ class AnalyticAutoDrop(StepScheduler):
         """The newest values for a logger, plain floats.
 
         ``lr`` (of the first param group), ``num_drops``, ``angular_velocity``, the model's
-        [degrees], and ``steps_to_drop``, left out where no lower rate follows.
+        [degrees], and ``steps_to_drop``, left out if no lower rate follows.
         """
         since = max(self._since_drop, 0)
         return self._metrics(
@@ -196,7 +196,7 @@ class AnalyticAutoDrop(StepScheduler):
         Raises:
             ImportError: matplotlib is not installed; it comes with ``autodrop_ext[plot]``.
         """
-        from ..theory.figures import plot_algorithm_2
+        from ..plotting.analytic import plot_algorithm_2
 
         base = float(self.base_lrs[0])
         phases = [

@@ -15,7 +15,7 @@ from ..checks import cosine, none_or
 from ..reading import Decision, Reading
 from ..saved import Form, list_of
 from ..settings import ANYTIME, USE_BUCKETS, check_arguments, removed
-from .base import Outcome, as_floats, check_optimizer
+from .base import Outcome, as_floats, check_optimizer, replaced
 from .metered import MeteredScheduler
 
 if TYPE_CHECKING:
@@ -33,11 +33,11 @@ class AnytimeDecision(Decision):
 
     Attributes:
         window_steps: length of the window, optimizer steps.
-        mean_cosine: mean of the newest cosines, which the exponent follows from; None where there
-            have not been four of them.
-        power: exponent ``p``: the rates were multiplied by ``((t - w) / t)^p``. 0 where parameters
-            travel, None where there is no mean cosine, in a cooldown, and where the angle is not
-            known for another reason than a doubling of the window; the rates stay as they are then.
+        mean_cosine: mean of the newest cosines, which the exponent follows from; None until there
+            are four of them.
+        power: exponent ``p``: the rates were multiplied by ``((t - w) / t)^p``. 0 if parameters
+            travel; None without a mean cosine, in a cooldown, and if the angle is not known for
+            another reason than a doubling of the window. The rates stay as they are then.
     """
 
     window_steps: int = 0
@@ -50,7 +50,7 @@ def _check_product(name: str, value: Any) -> float:
 
 
 class AnytimeAutoDrop(MeteredScheduler):
-    """Lowers the learning rate as fast as a power of time, where parameters no longer travel.
+    """Lowers the learning rate as fast as a power of time, once parameters no longer travel.
 
     The length of the run need not be known. The meter's windows grow with the run, so that the
     angle between their displacements is that of the time scale the run has reached. Its cosine is
@@ -82,8 +82,8 @@ class AnytimeAutoDrop(MeteredScheduler):
         warmup_steps: optimizer steps of linear warm-up, during which nothing is measured.
         params: what is measured instead of the optimizer's trainable parameters, such as float32
             master weights; forms as in :class:`AngularVelocity`.
-        buckets: float64 sums in the meter's tables, a multiple of 4,096; None for exact angles, at 24
-            bytes for each element of the model. See :class:`AngularVelocity`.
+        buckets: float64 sums in each of the meter's tables, a multiple of 4,096; None for exact
+            angles, at 24 bytes for each element of the model. See :class:`AngularVelocity`.
         average: whether an average of the parameters is kept for :meth:`averaged_parameters`, in
             float32: 4 bytes a parameter.
         backend: "auto", or the name of one (``autodrop doctor`` lists them).
@@ -169,7 +169,7 @@ class AnytimeAutoDrop(MeteredScheduler):
 
     @staticmethod
     def _windows_until(steps: int, settings: Mapping[str, Any]) -> list[int]:
-        """Return the lengths that windows may have had after so many optimizer steps."""
+        """Return the lengths that windows may have had after a number of optimizer steps."""
         lengths = [settings["min_window"]]
         while steps - settings["warmup_steps"] >= 2 * settings["windows"] * lengths[-1]:
             lengths.append(2 * lengths[-1])
@@ -195,7 +195,8 @@ class AnytimeAutoDrop(MeteredScheduler):
         doubles = t >= 2 * self.windows * w and self.meter.windows_since_restart >= 2
         # The first angle of a doubled window is not known yet; any other that is not known lowers
         # nothing: parameters were not finite, did not move, or were replaced.
-        has_doubled = bool(self.history) and self.history[-1].window_steps < w
+        last = self.history[-1] if self.history else None
+        has_doubled = last is not None and last.window_steps < w and last.cosine is not None
         expected = has_doubled and self.meter.windows_since_restart == 2
         power = factor = None
         if mean is not None and (known or expected) and self._cooldown is None:
@@ -206,7 +207,7 @@ class AnytimeAutoDrop(MeteredScheduler):
         decision = AnytimeDecision(
             # The meter does not know of the warm-up.
             **vars(dataclasses.replace(reading, step=self._optimizer_steps)),
-            lr=self._lrs_after(lrs),
+            lr=tuple(replaced(as_floats(self._rates()), lrs)),
             dropped=lowered,
             window_steps=w,
             mean_cosine=mean,

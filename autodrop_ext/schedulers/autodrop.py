@@ -14,7 +14,7 @@ from ..reading import Decision, Reading
 from ..saved import Form, inside, list_of
 from ..settings import AUTODROP, USE_BUCKETS, check_arguments, removed
 from .auto_window import LEAST_WINDOW, window_for
-from .base import Outcome
+from .base import Outcome, as_floats, replaced
 from .metered import MeteredScheduler
 from .saturation import SEEN, Kernel, SaturationDetector, Seen, Verdict
 
@@ -26,7 +26,7 @@ class AutoDrop(MeteredScheduler):
     """Drops the learning rate whenever the angular velocity of the parameters saturates.
 
     Once per window of optimizer steps the angle between the last two displacements of the mean
-    parameters is measured and smoothed. While training makes headway the angle rises; where the
+    parameters is measured and smoothed. While training makes headway the angle rises; when the
     smoothed angle rises by less than ``threshold``, every param group's learning rate is multiplied
     by ``factor``, right at the :meth:`step` that closes the window (Wang, Teng, Choromanska, UAI
     2024, Algorithm 1). A drop never raises a rate.
@@ -48,8 +48,8 @@ class AutoDrop(MeteredScheduler):
         params: what is measured instead of the optimizer's trainable parameters, such as float32
             master weights; forms as in :class:`AngularVelocity`.
         snapshots: how many times a window the parameters are read; None for every step.
-        buckets: float64 sums in the meter's tables, a multiple of 4,096; None for exact angles, at 24
-            bytes for each element of the model. See :class:`AngularVelocity`.
+        buckets: float64 sums in each of the meter's tables, a multiple of 4,096; None for exact
+            angles, at 24 bytes for each element of the model. See :class:`AngularVelocity`.
         average: whether an average of the parameters is kept for :meth:`averaged_parameters`, in
             float32: 4 bytes a parameter.
         per_tensor: whether decisions have the angle of each parameter and param group; for exact
@@ -72,7 +72,7 @@ class AutoDrop(MeteredScheduler):
     Attributes:
         history: the last 10,000 :class:`Decision` objects.
         num_drops: how often a learning rate was lowered.
-        group_drops: the same of each param group, where they decide for themselves.
+        group_drops: the same of each param group, if they decide for themselves.
     """
 
     window: int
@@ -187,7 +187,7 @@ class AutoDrop(MeteredScheduler):
             of_groups = {"smoothed": verdicts[0].smoothed, "rise": verdicts[0].rise}
         decision = Decision(
             **vars(reading),
-            lr=self._lrs_after(lrs),
+            lr=tuple(replaced(as_floats(self._rates()), lrs)),
             dropped=bool(lowered),
             threshold=self.threshold,
             **of_groups,
@@ -216,9 +216,9 @@ class AutoDrop(MeteredScheduler):
 
         ``lr`` (of the first param group), ``num_drops``, and from the last reading
         ``angular_velocity``, ``angular_velocity_smoothed``, ``angular_velocity_rise``,
-        ``standard_error`` [degrees], and ``displacement``, the length
-        ``|s_i|``. Where param groups decide for themselves, ``angular_velocity/0``,
-        ``angular_velocity_smoothed/0``, ``angular_velocity_rise/0``, ``num_drops/0`` and so on.
+        ``standard_error`` [degrees], and ``displacement``, the length ``|s_i|``. If param groups
+        decide for themselves, also ``angular_velocity/0``, ``angular_velocity_smoothed/0``,
+        ``angular_velocity_rise/0``, ``num_drops/0`` and so on.
         """
         if not self.history:
             return self._metrics()

@@ -18,7 +18,7 @@ from ..settings import Settings, form_of
 from ..sharding import unwrap_optimizer
 from .step_hook import StepHook
 
-# Where torch has no _update_lr, SequentialLR calls step(0) at a milestone.
+# If torch has no _update_lr, SequentialLR calls step(0) at a milestone.
 _MILESTONES_CALL_STEP = not hasattr(LRScheduler, "_update_lr")
 
 
@@ -64,17 +64,16 @@ class StepScheduler(LRScheduler):
     """Form of what was gathered towards the next drop; each entry has the name of an attribute
     without its underscore."""
     _record_type: ClassVar[type]
-    _calls_without_step_allowed = 1000  # more micro-batches than anyone accumulates
+    _once_an_epoch: ClassVar[bool] = False  # whether step() is to be called once an epoch
 
     def __init__(self, optimizer: Optimizer, settings: Mapping[str, Any], last_epoch: int) -> None:
         vars(self).update(settings)
         self.num_drops = 0
         self.history: list[Any] = []
         self._warnings = Warnings(type(self).__name__)
-        self._hook = StepHook()
+        self._hook = StepHook(once_an_epoch=self._once_an_epoch)
         self._hook.before_step = self._make_before_step()
         self._optimizer_steps = 0  # consumed marks
-        self._calls_without_step = 0
         self._last_whole: dict[str, Any] | None = None  # counts before the step at hand
         self._unwritten: Outcome | None = None  # its rates and its record are being written
         self._lowered: list[tuple[float, float]] = []  # rates before and after the last drop
@@ -114,6 +113,8 @@ class StepScheduler(LRScheduler):
         self._warnings.release()
 
     def _take_step(self, epoch: int | None) -> Outcome:
+        if self._unwritten is not None:  # also the end of a step can be interrupted
+            self._carry_out()
         self._last_whole = self._counts()
         self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
         self._step_count += 1
@@ -147,11 +148,9 @@ class StepScheduler(LRScheduler):
             vars(self).update(outcome.state, _last_whole=None)
             return
         before = as_floats(self._rates())
-        pairs = zip(before, outcome.lrs, strict=False)
-        after = [lr if new is None else new for lr, new in pairs]
         # Python looks for signals between its own instructions, and within update() there are none.
         vars(self).update(outcome.state, _last_whole=None, _unwritten=outcome)
-        self._note_lowered(before, after)
+        self._note_lowered(before, replaced(before, outcome.lrs))
         self._carry_out()
 
     def _carry_out(self) -> None:
@@ -166,7 +165,7 @@ class StepScheduler(LRScheduler):
         self._unwritten = None
 
     def _make_whole(self) -> None:
-        """After an interrupt or an error: finish what was decided."""
+        """Finish what a step has decided that ended in an interrupt or an error."""
         if self._optimizer_steps < self.warmup_steps:
             self._set_lrs(self._warmed(self.base_lrs))
         self._carry_out()
@@ -186,37 +185,10 @@ class StepScheduler(LRScheduler):
                 "is measured; call step() without an argument (torch's own schedulers deprecate "
                 "it)",
             )
-        if not self._hook.attach(self.optimizer):
-            self._warnings.warn(
-                "the optimizer had lost its step hook (it was copied or unpickled); the hook is "
-                "registered again and this call is not counted"
-            )
-        self._calls_without_step = 0 if self._hook.marked else self._calls_without_step + 1
-        allowed = self._calls_without_step_allowed
-        if self._optimizer_steps == 0:  # more likely the wrong optimizer than many micro-batches
-            allowed = min(allowed, 100)
-        if self._calls_without_step == allowed:
-            self._warnings.warn(
-                f"step() was called {self._calls_without_step} times without an optimizer step in "
-                "between; was this scheduler made for the optimizer that is stepped?"
-            )
-        if self._hook.marked and self._hook.shared(self.optimizer):
-            self._warnings.once(
-                "shared",
-                "another scheduler of this package is stepped for the same optimizer, and each "
-                "lowers the rate that the other has lowered; keep one and close() the other",
-            )
-        self._watch_calls()
-        self._watch_rates()
-
-    def _watch_calls(self) -> None:
-        steps = self._hook.called_late()
-        if steps is not None:
-            self._warnings.once(
-                "late",
-                f"{steps} optimizer steps passed since the last step(); call it after every "
-                "optimizer.step(), not once an epoch (Lightning: 'interval': 'step')",
-            )
+        for kind, message in self._hook.problems(self.optimizer, self._optimizer_steps):
+            self._warnings.once(kind, message)
+        if self._lowered or self._lrs_of_checkpoint is not None:
+            self._watch_rates()
 
     def _note_lowered(self, before: Sequence[float], after: Sequence[float]) -> None:
         """Keep lowered rates for :meth:`_watch_rates`."""
@@ -243,7 +215,7 @@ class StepScheduler(LRScheduler):
                     "undone",
                     f"the learning rate of param group {i} was lowered from {before:g} to "
                     f"{after:g}, and something has set it to {lr:g} since; drops have no effect "
-                    "where a script or another scheduler sets the rate at every step",
+                    "if a script or another scheduler sets the rate at every step",
                 )
 
     # ---- learning rates ---------------------------------------------------------------------
@@ -289,7 +261,9 @@ class StepScheduler(LRScheduler):
         return [group["lr"] for group in self.optimizer.param_groups]
 
     def _lrs(self) -> list[float | Tensor]:
-        return [lr.clone() if isinstance(lr, Tensor) else lr for lr in self._rates()]
+        """Return copies of the rates."""
+        lrs = (group["lr"] for group in self.optimizer.param_groups)
+        return [lr.clone() if isinstance(lr, Tensor) else lr for lr in lrs]
 
     def _set_lrs(self, lrs: Iterable[float | None]) -> None:
         """Write the rates of param groups, those that are tensors in place; None leaves one."""
@@ -341,8 +315,7 @@ class StepScheduler(LRScheduler):
         counts, unwritten = self._last_whole or self._counts(), self._unwritten
         lrs, last_lr, history = as_floats(self._rates()), as_floats(self._last_lr), self.history
         if unwritten is not None:
-            pairs = zip(lrs, unwritten.lrs, strict=False)
-            lrs = last_lr = [lr if new is None else new for lr, new in pairs]
+            lrs = last_lr = replaced(lrs, unwritten.lrs)
             if not self._is_remembered(unwritten.record):
                 history = [*history, unwritten.record]
         return {
@@ -359,7 +332,7 @@ class StepScheduler(LRScheduler):
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue where :meth:`state_dict` was taken. Settings are restored too, as in torch.
+        """Continue from a :meth:`state_dict`. Settings are restored too, as in torch.
 
         Raises:
             ValueError: not a state of this class; the message names the entry, and nothing has been
@@ -475,6 +448,11 @@ def in_precision_of(lr: float | Tensor, value: float) -> float:
 def as_floats(lrs: Iterable[float | Tensor]) -> list[float]:
     """Return learning rates as plain floats, for logs and checkpoints."""
     return [float(lr) for lr in lrs]
+
+
+def replaced(lrs: Iterable[float], new: Iterable[float | None]) -> list[float]:
+    """Return the rates with new ones in their places; None leaves one as it is."""
+    return [lr if other is None else other for lr, other in zip(lrs, new, strict=False)]
 
 
 def _listed(lrs: Iterable[float]) -> str:

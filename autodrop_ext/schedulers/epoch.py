@@ -18,13 +18,11 @@ from ..checks import none_or
 from ..reading import Decision, Reading
 from ..saved import Form, load
 from ..settings import EPOCH, degrees_above_0
-from .base import Outcome, check_optimizer
+from .base import Outcome, as_floats, check_optimizer, replaced
 from .metered import MeteredScheduler
 
 if TYPE_CHECKING:
     import matplotlib.figure
-
-_SINGLE_STEP_EPOCHS = 1000  # in a row, before a wrong wiring is pointed out
 
 
 @dataclass(frozen=True)
@@ -35,9 +33,9 @@ class EpochDecision(Decision):
     ``smoothed`` and ``rise`` stay None.
 
     Attributes:
-        change: ``|w_t - w_{t-1}|``, degrees; None where one of the two angles is undefined.
+        change: ``|w_t - w_{t-1}|``, degrees; None if one of the two angles is undefined.
         threshold: ``theta`` that the change is compared with, degrees.
-        waited: epochs since the one that met the condition, which has 0; None where no drop is
+        waited: epochs since the one that met the condition, which has 0; None if no drop is
             pending.
         averaged: whether the parameters were set to their average at the end of this epoch.
     """
@@ -53,11 +51,11 @@ class EpochAutoDrop(MeteredScheduler):
 
     Call :meth:`step` once per epoch. The displacement ``s_t`` of epoch ``t`` runs from the
     parameters before its first update to those after its last one, and ``w_t`` is the angle between
-    ``s_t`` and ``s_{t-1}``. Where ``|w_t - w_{t-1}| < theta`` and ``t > 2``, training goes on for
+    ``s_t`` and ``s_{t-1}``. When ``|w_t - w_{t-1}| < theta`` and ``t > 2``, training goes on for
     another ``delay`` epochs at the same rate, the parameters are set to their average over these
     epochs with the weights 1, 2, ..., ``delay``, and then every param group's learning rate is
     multiplied by ``factor`` and ``theta`` divided by it (Teng, Wang, Choromanska 2021, Algorithm
-    1). A drop never raises a rate. Where all rates are at ``min_lr``, averages are still taken, as
+    1). A drop never raises a rate. When all rates are at ``min_lr``, averages are still taken, as
     printed.
 
     Where Algorithm 1 contradicts itself or its text:
@@ -128,7 +126,7 @@ class EpochAutoDrop(MeteredScheduler):
     }
     _record_type = EpochDecision
     _averages_run = False
-    _calls_without_step_allowed = 10  # epochs
+    _once_an_epoch = True
 
     def __init__(
         self,
@@ -155,7 +153,6 @@ class EpochAutoDrop(MeteredScheduler):
         self.on_average = on_average
         self._last_angle: float | None = None
         self._waited: int | None = None  # epochs of a pending drop's delay
-        self._single_step_epochs = 0
         super().__init__(optimizer, arguments, window=1)
         self._current_threshold = self.threshold
         self._delayed = ParameterAverage(self.meter.named_parameters)
@@ -198,7 +195,8 @@ class EpochAutoDrop(MeteredScheduler):
             self._waited += 1
             if self.average:
                 self._add_to_average(self._waited)
-        self._cool()  # first, so that a decision holds the rates after this epoch
+        if self._cooldown is not None:
+            self._cool(self._cooldown)  # first, so that a decision holds the rates after this epoch
         return self._decide(
             dataclasses.replace(reading, step=self._hook.real_steps, window=self._optimizer_steps)
         )
@@ -216,7 +214,7 @@ class EpochAutoDrop(MeteredScheduler):
             "averaged_parameters: expected AutoDrop or AnytimeAutoDrop with average=True; "
             "EpochAutoDrop sets the parameters to their average at each drop"
         )
-        yield False
+        yield  # type: ignore[unreachable]  # makes this a generator
 
     def _decide(self, reading: Reading) -> Outcome:
         change = None
@@ -226,12 +224,13 @@ class EpochAutoDrop(MeteredScheduler):
         if waited is None and change is not None and change < threshold:
             waited = 0
         ends = waited == self.delay
+        # Parameters alone are changed here: whether they could be is part of the decision.
         averaged = ends and self._write_average()
         lrs = self._dropped(self.factor, None if ends else ())
         lowered = any(lr is not None for lr in lrs)
         decision = EpochDecision(
             **vars(reading),
-            lr=self._lrs_after(lrs),
+            lr=tuple(replaced(as_floats(self._rates()), lrs)),
             dropped=lowered,
             change=change,
             threshold=threshold,
@@ -278,21 +277,11 @@ class EpochAutoDrop(MeteredScheduler):
         self.meter.close()
 
     def _update_lr(self, epoch: int | None = None) -> None:
-        # SequentialLR calls this in place of step() where it hands over: the epoch that begins now
+        # SequentialLR calls this in place of step() when it hands over: the epoch that begins now
         # is the first one, and what the meter saw of the epochs before must not be measured.
         super()._update_lr(epoch)
         self._hook.marked = False
         self._start_over()
-
-    def _watch_calls(self) -> None:
-        single = self._hook.steps_since_call == 1
-        self._hook.called_late()
-        self._single_step_epochs = self._single_step_epochs + 1 if single else 0
-        if self._single_step_epochs == _SINGLE_STEP_EPOCHS:
-            self._warnings.warn(
-                f"step() was called after every single optimizer step {_SINGLE_STEP_EPOCHS} times; "
-                "call it once per epoch (unless an epoch has one batch)"
-            )
 
     # ---- looking ----------------------------------------------------------------------------
 
@@ -300,7 +289,8 @@ class EpochAutoDrop(MeteredScheduler):
         """The newest values for a logger: plain floats, those that are undefined left out.
 
         ``lr`` (of the first param group), ``num_drops``, and from the last epoch
-        ``angular_velocity``, ``angular_velocity_change``, ``threshold`` [degrees], and ``displacement``, the length ``|s_t|``.
+        ``angular_velocity``, ``angular_velocity_change``, ``threshold`` [degrees], and
+        ``displacement``, the length ``|s_t|``.
         """
         if not self.history:
             return self._metrics()

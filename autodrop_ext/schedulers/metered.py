@@ -71,10 +71,8 @@ class MeteredScheduler(StepScheduler):
         self._mean: ParameterAverage | None = None
         if self._averages_run and settings["average"]:
             self._mean = ParameterAverage(self.meter.named_parameters)
-        own = {s.name for s in self._settings if s.saved}
-        super().__init__(
-            optimizer, {k: v for k, v in settings.items() if k in own}, arguments["last_epoch"]
-        )
+        own = {s.name: settings[s.name] for s in self._settings if s.saved}
+        super().__init__(optimizer, own, arguments["last_epoch"])
         self.meter.warn_through(self._warnings)
 
     # ---- a step -----------------------------------------------------------------------------
@@ -90,7 +88,8 @@ class MeteredScheduler(StepScheduler):
             raise RuntimeError("step: expected parameters of a training step, got averaged ones")
         reading = self.meter.observe(calls=self._step_count, facts=self._facts)
         self._update_average()
-        self._cool()  # first, so that a decision holds the rates after this step
+        if self._cooldown is not None:
+            self._cool(self._cooldown)  # first, so that a decision holds the rates after this step
         return NOTHING if reading is None else self._decide_once(reading)
 
     def _update_average(self) -> None:
@@ -133,7 +132,7 @@ class MeteredScheduler(StepScheduler):
             self._commit(self._decide_once(newest))
 
     def _facts(self) -> dict[str, Any]:
-        """What decisions depend on; equal on all ranks."""
+        """Return what decisions depend on; equal on all ranks."""
         return {
             **self._saved_settings(),
             "num_drops": self.num_drops,
@@ -145,7 +144,7 @@ class MeteredScheduler(StepScheduler):
     # ---- learning rates ---------------------------------------------------------------------
 
     def _floor(self, group: int) -> float:
-        """Lower bound of a param group's rate; 0 for those that were added later."""
+        """Return the lower bound of a param group's rate; 0 for those that were added later."""
         return self.min_lr[group] if group < len(self.min_lr) else 0.0
 
     def _dropped(self, factor: float, groups: Iterable[int] | None = None) -> list[float | None]:
@@ -165,13 +164,8 @@ class MeteredScheduler(StepScheduler):
             _lower(lr, factor, self._floor(g)) if g in chosen else None for g, lr in enumerate(lrs)
         ]
 
-    def _lrs_after(self, lower: Iterable[float | None]) -> tuple[float, ...]:
-        """Return the rates of all param groups once some are lowered."""
-        pairs = zip(as_floats(self._rates()), lower, strict=True)
-        return tuple(lr if new is None else new for lr, new in pairs)
-
     def _closed_form(self, factor: float, drops: Callable[[int], int]) -> list[float]:
-        """Base rates after ``drops`` of each group; the warm-up's share of them while it lasts."""
+        """Return the base rates after ``drops`` of each group, within the warm-up its share."""
         lrs = self._warmed(self.base_lrs)
         for g in range(len(lrs)):
             for _ in range(drops(g)):
@@ -208,12 +202,10 @@ class MeteredScheduler(StepScheduler):
         )
         self._begin_log()
 
-    def _cool(self) -> None:
-        if self._cooldown is not None:
-            now = as_floats(self._rates())
-            lower = self._cooldown.lrs_at(self._optimizer_steps, self._floor)
-            self._set_lrs(map(min, now, lower))
-            self._note_lowered(now, as_floats(self._rates()))
+    def _cool(self, cooldown: Cooldown) -> None:
+        now = as_floats(self._rates())
+        self._set_lrs(map(min, now, cooldown.lrs_at(self._optimizer_steps, self._floor)))
+        self._note_lowered(now, as_floats(self._rates()))
 
     # ---- looking ----------------------------------------------------------------------------
 
@@ -224,7 +216,7 @@ class MeteredScheduler(StepScheduler):
             begin(self._described())
 
     def _described(self) -> dict[str, Any]:
-        """What this scheduler was made with, for logs and titles of pictures."""
+        """Return what this scheduler was made with, for logs and titles of pictures."""
         of_meter = {s.name: getattr(self.meter, s.name) for s in self._settings if not s.saved}
         described = {"scheduler": type(self).__name__, **of_meter, **self._saved_settings()}
         described["lr"] = as_floats(self.base_lrs)
@@ -316,7 +308,7 @@ class MeteredScheduler(StepScheduler):
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue where :meth:`state_dict` was taken. Settings are restored too, as in torch.
+        """Continue from a :meth:`state_dict`. Settings are restored too, as in torch.
 
         Raises:
             ValueError: not a state of this class; the message names the entry, and nothing has been
@@ -342,7 +334,7 @@ class MeteredScheduler(StepScheduler):
                 f"state_dict['min_lr']: expected a value for each of the {groups} param groups "
                 f"that this scheduler was made for, got {lows!r}"
             )
-        form: Form = {"cooldown": Later(inside(_COOLDOWN), None), "meter": inside({})}
+        form: dict[str, Any] = {"cooldown": Later(inside(_COOLDOWN), None), "meter": inside({})}
         if self._averages_run and loaded["average"]:
             form["mean"] = Later(checked_average, None)
         loaded |= load(state, form)
@@ -431,7 +423,7 @@ _COOLDOWN: Form = {
 
 
 def _lower(lr: float | Tensor, factor: float, floor: float) -> float | None:
-    """``max(floor, factor * lr)`` in the rate's own precision; None if that is not lower."""
+    """Return ``max(floor, factor * lr)`` in the rate's own precision; None if that is not lower."""
     now = float(lr)
     lower = in_precision_of(lr, max(floor, factor * now))
     return lower if lower < now else None

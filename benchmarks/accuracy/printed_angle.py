@@ -22,8 +22,13 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
-from autodrop_ext.cli.demo.digits import Digits
 from autodrop_ext.schedulers.saturation import SaturationDetector
+
+# Run as a file, these folders are not on the path.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from demo.digits import Digits
 
 
 def angle(a: Tensor, b: Tensor) -> float:
@@ -43,8 +48,8 @@ def digits(options: argparse.Namespace) -> tuple[nn.Module, Callable[[], Tensor]
 
 def resnet18(options: argparse.Namespace) -> tuple[nn.Module, Callable[[], Tensor], float]:
     """ResNet-18 as the papers train it on CIFAR-10, of whose images a part may be taken."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    from training.tasks import CifarModel, make_task
+    from papers.tasks import CifarModel
+    from training.tasks import make_task
 
     task = make_task(
         "cifar10-resnet18",

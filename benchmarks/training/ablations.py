@@ -7,21 +7,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from .recipes import RECIPES
 from .run import RunSpec
+from .tasks import MODELS
 
-# The papers' values. Windows are those of Table 15; the short tasks need shorter ones.
+# The papers' values.
 FACTORS = (0.5, 0.8, 0.9, 0.95, 0.99)
 BUFFER_SIZES = (5, 10, 20, 30, 50)
 KERNELS = ("value", "time")
-WINDOWS = {
-    "digits-convnet": (1, 2, 3, 4, 6, 12, 64),
-    "byte-transformer": (1, 2, 4, 8, 64),
-    **{
-        name: (64, 256, 512, 640) if recipe.kind == "imagenet" else (32, 64, 128, 256)
-        for name, recipe in RECIPES.items()
-    },
-}
 # What changes together under each name. m is UAI's: the buffer's size, and, if the buffer must be
 # full before anything is smoothed, the number of angles that are waited for as well.
 VARIED: dict[str, tuple[str, ...]] = {
@@ -38,7 +30,7 @@ USUAL: dict[str, Any] = {"factor": 0.95, "buffer_size": 10, "min_samples": 10, "
 def values_of(name: str, model: str) -> tuple[Any, ...]:
     """What is tried under a name of :data:`VARIED`."""
     return {
-        "window": WINDOWS[model],
+        "window": MODELS[model].windows,
         "factor": FACTORS,
         "buffer_size": BUFFER_SIZES,
         "m": BUFFER_SIZES,

@@ -1,6 +1,8 @@
 """Training under many learning-rate schedules: run, compare, ablate, report.
 
 python benchmarks/training/command.py --help
+
+``benchmarks/papers/command.py`` has the same commands with the papers' models.
 """
 
 from __future__ import annotations
@@ -21,21 +23,17 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from training.ablations import VARIED, ablation_specs
-from training.exhibits import EXHIBITS
-from training.paper import Options, list_exhibits, make_exhibit
 from training.parallel import train_all
 from training.ranks import Ranks, start_ranks
-from training.recipes import RECIPES
 from training.report import write_report
 from training.run import RunSpec
 from training.schedules import SCHEDULES, window_for
-from training.sources import SOURCES
-from training.table import compare, recipe_of
-from training.tasks import MODELS
+from training.table import compare
+from training.tasks import MODELS, recipe_of
 
-SMALL = tuple(model for model in MODELS if model not in RECIPES)
+SMALL = tuple(name for name, model in MODELS.items() if model.data is None)
 # What ends in a message and not in a traceback.
-_EXPECTED = (OSError, ValueError, ImportError, torch.cuda.OutOfMemoryError)
+EXPECTED = (OSError, ValueError, ImportError, torch.cuda.OutOfMemoryError)
 _NEEDS = {"schedule-free": "schedulefree", "prodigy": "prodigyopt"}
 
 
@@ -77,23 +75,16 @@ class Grid(click.ParamType):
         return schedule, name, tuple(values)
 
 
-class Place(click.ParamType):
-    """``DATASET=FOLDER``."""
+class ModelName(click.ParamType):
+    """A key of :data:`training.tasks.MODELS`."""
 
-    name = "dataset=folder"
+    name = "model"
 
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, str]:
-        """The data set's name and a folder that is there."""
-        if isinstance(value, tuple):
-            return value
-        name, sign, folder = value.partition("=")
-        if not sign or name not in SOURCES:
-            self.fail(
-                f"expected one of {', '.join(SOURCES)} and =FOLDER, got {value!r}", param, ctx
-            )
-        if name != "bert" and not Path(folder).is_dir():
-            self.fail(f"{name}: expected a folder, got {folder!r}", param, ctx)
-        return name, folder
+    def convert(self, value: Any, param: Any, ctx: Any) -> str:
+        """Return the name."""
+        if value not in MODELS:
+            self.fail(f"expected one of {', '.join(MODELS)}, got {value!r}", param, ctx)
+        return str(value)
 
 
 def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -132,7 +123,7 @@ _run_options = _options(
     click.option(
         "--data",
         type=click.Path(exists=True, file_okay=False),
-        help="Folder of the papers' models' data; `paper` says what it must hold.",
+        help="Folder of the papers' models' data.",
     ),
     click.option(
         "--cache",
@@ -183,10 +174,10 @@ def cli() -> None:
 @cli.command()
 @click.option(
     "--model",
-    type=click.Choice(MODELS),
+    type=ModelName(),
     required=True,
     metavar="NAME",
-    help=", ".join(MODELS) + ".",
+    help="One that the list command names.",
 )
 @click.option(
     "--schedule",
@@ -228,7 +219,7 @@ def run(
         for seed in seeds
     ]
     _check(specs)
-    results = _train(specs, model, output, processes=1, keep_checkpoint=True)
+    results = train_runs(specs, model, output, processes=1, keep_checkpoint=True)
     for spec, result in zip(specs, results, strict=True):
         error = "diverged" if result["error"] is None else f"{result['error']:.4g}"
         click.echo(
@@ -241,7 +232,7 @@ def run(
 @click.option(
     "--model",
     "models",
-    type=click.Choice(MODELS),
+    type=ModelName(),
     metavar="NAME",
     multiple=True,
     default=SMALL,
@@ -304,7 +295,7 @@ def table(
             names,
             range(seeds),
             tune=tune,
-            train=lambda specs, title: _train(specs, title, output, processes=processes),
+            train=lambda specs, title: train_runs(specs, title, output, processes=processes),
             search=search,
         )
     _report([output], output)
@@ -314,7 +305,7 @@ def table(
 @click.option(
     "--model",
     "models",
-    type=click.Choice(MODELS),
+    type=ModelName(),
     metavar="NAME",
     multiple=True,
     default=SMALL[:1],
@@ -346,7 +337,7 @@ def ablations(
         steps = (base.epochs or recipe.epochs) * base.task().steps_per_epoch
         window = recipe.window or window_for(max(1, steps - base.warmup(recipe, steps)))
         specs = ablation_specs(base, varied or list(VARIED), range(seeds), window)
-        _train(specs, f"{model}: ablations", output, processes=processes)
+        train_runs(specs, f"{model}: ablations", output, processes=processes)
     _report([output], output)
 
 
@@ -367,127 +358,10 @@ def report(results: Sequence[Path], target: Path) -> None:
     _report(results, target)
 
 
-@cli.command()
-@click.argument("names", nargs=-1, metavar="[TABLE or FIGURE]...")
-@click.option(
-    "--data",
-    "places",
-    type=Place(),
-    multiple=True,
-    help="Where a data set is; may be given several times.",
-)
-@click.option(
-    "--model",
-    "models",
-    type=click.Choice(list(RECIPES)),
-    multiple=True,
-    metavar="NAME",
-    help=f"Only this one: {', '.join(RECIPES)}.",
-)
-@click.option(
-    "--schedule",
-    "schedules",
-    type=click.Choice(list(SCHEDULES)),
-    multiple=True,
-    metavar="NAME",
-    help="Only this one.",
-)
-@click.option("--seeds", type=click.IntRange(1), help="At most so many.  [default: the paper's]")
-@click.option("--epochs", type=click.IntRange(1), help="[default: the paper's]")
-@click.option("--subset", type=click.IntRange(1), help="Examples.  [default: all]")
-@click.option("--batch", type=click.IntRange(1), help="Examples a step.  [default: the paper's]")
-@click.option(
-    "--cache",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder of what is decoded once.  [default: the data's]",
-)
-@click.option("--workers", type=click.IntRange(0), default=8, show_default=True)
-@click.option("--device", default="auto", show_default=True)
-@click.option(
-    "--precision", type=click.Choice(["auto", "bf16", "fp32"]), default="auto", show_default=True
-)
-@click.option(
-    "--finished", is_flag=True, help="Train nothing: make tables and figures of what there is."
-)
-@click.option(
-    "--rounds", type=click.IntRange(1), default=5, show_default=True, help="Of uai-table-3."
-)
-@click.option(
-    "--steps",
-    type=click.IntRange(1),
-    default=60,
-    show_default=True,
-    help="Of each of its rounds, in which AutoDrop closes a window and TLR changes the rate.",
-)
-@click.option(
-    "--output",
-    type=click.Path(file_okay=False, path_type=Path),
-    default="build/paper",
-    show_default=True,
-)
-def paper(
-    names: Sequence[str],
-    places: Sequence[tuple[str, str]],
-    models: Sequence[str],
-    schedules: Sequence[str],
-    seeds: int | None,
-    cache: Path | None,
-    device: str,
-    precision: str,
-    finished: bool,
-    rounds: int,
-    steps: int,
-    output: Path,
-    **base: Any,
-) -> None:
-    """Tables and figures of the papers: what there is, or run and make some of it.
-
-    Without a name: all of them, the data that they need, and how many runs are finished. With
-    names such as uai-table-2 or 2021-figure-7, or with all: trains what is missing, prints the
-    paper's numbers next to ours, and draws. Finished runs are not run again, interrupted ones go
-    on. On several GPUs: torchrun --nproc-per-node 8 benchmarks/training/command.py paper ...
-    """
-    unknown = [name for name in names if name not in EXHIBITS and name != "all"]
-    if unknown:
-        raise click.UsageError(
-            f"expected names that the command without one lists, got {', '.join(unknown)}"
-        )
-    own = start_ranks()
-    on_gpu = torch.cuda.is_available()
-    device = own or (("cuda" if on_gpu else "cpu") if device == "auto" else device)
-    bf16 = device.startswith("cuda") if precision == "auto" else precision == "bf16"
-    options = Options(
-        output,
-        dict(places),
-        models,
-        schedules,
-        seeds,
-        cache,
-        {**base, "device": device, "bf16": bf16},
-        {"device": device, "bf16": bf16, "rounds": rounds, "steps": steps},
-    )
-    if not names:
-        if Ranks().first:
-            click.echo("\n".join(list_exhibits(options)))
-        return
-    for name in EXHIBITS if "all" in names else names:
-        try:
-            written = make_exhibit(
-                name,
-                options,
-                None
-                if finished
-                else lambda specs, title: _train(specs, title, output, processes=1),
-            )
-        except _EXPECTED as error:
-            raise click.ClickException(_message(error)) from error
-        for path in written:
-            click.echo(path.read_text() if path.suffix == ".md" else path)
-
-
 @cli.command(name="list")
 def list_schedules() -> None:
-    """Schedules, their settings, and where these come from."""
+    """Models; schedules, their settings, and where these come from."""
+    click.echo(f"models: {', '.join(MODELS)}")
     for name, schedule in SCHEDULES.items():
         settings = ", ".join(f"{k}={v}" for k, v in schedule.settings.items())
         click.echo(f"{name}: {schedule.label}")
@@ -497,12 +371,13 @@ def list_schedules() -> None:
 
 
 def _spec(model: str, *, device: str, precision: str, **options: Any) -> RunSpec:
-    on_gpu = model in RECIPES and torch.cuda.is_available()
+    place = MODELS[model].data
+    on_gpu = place is not None and torch.cuda.is_available()
     device = ("cuda" if on_gpu else "cpu") if device == "auto" else device
     device = start_ranks() or device
     bf16 = device.startswith("cuda") if precision == "auto" else precision == "bf16"
-    if model in RECIPES and options["data"] is None:
-        raise click.UsageError(f"{model} needs --data, the folder of {RECIPES[model].data}")
+    if place is not None and options["data"] is None:
+        raise click.UsageError(f"{model} needs --data, the folder of {place}")
     return RunSpec(model=model, device=device, bf16=bf16, **options)
 
 
@@ -524,7 +399,7 @@ def _check(specs: Sequence[RunSpec]) -> None:
             )
 
 
-def _train(
+def train_runs(
     specs: Sequence[RunSpec],
     title: str,
     output: Path,
@@ -532,6 +407,7 @@ def _train(
     processes: int,
     keep_checkpoint: bool = False,
 ) -> list[dict[str, Any]]:
+    """As :func:`training.parallel.train_all`; what goes wrong ends in a message."""
     try:
         return train_all(
             specs,
@@ -541,11 +417,12 @@ def _train(
             console=Console(stderr=True, quiet=not Ranks().first),
             keep_checkpoint=keep_checkpoint,
         )
-    except _EXPECTED as error:
-        raise click.ClickException(_message(error)) from error
+    except EXPECTED as error:
+        raise click.ClickException(message_of(error)) from error
 
 
-def _message(error: Exception) -> str:
+def message_of(error: Exception) -> str:
+    """Return what a user is shown of an expected error."""
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return f"the GPU's memory is full; give a smaller --batch, or free the GPU. {error}"
     return str(error)

@@ -38,10 +38,13 @@ from torch import Generator, Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
 
 from autodrop_ext import AnytimeAutoDrop, AutoDrop
-from autodrop_ext.cli.demo.digits import Digits
-from autodrop_ext.cli.demo.text import Bytes
 
+# Run as a file, these folders are not on the path.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "examples"))
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from demo.digits import Digits
+from demo.text import Bytes
 
 from training.cifar import load_cifar
 

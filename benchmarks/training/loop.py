@@ -12,18 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from demo.training import single_thread
 from torch import Generator, nn
 from torch.optim.swa_utils import update_bn
 
 from autodrop_ext import AngularVelocity, Decision, JsonLinesLog
-from autodrop_ext.cli.demo.training import single_thread
 
 from .driver import Driver
 from .ranks import Ranks
-from .recipes import RECIPES
 from .run import CHECKPOINT, LOG, RESULT, RunSpec, check_same, machine, replace_file
 from .schedules import SCHEDULES, Setup
 from .task import Scores, Task
+from .tasks import MODELS, recipe_of
 
 
 def train(
@@ -51,17 +51,15 @@ def train(
     Raises:
         ValueError: the folder holds a run of another spec.
     """
-    if spec.model in RECIPES and RECIPES[spec.model].kind == "glue":
-        from .glue import train_glue  # needs transformers
-
-        return train_glue(spec, root, keep_checkpoint=keep_checkpoint, on_epoch=on_epoch)
+    train_itself = MODELS[spec.model].train
+    if train_itself is not None:
+        return train_itself(spec, root, keep_checkpoint=keep_checkpoint, on_epoch=on_epoch)
     folder = spec.folder(root)
     folder.mkdir(parents=True, exist_ok=True)
     result = folder / RESULT
     if result.exists():
         done: dict[str, Any] = json.loads(result.read_text())
-        paper = RECIPES.get(spec.model)
-        check_same(spec, paper.recipe if paper else spec.task().recipe, done, result)
+        check_same(spec, recipe_of(spec.model), done, result)
         return done
     devices = [] if spec.device == "cpu" else [torch.device(spec.device)]
     with torch.random.fork_rng(devices=devices), _threads_and_kernels(spec):
@@ -309,7 +307,7 @@ def _threads_and_kernels(spec: RunSpec) -> Iterator[None]:
     benchmark = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = torch.device(spec.device).type == "cuda"
     try:
-        with nullcontext() if spec.model in RECIPES else single_thread():
+        with single_thread() if MODELS[spec.model].data is None else nullcontext():
             yield
     finally:
         torch.backends.cudnn.benchmark = benchmark

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .loop import train
 from .run import RunSpec
+from .tasks import MODELS, Model
 
 
 def train_all(
@@ -65,7 +66,9 @@ def train_all(
         bar = progress.add_task(title, total=len(specs), note="")
         # Spawned, not forked: torch's threads do not survive a fork.
         spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(processes, spawn, initializer=_start_worker) as pool:
+        with ProcessPoolExecutor(
+            processes, spawn, initializer=_start_worker, initargs=(MODELS,)
+        ) as pool:
             jobs = {
                 pool.submit(train, spec, root, keep_checkpoint=keep_checkpoint): i
                 for i, spec in enumerate(specs)
@@ -81,7 +84,8 @@ def train_all(
     return results
 
 
-def _start_worker() -> None:
+def _start_worker(models: Mapping[str, Model]) -> None:
+    MODELS.update(models)
     torch.set_num_threads(1)
 
 

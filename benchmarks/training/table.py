@@ -8,22 +8,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from .recipe import Recipe
-from .recipes import RECIPES
 from .run import RunSpec
 from .schedules import SCHEDULES
-from .tasks import ByteTransformer, DigitsConvnet
+from .tasks import recipe_of
 
 TUNING_SEED = 1000  # in no table
 
 Train = Callable[[Sequence[RunSpec], str], list[dict[str, Any]]]
-
-
-def recipe_of(model: str) -> Recipe:
-    """Without reading the model's data."""
-    if model in RECIPES:
-        return RECIPES[model].recipe
-    return {"digits-convnet": DigitsConvnet, "byte-transformer": ByteTransformer}[model].recipe
 
 
 Search = Mapping[str, Mapping[str, tuple[Any, ...]]]

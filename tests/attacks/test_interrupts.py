@@ -371,10 +371,15 @@ def test_a_warning_that_is_an_error_comes_after_the_window_was_discarded(
 
 @pytest.mark.parametrize("moment", ["reading", "after a reading"])
 def test_no_reading_is_decided_on_twice(moment: str) -> None:
-    """A second decision would put the same angle into the filter again, and could drop the rate."""
+    """A second decision would put the same angle into the filter again, and could drop the rate.
+
+    Nor is one left out: other ranks may have decided on the reading.
+    """
     call = call_of("AutoDrop", moment)
-    for at in places("AutoDrop", call, 24):
+    for at in places("AutoDrop", call, 48):
         trial, interrupter, _ = interrupted("AutoDrop", call, at)
+        measured = [reading.window for reading in trial.measure.meter.history]
+        assert measured == [decision.window for decision in trial.history], interrupter.where
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             trial.advance(5 * trial.window)

@@ -7,9 +7,11 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from papers.models import imagenet_resnet18, imagenet_resnet50, resnet, wide_resnet
+from papers.tasks import CifarModel
 from training.cifar import Cifar, cache_name, load_cifar
-from training.models import imagenet_resnet18, imagenet_resnet50, resnet, wide_resnet
-from training.tasks import ByteTransformer, CifarModel, DigitsConvnet, Recipe, make_task
+from training.recipe import Recipe
+from training.tasks import ByteTransformer, DigitsConvnet, make_task
 
 RECIPE = Recipe("sgd", 0.1, (0.1,), epochs=1)
 
@@ -212,7 +214,7 @@ def test_validation_data_is_taken_from_the_training_data(monkeypatch):
     assert held._test_images.shape == (240, 1, 8, 8)
     assert torch.equal(held._test_images[1, 0], digits._images[5, 1:-1, 1:-1])
     files = [bytes([i]) * 100 for i in range(20)]
-    monkeypatch.setattr("autodrop_ext.cli.demo.text._sources", lambda root: files)
+    monkeypatch.setattr("demo.text._sources", lambda root: files)
     text, held_text = ByteTransformer(), ByteTransformer(validation=True)
     assert torch.equal(torch.cat([held_text._train, held_text._held_out]), text._train)
     assert len(held_text._held_out) == 360  # a fifth of nine tenths of 2,000 bytes

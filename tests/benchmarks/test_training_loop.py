@@ -19,6 +19,7 @@ from training.recipe import Recipe
 from training.run import CHECKPOINT, LOG, RESULT, RunSpec
 from training.schedules import SCHEDULES, Setup, window_for
 from training.task import Scores
+from training.tasks import MODELS, Model
 
 from autodrop_ext import read_log
 from autodrop_ext.schedulers import auto_window
@@ -68,6 +69,8 @@ class Blobs:
 def blobs(monkeypatch):
     def use(task):
         monkeypatch.setattr(run, "made_task", lambda *args, **kwargs: task)
+        model = Model(recipe=lambda: task.recipe, task=lambda **options: task, windows=())
+        monkeypatch.setitem(MODELS, "blobs", model)
         return task
 
     return use

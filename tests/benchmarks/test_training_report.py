@@ -179,9 +179,12 @@ def test_run_and_report(tmp_path):
     ("arguments", "message"),
     [
         (("run", "--model", "cifar10-resnet18", "--schedule", "step"), "needs --data"),
-        (("run", "--model", MODELS[0], "--schedule", "step", "--set", "k=1"), "--set: settings:"),
-        (("run", "--model", MODELS[0], "--schedule", "step", "--set", "k"), "NAME=VALUE"),
-        (("run", "--model", MODELS[0], "--schedule", "step", "--batch", "8"), "small task"),
+        (
+            ("run", "--model", command.SMALL[0], "--schedule", "step", "--set", "k=1"),
+            "--set: settings:",
+        ),
+        (("run", "--model", command.SMALL[0], "--schedule", "step", "--set", "k"), "NAME=VALUE"),
+        (("run", "--model", command.SMALL[0], "--schedule", "step", "--batch", "8"), "small task"),
         (("table", "--lr", "0.1"), "add --no-tune"),
         (("report", ".", "--to", "x"), "found no result.json"),
     ],
@@ -195,7 +198,9 @@ def test_commands_say_what_is_wrong(arguments, message, tmp_path, monkeypatch):
 
 def test_the_window_of_ablations_counts_no_warm_up(tmp_path, monkeypatch):
     trained = []
-    monkeypatch.setattr(command, "_train", lambda specs, *rest, **options: trained.extend(specs))
+    monkeypatch.setattr(
+        command, "train_runs", lambda specs, *rest, **options: trained.extend(specs)
+    )
     monkeypatch.setattr(command, "_report", lambda *rest: None)
     for warmup in ((), ("--warmup", 1500)):
         done = invoke("ablations", "--vary", "factor", *warmup, "--output", tmp_path)
@@ -212,4 +217,5 @@ def test_help_names_every_command_and_list_every_schedule():
         assert one.exit_code == 0
         assert all(len(line) <= 90 for line in one.output.splitlines())
     listed = invoke("list").output
+    assert listed.startswith(f"models: {', '.join(MODELS)}\n")
     assert all(f"{name}: {s.label}" in listed for name, s in SCHEDULES.items())

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 import emulated
 import pytest
 import torch
+from autodrop_ext.ops.device_sums import DeviceSums
 from torch import Tensor
 
 from autodrop_ext import AngularVelocity, ops
-from autodrop_ext.ops.device_sums import DeviceSums
 from autodrop_ext.ops.plan import Plan
 
 pytestmark = pytest.mark.skipif(not emulated.COMPILER, reason="needs g++ or clang++")

@@ -12,12 +12,12 @@ import threading
 
 import pytest
 import torch
+from autodrop_ext.ops.device_sums import DeviceSums
 from cases import CASES, make
 from torch import Tensor
 
 from autodrop_ext import AngularVelocity
 from autodrop_ext.ops import BACKENDS
-from autodrop_ext.ops.device_sums import DeviceSums
 from autodrop_ext.ops.plan import Plan
 
 WINDOW = 3

@@ -7,12 +7,12 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from autodrop_ext.ops.cpu import CpuBackend
 from cases import every_case, make
 from hypothesis import given
 from hypothesis import strategies as st
 
 from autodrop_ext.ops import reference
-from autodrop_ext.ops.cpu import CpuBackend
 from autodrop_ext.ops.plan import (
     ALIGN_ELEMENTS,
     CHUNK_ELEMENTS,

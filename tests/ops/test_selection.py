@@ -10,10 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from autodrop_ext.ops.cpu import CpuBackend
 
 from autodrop_ext import AngularVelocity, ops
 from autodrop_ext.ops import cuda, native
-from autodrop_ext.ops.cpu import CpuBackend
 from autodrop_ext.ops.cuda import CudaBackend
 from autodrop_ext.ops.plan import Plan
 from autodrop_ext.ops.triton import TritonBackend

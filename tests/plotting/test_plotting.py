@@ -11,7 +11,6 @@ import torch
 from autodrop_ext import AnytimeAutoDrop, AutoDrop, EpochAutoDrop
 from autodrop_ext.plotting.anytime import plot_anytime
 from autodrop_ext.plotting.compare import plot_runs
-from autodrop_ext.plotting.lengths import plot_lengths
 from autodrop_ext.plotting.panels import running_mean
 from autodrop_ext.plotting.run import plot_run
 
@@ -265,31 +264,7 @@ def test_missing_matplotlib_names_the_extra(monkeypatch):
         plot_run(readings(1))
 
 
-def points(steps, quality, lr):
-    return [{"step": s, "quality": q, "lr": r} for s, q, r in zip(steps, quality, lr, strict=True)]
-
-
-def test_runs_set_for_a_length_end_in_a_ring(tmp_path):
-    path = tmp_path / "lengths.png"
-    whole = points([10, 30, 100], [8.0, 4.0, 2.0], [0.1, 0.1, 0.05])
-    short = points([10, 30], [6.0, 5.0], [0.05, 0.0])
-    long = points([10, 30, 100], [9.0, 7.0, 3.0], [0.1, 0.08, 0.0])
-    figure = plot_lengths({"own": whole}, {"cosine": [short, long]}, "test error %", path=path)
-    quality, rate = figure.axes
-    assert path.read_bytes().startswith(b"\x89PNG")
-    names = [text.get_text() for text in quality.get_legend().get_texts()]
-    assert names == ["own", "cosine, set for this length"]
-    rings = [line for line in quality.lines if line.get_marker() == "o"]
-    assert [(*map(float, r.get_xdata()), *map(float, r.get_ydata())) for r in rings] == [
-        (30.0, 5.0),
-        (100.0, 3.0),
-    ]
-    assert len(rate.lines) == 3
-    assert rate.get_ylim()[0] > 0.01  # and not the zero at which cosine ends
-    assert all(value > 0 for line in rate.lines for value in line.get_ydata())
-    assert quality.get_xscale() == "log"
-    with pytest.raises(ValueError, match="expected at least one run, got none"):
-        plot_lengths({}, {}, "test error %")
+# ---- what a scheduler draws of itself ---------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -89,8 +89,8 @@ def schedulers_never_import_operations(given: Sources) -> list[str]:
     return forbidden(given, "schedulers", lambda name: not in_room(name, "ops"))
 
 
-def theory_imports_checks_alone(given: Sources) -> list[str]:
-    return forbidden(given, "theory", lambda name: name == "checks")
+def the_velocity_model_imports_checks_alone(given: Sources) -> list[str]:
+    return forbidden(given, "schedulers.velocity_model", lambda name: name == "checks")
 
 
 def checks_import_nothing(given: Sources) -> list[str]:
@@ -293,6 +293,42 @@ def test_private_names_in_tests_are_noticed(line: str) -> None:
     assert private_names_read({"test_x.py": "x = 1\n" + line}, names) != []
 
 
+# ---- next to the package ---------------------------------------------------------------------
+
+MAY_NOT_IMPORT = {
+    "autodrop_ext": {"demo", "papers", "training"},
+    "examples/demo": {"papers", "training"},
+    "benchmarks/training": {"papers"},
+    "benchmarks/papers/theory": {"training"},
+}
+"""Folders, and packages next to ``autodrop_ext`` that are above them."""
+
+
+def packages_imported(source: str) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add((node.module or "").partition(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("folder", MAY_NOT_IMPORT)
+def test_folders_import_downwards(folder: str) -> None:
+    modules = sorted((TESTS.parent / folder).rglob("*.py"))
+    if not modules:
+        pytest.skip(f"{folder} is not next to the tests")
+    for module in modules:
+        above = packages_imported(module.read_text(encoding="utf-8")) & MAY_NOT_IMPORT[folder]
+        assert not above, module
+
+
+def test_imported_packages_are_found_wherever_they_are() -> None:
+    source = "def f():\n    from papers.tasks import MODELS\nimport training.loop as loop"
+    assert packages_imported(source + "\nfrom .papers import x") == {"papers", "training"}
+
+
 # ---- ranks ------------------------------------------------------------------------------------
 
 
@@ -383,7 +419,9 @@ RULES: dict[Callable[[Sources], list[str]], list[Callable[[dict[str, str]], None
         with_line("schedulers.base", "from .. import ops"),
         with_line("schedulers", "from autodrop_ext.ops import select"),
     ],
-    theory_imports_checks_alone: [with_line("theory.bounds", "from ..angle import angle_of")],
+    the_velocity_model_imports_checks_alone: [
+        with_line("schedulers.velocity_model", "from .base import Outcome")
+    ],
     checks_import_nothing: [with_line("checks", "from .saved import load")],
     the_meter_reaches_sampling_through_one_import: [
         with_line("meter", "from .sampling.draw import Sample"),

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from papers.theory import UnifiedMomentum, VelocityModel, algorithm_2, learning_rate
 from torch.optim.lr_scheduler import ChainedScheduler, ConstantLR, LinearLR, SequentialLR
 
 from autodrop_ext import AnalyticAutoDrop
 from autodrop_ext.schedulers.analytic import AnalyticDrop
-from autodrop_ext.theory import UnifiedMomentum, VelocityModel, algorithm_2, learning_rate
 
 MODEL: dict[str, float] = {"gamma": 1.0, "epsilon": 0.1, "tau0": 1.9}
 

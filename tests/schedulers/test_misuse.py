@@ -45,7 +45,7 @@ def test_a_script_that_writes_the_rate_is_pointed_out(write: Any) -> None:
     said = train(made(), 30, write)
     assert len(said) == 1
     assert "AutoDrop: the learning rate of param group 0 was lowered from 0." in said[0]
-    assert "drops have no effect where a script" in said[0]
+    assert "drops have no effect if a script" in said[0]
 
 
 def test_a_script_that_undoes_modelled_drops_is_pointed_out() -> None:

@@ -1,1 +1,0 @@
-"""``autodrop demo``: the tasks, the training, and the command."""
