@@ -219,6 +219,22 @@ def test_groups_resume_bit_exactly(tmp_path: pathlib.Path) -> None:
     assert "per_tensor" not in saved and len(saved["group_angles"]) == len(scheduler.history)
 
 
+def test_states_from_before_groups_could_decide_are_loaded() -> None:
+    optimizer = Moved(groups_of(parameters()))
+    scheduler = AutoDrop(optimizer, 3, **SETTINGS)
+    for _ in range(40):
+        optimizer.step()
+        scheduler.step()
+    state = scheduler.state_dict()
+    del state["groups"], state["per_group"]
+    for column in ("margin", "dropped_groups", "group_angles", "group_smoothed", "group_rises"):
+        del state["history"][column]
+    again = AutoDrop(Moved(groups_of(parameters())), 3, **SETTINGS)
+    again.load_state_dict(state)
+    assert again.num_drops == scheduler.num_drops
+    assert [d.angle for d in again.history] == [d.angle for d in scheduler.history]
+
+
 def test_added_groups_get_a_detector() -> None:
     named = parameters()
     optimizer = Moved(groups_of(named, of=0))
