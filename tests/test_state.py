@@ -8,12 +8,14 @@ import pickle
 import subprocess
 import sys
 import textwrap
+import warnings
 from typing import Any
 
 import pytest
 import torch
 
-from autodrop_ext import AngularVelocity, AutoDrop
+from autodrop_ext import AngularVelocity, AnytimeAutoDrop, AutoDrop
+from autodrop_ext.settings import ANYTIME
 
 STEPS, SAVED_AT = 120, 47  # 47 is not at the end of a window of 4
 
@@ -243,14 +245,15 @@ def test_a_state_of_version_1_gives_its_counts_and_warms_up_again() -> None:
     state["meter"] = as_version_1(state["meter"])
     other = Run()
     other.optimizer.load_state_dict(run.optimizer.state_dict())
-    other.scheduler.load_state_dict(state)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # an error then comes when everything is loaded
+        with pytest.raises(RuntimeWarning, match="of an earlier release.*warms up again"):
+            other.scheduler.load_state_dict(state)
     meter = other.scheduler.meter
     assert (meter.steps, meter.windows, meter.window) == (SAVED_AT, SAVED_AT // 4, 4)
     assert other.scheduler.history == run.scheduler.history
     assert other.scheduler.get_last_lr() == run.scheduler.get_last_lr()
-    with pytest.warns(RuntimeWarning, match="the meter warms up again") as caught:
-        other.train(40)
-    assert len([w for w in caught if "warms up again" in str(w.message)]) == 1
+    other.train(40)  # without another warning
     readings = other.scheduler.history[len(run.scheduler.history) :]
     assert [d.angle is None for d in readings] == [True] * 2 + [False] * (len(readings) - 2)
     assert meter.steps == SAVED_AT + 40
@@ -445,3 +448,37 @@ def test_param_groups_that_cannot_decide_for_themselves_are_not_loaded() -> None
     with pytest.raises(ValueError, match=r"per_group.*expected False, because params= has 1"):
         other.load_state_dict(state)
     assert not other.per_group
+
+
+def test_a_state_of_version_1_had_the_number_of_cosines_under_another_name() -> None:
+    def made() -> AnytimeAutoDrop:
+        torch.manual_seed(0)
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.randn(40))], lr=0.1)
+        return AnytimeAutoDrop(optimizer, min_window=2, windows=2, cosines=5)
+
+    def train(scheduler: AnytimeAutoDrop, steps: int) -> None:
+        (parameter,) = scheduler.optimizer.param_groups[0]["params"]
+        for _ in range(steps):
+            parameter.grad = torch.randn(40)
+            scheduler.optimizer.step()
+            scheduler.step()
+
+    scheduler = made()
+    train(scheduler, 30)
+    state = scheduler.state_dict()
+    names = [s.name for s in ANYTIME if s.saved and s.name != "cosines"]
+    settings = {name: state.pop(name) for name in names} | {"average": 8}
+    del state["cosines"], state["mean"]
+    state |= {"version": 1, "settings": settings, "meter": as_version_1(state["meter"])}
+    other = made()
+    other.optimizer.load_state_dict(scheduler.optimizer.state_dict())
+    with pytest.warns(RuntimeWarning) as caught:
+        other.load_state_dict(state)
+    said = [str(w.message) for w in caught]
+    assert sum("the meter warms up again" in message for message in said) == 1
+    assert sum("the average over the run starts over" in message for message in said) == 1
+    assert other.cosines == 8 and other.average is True
+    assert (other.window, other.meter.steps) == (scheduler.window, 30)
+    assert repr(other.history) == repr(scheduler.history)  # NaN does not equal itself
+    train(other, 30)
+    assert other.history[-1].angle is not None
