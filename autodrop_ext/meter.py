@@ -428,7 +428,7 @@ class AngularVelocity:
             shards,
             [ranks.weight(shard) for shard in shards],
             buckets=self.buckets,
-            num_groups=self._source.num_groups() if self.per_group else 1,
+            num_groups=self._source.num_groups() if self.per_group or self.per_tensor else 1,
             per_tensor=self.per_tensor,
             stage=ranks.stage if ranks.num_stages > 1 else None,
             backend=self._backend,
@@ -555,6 +555,8 @@ class AngularVelocity:
         # A state from before the first step has nothing to continue.
         self._saved = tables if saved["usable"] or saved["position"] else None
         if saved["version"] == 1:
+            if not self._warns_by_itself:
+                self._faults.warnings.hold()  # who uses this meter has yet to load its own state
             self._faults.cannot_continue("it is of an earlier release", WINDOWS_FOR_ANGLE)
 
     def __getstate__(self) -> dict[str, Any]:

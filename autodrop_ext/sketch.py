@@ -57,12 +57,7 @@ class _Bank:
         self.backend = backend
         self._staged = [i for i, source in enumerate(plan.sources) if source.staged]
         self.accumulation = backend.bind(plan)
-        size, device = plan.num_buckets, table_device(plan.device)
-        with torch.inference_mode(False):  # tables outlive the mode that they are made in
-            self.tables = [
-                torch.zeros(size, dtype=torch.float64, device=device)
-                for _ in range(3 if whole else 1)
-            ]
+        self.tables = _zeros(3 if whole else 1, plan.num_buckets, table_device(plan.device))
 
     @property
     def running(self) -> Tensor:
@@ -76,6 +71,21 @@ class _Bank:
         bases = bases.copy()
         bases[self._staged] = [copy.data_ptr() for copy in copies]
         self.accumulation.accumulate(self.running, bases)  # the copies live until it has begun
+
+
+def _zeros(number: int, buckets: int, device: torch.device) -> list[Tensor]:
+    try:
+        with torch.inference_mode(False):  # tables outlive the mode that they are made in
+            return [torch.zeros(buckets, dtype=torch.float64, device=device) for _ in range(number)]
+    except RuntimeError as error:
+        # The CPU's allocator raises a plain RuntimeError.
+        if not (isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: " in str(error)):
+            raise
+        raise RuntimeError(
+            f"no memory on {device}: {number * 8 * buckets:,} bytes were needed for {number} "
+            f"tables of {buckets:,} float64 sums; buckets= sets their size, and with buckets=None "
+            "there is one for each element"
+        ) from error
 
 
 class Sketch:

@@ -261,6 +261,15 @@ class AnytimeAutoDrop(MeteredScheduler):
 
     # ---- state ------------------------------------------------------------------------------
 
+    def _read(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        settings = state.get("settings") if isinstance(state, Mapping) else None
+        if isinstance(settings, Mapping) and "average" in settings and "cosines" not in settings:
+            # The name of then, when there was no average of parameters to choose.
+            settings = {**settings, "cosines": settings["average"]}
+            del settings["average"]
+            state = {**state, "settings": settings}
+        return super()._read(state)
+
     def _restored(self, loaded: Mapping[str, Any]) -> dict[str, Any]:
         newest = loaded["newest_cosines"][-loaded["cosines"] :]
         return {**super()._restored(loaded), "_newest_cosines": newest}
