@@ -423,7 +423,6 @@ def test_a_state_that_a_signals_handler_saves_is_of_a_whole_step(kind: str, mome
         with warnings.catch_warnings():
             # Rates are those of the parameters' step, which is not always the state's.
             warnings.filterwarnings("ignore", message=".* the learning rates are")
-            warnings.filterwarnings("ignore", message=".* the saved sums cannot be continued")
             resumed.advance(calls_until_right(resumed) + resumed.window)
         if kind != "AnalyticAutoDrop":
             assert list(resumed.problems()) == [], interrupter.where
