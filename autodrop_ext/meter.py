@@ -495,10 +495,8 @@ class AngularVelocity:
             counts |= {"position": 0, "usable": 0, "spoiled": False}
         elif self._saved is not None:
             tables = self._saved
-        elif sketch is not None:
-            # A window in which the parameters were replaced is not to be continued.
-            usable = not counter.spoiled and self._source.unchanged()
-            tables = sketch.state_dict(running=usable and not sketch.sharded)
+        elif sketch is not None and self._source.unchanged():  # no tables of other parameters
+            tables = sketch.state_dict(running=not (counter.spoiled or sketch.sharded))
         return {
             "version": 2,
             **counts,

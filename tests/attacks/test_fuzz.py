@@ -160,7 +160,7 @@ def check(case: Case, steps: int, events: dict[int, str]) -> tuple[list[str], in
             case.tensors[i] = nn.Parameter(tensor.detach().clone())
             case.measured.append(case.tensors[i])
             disturbed = step
-        elif event == "freeze" and len(case.watched()) > 1:
+        elif event == "freeze" and not disturbed:  # the meter has seen that it required one
             tensor.requires_grad_(False)  # it was measured, and is until the meter is made again
         elif event == "resume":
             watched = list(map(id, case.watched()))
@@ -221,7 +221,7 @@ def report(wrong: list[str], angles: int) -> str:
 
 
 def test_exact_angles_are_true() -> None:
-    cases = count(400, 3000)
+    cases = count(440, 3000)
     wrong, angles, errors = run(range(cases))
     assert angles > 3 * cases
     assert not errors  # at most 2**18 elements: every one has its own bucket
@@ -229,10 +229,10 @@ def test_exact_angles_are_true() -> None:
 
 
 def test_hashed_angles_are_true_within_their_standard_error() -> None:
-    cases = count(100, 600)
+    cases = count(60, 600)
     wrong, angles, errors = run(range(cases), hashed=True)
     assert angles > 3 * cases
-    assert len(errors) == angles
+    assert len(errors) > angles / 2  # an angle of 0 is exact: both displacements are the same
     assert not wrong, report(wrong, angles)
     # Angles of one case share their hash, and so their error: about one value a case. Elements of
     # the same chunk never meet, which makes small models a little better than the law.
