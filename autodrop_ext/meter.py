@@ -97,6 +97,7 @@ class AngularVelocity:
         self._faults = Faults(Warnings(type(self).__name__))
         self._warns_by_itself = True
         self._has_read = False
+        self._observing = False  # state_dict() may be called in the middle of a step
         self._compared = False  # whether the ranks have compared their settings
         self._sketch: Sketch | None = None
         self._saved: Mapping[str, Any] | None = None  # tables of a checkpoint, until the next step
@@ -161,11 +162,14 @@ class AngularVelocity:
         # A warning may be an error. It must not leave this half done, and must not keep one rank
         # from the collective.
         self._faults.warnings.hold()
+        self._observing = True
         try:
             reading = self._observe(calls, facts)
         except BaseException:
             self.discard()
+            self._observing = False
             raise
+        self._observing = False
         if self._warns_by_itself:
             self._faults.warnings.release()
         return reading
@@ -439,8 +443,8 @@ class AngularVelocity:
     def _continue(self, sketch: Sketch) -> None:
         """Fill new tables with saved ones, or start over if they do not fit."""
         saved, counter = self._saved, self._counter
-        if saved is None:
-            return
+        if saved is None or not (counter.windows_since_restart or counter.position > 1):
+            return  # position 1: the present step
         problem = sketch.problem_of(saved)
         if problem is not None:
             if counter.windows or counter.position > 1:  # otherwise nothing is lost
@@ -507,21 +511,24 @@ class AngularVelocity:
         history is not part of it. The table of the open window is included if every rank has all
         parameters; if they are sharded, the open window is left out after a resume. With
         ``buckets=None`` on sharded parameters there are no tables in it, and the meter warms up
-        again. Before the first step it holds tables of zeros, into which
+        again. It also does if this is called while :meth:`observe` runs, by the handler of a signal
+        or another thread. Before the first step there are tables of zeros in it, into which
         ``torch.distributed.checkpoint`` can load.
         """
         sketch, counter = self._sketch, self._counter
-        if self._saved is not None:
+        counts = counter.state()
+        tables: Mapping[str, Any] = _NO_TABLES
+        if self._observing:
+            counts |= {"position": 0, "usable": 0, "spoiled": False}
+        elif self._saved is not None:
             tables = self._saved
-        elif sketch is not None:
-            # A window in which the parameters were replaced is not to be continued.
-            usable = not counter.spoiled and self._source.unchanged()
-            tables = sketch.state_dict(running=usable)
-        else:
+        elif sketch is None:
             tables = self._new_sketch()[0].state_dict(running=False)
+        elif self._source.unchanged():  # no tables of other parameters
+            tables = sketch.state_dict(running=not counter.spoiled)
         return {
             "version": 2,
-            **counter.state(),
+            **counts,
             "still": self._faults.still_windows,
             "tables": dict(tables),
         }

@@ -382,7 +382,7 @@ class Sketch:
     def problem_of(self, state: Mapping[str, Any]) -> str | None:
         """Return why saved tables cannot be continued, or None."""
         if state["mean"] is None:
-            return "it was saved without the tables: with buckets=None each rank has its own"
+            return "it has no tables: parameters had changed, or each rank has its own"
         if state["layout"] != self.layout:
             return "it was saved for other parameters, or with other buckets"
         sizes = {table.numel() for table in map(state.get, TABLES) if table is not None}

@@ -111,7 +111,6 @@ class MeteredScheduler(StepScheduler):
             if problem is not None:
                 self._warnings.once("average", problem)
 
-
     def _decide(self, reading: Reading) -> Outcome:
         """Return what follows from a reading; its window is ``_decided`` in the new state."""
         raise NotImplementedError

@@ -7,7 +7,6 @@ import pathlib
 
 import collective
 import pytest
-
 from autodrop_ext.distributed.agreement import agree, facts_differ
 
 
