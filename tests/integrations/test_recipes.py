@@ -181,7 +181,14 @@ def run_blocks(heading: str, count: int = 1) -> dict[str, Any]:
 
 def test_all_integrations_are_tested() -> None:
     counts = {heading: len(code) for heading, code in blocks(DOCS / "integrations.md").items()}
-    assert counts == {"transformers": 2, "accelerate": 1, "Lightning": 1, "Fabric": 1}
+    assert counts == {
+        "transformers": 2,
+        "accelerate": 1,
+        "Lightning": 1,
+        "Fabric": 1,
+        "Closed loops": 1,
+        "One scheduler for several optimizers": 1,
+    }
 
 
 @needs("transformers", "accelerate")
@@ -215,3 +222,24 @@ def test_lightning_block() -> None:
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # its own
 def test_fabric_block() -> None:
     assert_dropped(run_blocks("Fabric")["scheduler"])
+
+
+@pytest.mark.usefixtures("somewhere")
+def test_closed_loop_block() -> None:
+    names = run_blocks("Closed loops")
+    assert_dropped(names["scheduler"])
+    assert names["scheduler"].history[-1].step == 240
+
+
+@pytest.mark.usefixtures("somewhere")
+def test_one_scheduler_for_several_optimizers_block() -> None:
+    names = run_blocks("One scheduler for several optimizers")
+    scheduler = names["scheduler"]
+    assert_dropped(scheduler)
+    shares = [
+        names[name].param_groups[0]["lr"] / lr for name, lr in (("first", 0.05), ("second", 0.01))
+    ]
+    # A product and a quotient are rounded.
+    assert shares[0] == pytest.approx(shares[1], rel=1e-14)
+    assert shares[0] < 1
+    assert len(scheduler.meter.named_parameters()) == 4
