@@ -140,9 +140,10 @@ def test_lora() -> None:
     scheduler = names["scheduler"]
     assert_dropped(scheduler)
     trainable = [p for p in names["model"].parameters() if p.requires_grad]
-    assert sum(p.numel() for p in trainable) == 4 * (64 + 32) + 4 * (32 + 10)
-    # Each tensor's segment is aligned to 128 bytes, 32 elements.
-    assert scheduler.meter.device_bytes <= 12 * sum(-(-p.numel() // 32) * 32 for p in trainable)
+    elements = sum(p.numel() for p in trainable)
+    assert elements == 4 * (64 + 32) + 4 * (32 + 10)
+    # Three float64 tables of an element a bucket, and a row of the plan for each of four tensors.
+    assert scheduler.meter.device_bytes <= 24 * elements + 4 * 64
 
 
 def test_lbfgs() -> None:
