@@ -288,7 +288,7 @@ cudaError_t write_back(const Plan& plan, const float* arena, const float* mean, 
                 scale);
 }
 
-cudaError_t probe(int device) {
+cudaError_t probe_arenas(int device) {
   const DeviceGuard guard(device);
   if (guard.error() != cudaSuccess) return guard.error();
   // By default CUDA loads a kernel at its first launch, which is an error inside a capture.

@@ -41,6 +41,6 @@ cudaError_t write_back(const Plan& plan, const float* arena, const float* mean, 
 
 // Loads every kernel and launches one that does nothing: whether this binary has code for a device,
 // and what makes a capture possible from the first step on.
-cudaError_t probe(int device);
+cudaError_t probe_arenas(int device);
 
 }  // namespace autodrop::cuda
