@@ -35,14 +35,8 @@ COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++
 # No contraction, as in the package's own build.
 FLAGS = ("-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Wextra")
 SANITIZED = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-KERNELS = EMULATOR / "kernels.cpp"
-TEST = CSRC / "tests" / "test_emulated.cpp"
-OTHERS = (
-    EMULATOR / "emulator.cpp",
-    TEST,
-    CSRC / "cpu" / "kernels.cpp",
-    CSRC / "cpu" / "parallel.cpp",
-)
+KERNELS = EMULATOR / "table.cpp"
+OTHERS = (EMULATOR / "emulator.cpp", CSRC / "tests" / "test_emulated.cpp")
 
 
 def run(*command: str | pathlib.Path) -> None:
@@ -61,8 +55,7 @@ def compiled(
     target = folder / f"{source.parent.name}-{source.stem}.o"
     before = [] if overlay is None else [f"-I{overlay}"]
     includes = [*before, f"-I{EMULATOR}", f"-I{CSRC}"]
-    defines = ("-DAUTODROP_ISA=baseline", "-fopenmp")
-    run(COMPILER, *FLAGS, *flags, *defines, *includes, "-c", source, "-o", target)
+    run(COMPILER, *FLAGS, *flags, *includes, "-c", source, "-o", target)
     return target
 
 
@@ -75,14 +68,20 @@ def all_compiled(
 
 
 def linked(target: pathlib.Path, objects: list[pathlib.Path], *flags: str) -> pathlib.Path:
-    run(COMPILER, *flags, "-fopenmp", *objects, "-o", target)
+    run(COMPILER, *flags, *objects, "-o", target)
     return target
 
 
 @functools.cache
 def module() -> ModuleType:
     """``csrc/bindings_cuda.cpp`` over the emulator, compiled with the pybind11 that torch has."""
-    sources = (KERNELS, OTHERS[0], EMULATOR / "module.cpp", CSRC / "bindings_cuda.cpp")
+    sources = (
+        KERNELS,
+        EMULATOR / "kernels.cpp",
+        EMULATOR / "emulator.cpp",
+        EMULATOR / "module.cpp",
+        CSRC / "bindings_cuda.cpp",
+    )
     digest = hashlib.sha256((torch.__version__ + sysconfig.get_config_var("EXT_SUFFIX")).encode())
     for path in sorted(CSRC.rglob("*")):
         if path.suffix in (".h", ".cu", ".cpp"):

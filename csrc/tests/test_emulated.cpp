@@ -5,6 +5,7 @@
 //   test_emulated [quick] [SEED...]   with seeds of the order of blocks and threads; 1 by default
 #include <algorithm>
 #include <cmath>
+#include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -420,6 +421,11 @@ void test_accumulate(bool quick) {
                      static_cast<int>(i % 3)});
   }
   test_tensors(mixed, 2, 2, "dtypes, weights and groups", 3, true);
+  std::vector<Tensor> weighted;
+  for (int i = 0; i < 12; ++i) {
+    weighted.push_back({kDTypes[i / 3], 16 * kLanes, 0, 0, 1.0 / (3 + i % 3)});
+  }
+  test_tensors(weighted, 1, 1, "whole chunks of several weights");
   test_tensors(std::vector<Tensor>(300, {DType::kBFloat16, 40}), 1, 1, "more pieces than a batch");
   test_tensors(std::vector<Tensor>(600, {DType::kFloat32, 24, 0, 8}), 1, 2,
                "more pieces than a batch, two blocks a row");
@@ -681,7 +687,18 @@ void test_captures() {
 
 }  // namespace
 
+// An address that is wrong by gigabytes ends here, unless a sanitizer describes it.
+[[maybe_unused]] void on_signal(int) {
+  std::printf("FAILED address (%s)\n", context);
+  std::fflush(stdout);
+  std::_Exit(1);
+}
+
 int main(int argc, char** argv) {
+#if !defined(__SANITIZE_ADDRESS__)
+  std::signal(SIGSEGV, on_signal);
+  std::signal(SIGBUS, on_signal);
+#endif
   std::vector<std::string> arguments(argv + 1, argv + argc);
   const bool quick = !arguments.empty() && arguments[0] == "quick";
   if (quick) arguments.erase(arguments.begin());

@@ -63,9 +63,11 @@ bool eager = false;
 std::vector<Fiber> fibers;
 Fiber* running = nullptr;
 ucontext_t host;
+#if EMULATOR_ASAN
 void* host_fake_stack = nullptr;
 const void* host_stack = nullptr;
 std::size_t host_stack_size = 0;
+#endif
 const Work* thread_body = nullptr;
 
 std::vector<std::unique_ptr<EmulatedStream>> streams;
