@@ -8,6 +8,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 
 from . import table as kernels
@@ -18,8 +19,11 @@ BLOCK = 1024
 
 PARTIALS_BLOCK = 512
 
-WARPS = 8
-"""256 threads of 16 lanes each, as in CUDA; on AMD's GPUs, of 64 threads a warp, half as many."""
+CLOSE_BLOCK = 512
+"""Twice as many made ptxas use 252 registers, for the divisions."""
+
+THREADS = 256
+"""Of a program that holds a row of 4,096 lanes, as in CUDA."""
 
 
 def accumulate(
@@ -29,8 +33,6 @@ def accumulate(
     partials: Tensor,
     table: Tensor,
     dtypes: Iterable[int],
-    *,
-    warps: int = WARPS,
 ) -> None:
     """Add pieces to a sketch: two launches.
 
@@ -42,7 +44,6 @@ def accumulate(
             row.
         table: float64, ``num_rows * 4096`` buckets.
         dtypes: codes that occur in ``pieces``.
-        warps: of a program of the first launch.
     """
     buckets = table.numel()
     if not buckets or not len(pieces):
@@ -56,7 +57,7 @@ def accumulate(
         buckets,
         splits,
         DTYPES=_bits(dtypes),
-        num_warps=warps,
+        num_warps=THREADS // (64 if torch.version.hip else 32),
     )
     kernels.add_partials_kernel[(buckets // PARTIALS_BLOCK,)](
         partials, table, buckets, len(partials), BLOCK=PARTIALS_BLOCK
@@ -97,7 +98,7 @@ def close(
     if len(blocks):
         (bits,) = struct.unpack("<q", struct.pack("<d", divisor))
         kernels.close_kernel[(len(blocks),)](
-            running, mean, displacement, bits, blocks, block_sums, BLOCK=BLOCK
+            running, mean, displacement, bits, blocks, block_sums, BLOCK=CLOSE_BLOCK
         )
 
 

@@ -154,18 +154,27 @@ def add_partials_kernel(partials, table, buckets, count, BLOCK: tl.constexpr):
 
 @triton.jit
 def _add_span(
-    origin, to, start, length, scale, dtype, DTYPES: tl.constexpr, BLOCK: tl.constexpr,
+    origin,
+    table,
+    bucket,
+    start,
+    length,
+    scale,
+    dtype,
+    DTYPES: tl.constexpr,
+    BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
-):  # fmt: skip
+):
     i = start + tl.arange(0, BLOCK)
     inside = i < length
     zero = tl.zeros([BLOCK], tl.uint32)
+    to = table + bucket
+    x = _signed(origin, i, inside, zero, dtype, DTYPES, WHOLE)
     if WHOLE:
+        # The hint must be in the function that makes the pointer.
         buckets = tl.multiple_of(to, 16) + i
-        x = _signed(origin, i, inside, zero, dtype, DTYPES, True)
         tl.store(buckets, tl.fma(x, scale, tl.load(buckets)))
     else:
-        x = _signed(origin, i, inside, zero, dtype, DTYPES, False)
         old = tl.load(to + i, mask=inside, other=0.0)
         tl.store(to + i, tl.fma(x, scale, old), mask=inside)
 
@@ -178,45 +187,58 @@ def accumulate_exact_kernel(spans, bases, table, DTYPES: tl.constexpr, BLOCK: tl
     dtype = ((named >> 56) & 0xFF).to(tl.int32)
     scale = weight.to(tl.float64, bitcast=True)
     origin = tl.load(bases + (named & 0xFFFFFFFF)) + offset
-    to = table + bucket
     aligned = (origin % 16 == 0) & (bucket % 2 == 0)
     for start in range(0, length, BLOCK):
         if aligned & (start + BLOCK <= length):
-            _add_span(origin, to, start, length, scale, dtype, DTYPES, BLOCK, True)
+            _add_span(origin, table, bucket, start, length, scale, dtype, DTYPES, BLOCK, True)
         else:
-            _add_span(origin, to, start, length, scale, dtype, DTYPES, BLOCK, False)
+            _add_span(origin, table, bucket, start, length, scale, dtype, DTYPES, BLOCK, False)
 
 
 @triton.jit
 def _close_block(
-    running, mean, displacement, i, end, divisor, dot, norm, WHOLE: tl.constexpr
-):  # fmt: skip
-    inside = i < end
+    running,
+    mean,
+    displacement,
+    start,
+    end,
+    divisor,
+    dot,
+    norm,
+    BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    i = tl.arange(0, BLOCK)
+    inside = start + i < end
     if WHOLE:
-        a = tl.load(running + i)
-        old = tl.load(mean + i)
-        before = tl.load(displacement + i)
+        a_at = tl.multiple_of(running + start, 16) + i
+        m_at = tl.multiple_of(mean + start, 16) + i
+        s_at = tl.multiple_of(displacement + start, 16) + i
+        a = tl.load(a_at)
+        m = a / divisor
+        s = m - tl.load(m_at)
+        before = tl.load(s_at)
+        tl.store(a_at, tl.zeros_like(a))
+        tl.store(m_at, m)
+        tl.store(s_at, s)
     else:
-        a = tl.load(running + i, mask=inside, other=0.0)
-        old = tl.load(mean + i, mask=inside, other=0.0)
-        before = tl.load(displacement + i, mask=inside, other=0.0)
-    m = a / divisor
-    s = m - old
-    if WHOLE:
-        tl.store(running + i, tl.zeros_like(a))
-        tl.store(mean + i, m)
-        tl.store(displacement + i, s)
-    else:
-        tl.store(running + i, tl.zeros_like(a), mask=inside)
-        tl.store(mean + i, m, mask=inside)
-        tl.store(displacement + i, s, mask=inside)
+        a_at = running + start + i
+        m_at = mean + start + i
+        s_at = displacement + start + i
+        a = tl.load(a_at, mask=inside, other=0.0)
+        m = a / divisor
+        s = m - tl.load(m_at, mask=inside, other=0.0)
+        before = tl.load(s_at, mask=inside, other=0.0)
+        tl.store(a_at, tl.zeros_like(a), mask=inside)
+        tl.store(m_at, m, mask=inside)
+        tl.store(s_at, s, mask=inside)
     return tl.fma(s, before, dot), tl.fma(s, s, norm)
 
 
 @triton.jit
 def close_kernel(
     running, mean, displacement, divisor_bits, blocks, block_sums, BLOCK: tl.constexpr
-):  # fmt: skip
+):
     """Close a window over blocks of buckets, a program for each.
 
     Args:
@@ -233,12 +255,13 @@ def close_kernel(
     dot = tl.zeros([BLOCK], tl.float64)
     norm = tl.zeros([BLOCK], tl.float64)
     for start in range(begin, end, BLOCK):
-        lanes = tl.arange(0, BLOCK)
         if (begin % 2 == 0) & (start + BLOCK <= end):
-            i = tl.multiple_of(start, 2) + lanes
-            dot, norm = _close_block(running, mean, displacement, i, end, divisor, dot, norm, True)
+            dot, norm = _close_block(
+                running, mean, displacement, start, end, divisor, dot, norm, BLOCK, True
+            )
         else:
-            i = start + lanes
-            dot, norm = _close_block(running, mean, displacement, i, end, divisor, dot, norm, False)
+            dot, norm = _close_block(
+                running, mean, displacement, start, end, divisor, dot, norm, BLOCK, False
+            )
     tl.store(block_sums + 2 * b, tl.sum(dot))
     tl.store(block_sums + 2 * b + 1, tl.sum(norm))

@@ -617,10 +617,10 @@ void test_errors() {
   CHECK("no error left", cudaGetLastError() == cudaSuccess, "a probe left an error");
   CHECK("own stream", emulator::waiting() == 0, "%zu pieces of work wait", emulator::waiting());
   // More blocks than a grid can have.
-  const cuda::Accumulate huge{d.pieces.get(), d.runs.get(),     std::int64_t{1} << 30, 2,
+  const cuda::Accumulate huge{d.pieces.get(), d.runs.get(), (std::int64_t{1} << 31) + 1, 2,
                               d.bases.get(),  d.partials.get(), d.table.get()};
   CHECK("grid", cuda::accumulate(kDevice, huge, d.stream) == cudaErrorInvalidConfiguration,
-        "2^31 blocks were accepted");
+        "more than 2^31 blocks were accepted");
 }
 
 void test_devices() {

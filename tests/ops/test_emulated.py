@@ -259,10 +259,10 @@ MISTAKES: dict[str, tuple[str, str, str, str]] = {
         "",
         ALIGNMENT,
     ),
-    "the old displacement after the new one": (
+    "the new displacement for the old one": (
         TABLE,
-        "  sums.dot = __fma_rn(s, displacement, sums.dot);\n  sums.norm = __fma_rn(s, s, sums.norm);\n  displacement = s;\n",
-        "  displacement = s;\n  sums.dot = __fma_rn(s, displacement, sums.dot);\n  sums.norm = __fma_rn(s, s, sums.norm);\n",
+        "  sums.dot = __fma_rn(s, displacement, sums.dot);\n",
+        "  sums.dot = __fma_rn(s, s, sums.dot);\n",
         "dot",
     ),
     "a reciprocal": (TABLE, "running / divisor;", "running * (1.0 / divisor);", "closed mean"),
@@ -313,7 +313,7 @@ MISTAKES: dict[str, tuple[str, str, str, str]] = {
         TABLE,
         "cudaError_t probe(int device) {\n  const DeviceGuard guard(device);",
         "cudaError_t probe(int device) {\n  const DeviceGuard guard(device * 0);",
-        "no error",
+        "error returned",
     ),
     "a grid of any size": (
         TABLE,
