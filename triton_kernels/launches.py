@@ -1,6 +1,7 @@
 """Launches of the table's kernels: grids, warps, and what Triton must be told at compile time.
 
-Torch's current device must be that of the tensors; launches go to its current stream.
+Torch's current device must be that of the tensors; launches go to its current stream. Where a
+product is added, the kernels say ``fma``; nothing else may be fused, whatever Triton's default.
 """
 
 from __future__ import annotations
@@ -57,10 +58,11 @@ def accumulate(
         buckets,
         splits,
         DTYPES=_bits(dtypes),
+        enable_fp_fusion=False,
         num_warps=THREADS // (64 if torch.version.hip else 32),
     )
     kernels.add_partials_kernel[(buckets // PARTIALS_BLOCK,)](
-        partials, table, buckets, len(partials), BLOCK=PARTIALS_BLOCK
+        partials, table, buckets, len(partials), BLOCK=PARTIALS_BLOCK, enable_fp_fusion=False
     )
 
 
@@ -75,7 +77,7 @@ def accumulate_exact(spans: Tensor, bases: Tensor, table: Tensor, dtypes: Iterab
     """
     if len(spans):
         kernels.accumulate_exact_kernel[(len(spans),)](
-            spans, bases, table, DTYPES=_bits(dtypes), BLOCK=BLOCK
+            spans, bases, table, DTYPES=_bits(dtypes), BLOCK=BLOCK, enable_fp_fusion=False
         )
 
 
@@ -98,7 +100,14 @@ def close(
     if len(blocks):
         (bits,) = struct.unpack("<q", struct.pack("<d", divisor))
         kernels.close_kernel[(len(blocks),)](
-            running, mean, displacement, bits, blocks, block_sums, BLOCK=CLOSE_BLOCK
+            running,
+            mean,
+            displacement,
+            bits,
+            blocks,
+            block_sums,
+            BLOCK=CLOSE_BLOCK,
+            enable_fp_fusion=False,
         )
 
 

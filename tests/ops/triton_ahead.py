@@ -107,7 +107,8 @@ def source(kernels: Any, variant: Variant) -> Any:
 
 
 def options(variant: Variant, target: str) -> dict[str, Any]:
-    return {"num_warps": variant.threads // TARGETS[target][2]} if variant.threads else {}
+    warps = {"num_warps": variant.threads // TARGETS[target][2]} if variant.threads else {}
+    return {"enable_fp_fusion": False} | warps
 
 
 def report(compiled: Any, target: str) -> dict[str, Any]:
