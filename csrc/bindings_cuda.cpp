@@ -6,7 +6,6 @@
 #include <stdexcept>
 #include <string>
 
-#include "cuda/kernels.h"
 #include "cuda/table.h"
 
 namespace py = pybind11;
@@ -28,51 +27,6 @@ void check(cudaError_t error, const char* operation) {
     throw std::runtime_error(std::string(operation) + ": " + cudaGetErrorName(error) + " (" +
                              cudaGetErrorString(error) + ")");
   }
-}
-
-struct CudaPlan {
-  cuda::Plan plan;
-  cuda::CloseBuffers buffers;
-};
-
-CudaPlan make_plan(int device, Address chunks, Address tiles, std::int64_t num_tiles,
-                   Address row_chunks, Address row_weights, std::int64_t num_rows, Address partials,
-                   Address per_row, Address total, Address host_total) {
-  return {{device, pointer<const Chunk>(chunks), pointer<const Tile>(tiles), num_tiles,
-           pointer<const std::int64_t>(row_chunks), pointer<const double>(row_weights), num_rows},
-          {pointer<Sums>(partials), pointer<Sums>(per_row), pointer<Sums>(total),
-           pointer<Sums>(host_total)}};
-}
-
-void accumulate(const CudaPlan& self, Address running, Address mean, bool first, float weight,
-                Address stream) {
-  py::gil_scoped_release release;
-  check(cuda::accumulate(self.plan, pointer<float>(running), pointer<const float>(mean), first,
-                         weight, stream_of(stream)),
-        "accumulate");
-}
-
-void close_sum(const CudaPlan& self, Address running, Address previous, Address before,
-               double window, Address stream) {
-  py::gil_scoped_release release;
-  check(cuda::close_sum(self.plan, pointer<const float>(running), pointer<const float>(previous),
-                        pointer<const float>(before), window, self.buffers, stream_of(stream)),
-        "close");
-}
-
-void close_delta(const CudaPlan& self, Address running, Address previous, Address mean,
-                 double window, Address stream) {
-  py::gil_scoped_release release;
-  check(cuda::close_delta(self.plan, pointer<float>(running), pointer<float>(previous),
-                          pointer<float>(mean), window, self.buffers, stream_of(stream)),
-        "close");
-}
-
-void write_back(const CudaPlan& self, Address arena, Address mean, double scale, Address stream) {
-  py::gil_scoped_release release;
-  check(cuda::write_back(self.plan, pointer<const float>(arena), pointer<const float>(mean), scale,
-                         stream_of(stream)),
-        "write_back");
 }
 
 // `weighted` is for other backends: here a multiplication by weights takes no time.
@@ -114,7 +68,6 @@ void bind_cuda(py::module_& m) {
   m.def("cuda_probe", [](int device) {
     py::gil_scoped_release release;
     check(cuda::probe(device), "probe");
-    check(cuda::probe_arenas(device), "probe");
   });
   m.def("cuda_accumulate", &cuda_accumulate, py::arg("device"), py::arg("pieces"), py::arg("runs"),
         py::arg("num_rows"), py::arg("splits"), py::arg("bases"), py::arg("partials"),
@@ -124,12 +77,6 @@ void bind_cuda(py::module_& m) {
   m.def("cuda_close", &cuda_close, py::arg("device"), py::arg("running"), py::arg("mean"),
         py::arg("displacement"), py::arg("divisor"), py::arg("blocks"), py::arg("num_blocks"),
         py::arg("block_sums"), py::arg("stream"));
-  py::class_<CudaPlan>(m, "CudaPlan", py::module_local())
-      .def(py::init(&make_plan))
-      .def("accumulate", &accumulate)
-      .def("close_sum", &close_sum)
-      .def("close_delta", &close_delta)
-      .def("write_back", &write_back);
 }
 
 }  // namespace autodrop

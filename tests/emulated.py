@@ -15,17 +15,11 @@ import pathlib
 import shutil
 import subprocess
 import sysconfig
-import threading
-import types
 from types import ModuleType
-from unittest import mock
 
 import torch
-from torch import Tensor
 
-from autodrop_ext.ops import cuda, native
-from autodrop_ext.ops.cuda import CudaBackend, CudaOperations
-from autodrop_ext.ops.plan import Plan, tile_table
+from autodrop_ext.ops.cuda import CudaBackend
 
 ROOT = pathlib.Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
@@ -77,7 +71,6 @@ def module() -> ModuleType:
     """``csrc/bindings_cuda.cpp`` over the emulator, compiled with the pybind11 that torch has."""
     sources = (
         KERNELS,
-        EMULATOR / "kernels.cpp",
         EMULATOR / "emulator.cpp",
         EMULATOR / "module.cpp",
         CSRC / "bindings_cuda.cpp",
@@ -115,30 +108,6 @@ def module() -> ModuleType:
     return loaded
 
 
-class GpuPlan:
-    """A plan of CPU tensors with what a plan on a GPU has in addition."""
-
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
-        self.device = torch.device("cpu", 0)
-        self.tiles = torch.from_numpy(tile_table(plan.chunks[:, 2].numpy()))
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._plan, name)
-
-
-class Streams:
-    """In place of torch's streams: one of the emulator's, or its default stream."""
-
-    handle = 0
-
-    def current(self, *arenas: Tensor | None) -> int:
-        return self.handle
-
-
-_BINDING = threading.Lock()
-
-
 class EmulatedCuda(CudaBackend):
     """The cuda backend on CPU tensors."""
 
@@ -149,21 +118,5 @@ class EmulatedCuda(CudaBackend):
             return f"it runs on cpu tensors, not on {device.type}"
         return None if COMPILER else "needs a C++ compiler: g++ or clang++"
 
-    def bind(self, plan: Plan) -> CudaOperations:
-        zeros = torch.zeros
-
-        def without_pinning(*shape: object, pin_memory: bool = False, **options: object) -> Tensor:
-            return zeros(*shape, **options)  # type: ignore[call-overload]
-
-        # Only what this backend sees is replaced, in one thread at a time: the memory watch of a
-        # meter in another thread needs the real core.
-        with (
-            _BINDING,
-            mock.patch.object(
-                cuda, "native", types.SimpleNamespace(core=module(), address=native.address)
-            ),
-            mock.patch("torch.zeros", without_pinning),
-        ):
-            operations = CudaOperations(GpuPlan(plan))  # type: ignore[arg-type]
-        operations._streams = Streams()  # type: ignore[assignment]
-        return operations
+    def core(self) -> ModuleType:
+        return module()

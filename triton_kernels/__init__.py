@@ -5,20 +5,6 @@ kernels. Neither validates anything: :mod:`autodrop_ext.ops.triton` does. Import
 imports triton.
 """
 
-from . import launches
-from .kernels import (
-    accumulate_kernel,
-    close_delta_kernel,
-    close_sum_kernel,
-    tensor_kernel,
-    write_back_kernel,
-)
+from . import launches, table
 
-__all__ = [
-    "accumulate_kernel",
-    "close_delta_kernel",
-    "close_sum_kernel",
-    "launches",
-    "tensor_kernel",
-    "write_back_kernel",
-]
+__all__ = ["launches", "table"]

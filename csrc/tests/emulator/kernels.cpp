@@ -1,4 +1,0 @@
-// The CUDA translation unit itself, for the emulator.
-#include "device_language.h"
-//
-#include "cuda/kernels.cu"
