@@ -1,4 +1,4 @@
-// Conversions between the parameter types and float32, exact or rounded to nearest even.
+// Conversions of the parameter types: exact to float32, and rounded to nearest even from float64.
 // Written with integer arithmetic so that every compiler vectorises them, no matter whether the
 // processor has instructions for half precision.
 #pragma once
@@ -38,7 +38,6 @@ AUTODROP_HD static inline To bit_cast(From from) {
 }
 
 AUTODROP_HD static inline float to_float(float x) { return x; }
-AUTODROP_HD static inline float to_float(double x) { return static_cast<float>(x); }
 AUTODROP_HD static inline float to_float(BFloat16 x) {
   return bit_cast<float>(static_cast<std::uint32_t>(x.bits) << 16);
 }
@@ -80,16 +79,6 @@ AUTODROP_HD static inline void from_double(double x, Half* out) {
     half = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
   }
   out->bits = static_cast<std::uint16_t>(half | sign);
-}
-
-// x - mean, rounded once to float32. For float64 parameters the difference is taken in float64, so
-// that delta form keeps what float32 could not hold.
-template <class T>
-AUTODROP_HD static inline float minus_mean(T x, float mean) {
-  return to_float(x) - mean;
-}
-AUTODROP_HD static inline float minus_mean(double x, float mean) {
-  return static_cast<float>(x - static_cast<double>(mean));
 }
 
 }  // namespace numeric

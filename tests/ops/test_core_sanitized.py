@@ -37,7 +37,6 @@ def test_core_is_clean_under_sanitizers(tmp_path: pathlib.Path) -> None:
         "-DAUTODROP_SANITIZE=address,undefined",
     )
     run("cmake", "--build", str(tmp_path), "--parallel", "2")
-    for test in ("test_cpu", "test_watch"):
-        output = run(str(tmp_path / test))
-        assert " 0 failures" in output
-        assert not output.startswith("0 checks")
+    output = run(str(tmp_path / "test_cpu"))
+    assert " 0 failures" in output
+    assert not output.startswith("0 checks")
