@@ -10,11 +10,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from emulated import EmulatedCuda
 from torch import Tensor
 
 from autodrop_ext.ops import Backend, native
 from autodrop_ext.ops.backends import CpuBackend, ReferenceBackend
 from autodrop_ext.ops.plan import LANES
+from autodrop_ext.ops.triton import TritonBackend
 
 Make = Callable[[torch.Generator], list[Tensor]]
 
@@ -112,8 +114,8 @@ ISAS = [isa for isa in ("baseline", "avx2", "avx512") if runs(isa)]
 BACKENDS: dict[str, Backend] = {
     "reference": ReferenceBackend(),
     **{f"cpu {isa}": CpuBackend(isa) for isa in ISAS},
-    # "cuda emulated": EmulatedCuda(),  # the real kernels.cu, see csrc/tests/emulator
-    # "triton": TritonBackend(),  # in the interpreter, see conftest.py
+    "cuda emulated": EmulatedCuda(),  # the real table.cu, see csrc/tests/emulator
+    "triton": TritonBackend(),  # in the interpreter, see conftest.py
 }
 
 every_case = pytest.mark.parametrize("case", CASES)
