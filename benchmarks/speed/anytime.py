@@ -18,12 +18,12 @@ import time
 from contextlib import closing
 
 import torch
+from autodrop_ext.ops.window_sums import WindowSums
 from optimizers import OneMoves
 from peers import Foreach
 from shapes import SHAPES, tensors
 
 from autodrop_ext import AngularVelocity, AnytimeAutoDrop
-from autodrop_ext.ops.window_sums import WindowSums
 
 LENGTHS = (1_000, 10_000, 100_000, 1_000_000)
 MODELS = ("resnet50", "transformer60m")

@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 import torch
+from autodrop_ext.ops.device_sums import DeviceSums
 from peers import Flattening, Foreach, ForeachFloat32, against_float64
 from shapes import tensors
 
 from autodrop_ext import AngularVelocity
 from autodrop_ext.ops import select
-from autodrop_ext.ops.device_sums import DeviceSums
 from autodrop_ext.ops.plan import Plan
 
 ROUNDS, WINDOW = 15, 64

@@ -28,7 +28,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-
 from autodrop_ext.distributed.agreement import Row, agree, facts_differ
 from autodrop_ext.distributed.group import find_group
 
