@@ -148,7 +148,7 @@ def add_partials_kernel(partials, table, buckets, count, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.load(partials + i)
     for n in range(1, count):
-        total += tl.load(partials + n * buckets + i)
+        total += tl.load(partials + n * buckets.to(tl.int64) + i)
     tl.store(table + i, tl.load(table + i) + total)
 
 
