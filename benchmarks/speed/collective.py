@@ -3,14 +3,14 @@
     python benchmarks/speed/collective.py [--ranks 2 4 8] [--windows 200] [--json FILE]
 
 First table: gloo between processes of this machine, where latency is that of its scheduler and not
-of a network. ``gather`` is the first collective of a window, ``agree`` what every rank then computes
-from the rows, ``add up`` the second collective, which adds up a table of 2^18 float64; medians over
-windows of the slowest rank.
+of a network. ``gather`` is the first collective of a window, ``agree`` what every rank then
+computes from the rows, ``add up`` the second collective, which adds up a table of 2^18 float64;
+medians over windows of the slowest rank.
 
 Second table: bytes on paper, and ``agree`` measured on synthetic rows. Every rank receives the rows
 of all others, ``(ranks - 1) * bytes of a row``, and, whatever the number of ranks, about twice the
-bytes of a table, as rings and trees add up; how many messages carry them is the library's choice. Rows are those of replicas (DDP), of shards (FSDP: every rank holds something else), and of
-shards in 16 pipeline stages.
+bytes of a table; how many messages carry them is the library's choice. Rows are those of replicas
+(DDP), of shards (FSDP: every rank holds something else), and of shards in 16 pipeline stages.
 """
 
 from __future__ import annotations

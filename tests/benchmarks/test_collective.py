@@ -1,4 +1,4 @@
-"""The benchmark of a window's collectives: its rows are such as ranks send, its tables are whole."""
+"""The benchmark of a window's collectives: rows such as ranks send, and whole tables."""
 
 from __future__ import annotations
 
