@@ -18,7 +18,7 @@ from .ops import check_name
 from .parameters import ParameterSource
 from .ranks import Layout, Ranks, check_group, find_group
 from .reading import HISTORY, PartReading, Reading, remember
-from .saved import Later, exactly, inside, list_of, load
+from .saved import Form, Later, exactly, inside, list_of, load
 from .settings import METER, USE_BUCKETS, check_arguments, removed
 from .sharding import LocalShard
 from .sketch import Sketch, Totals, standard_error
@@ -614,7 +614,7 @@ def _finite_table(name: str, value: Any) -> Any:
     return value
 
 
-_COUNTS = {
+_COUNTS: Form = {
     "version": exactly(1, 2),
     "window": checks.window,
     "snapshots": Later(checks.none_or(checks.at_least(1)), None),
@@ -622,7 +622,7 @@ _COUNTS = {
     "windows": checks.at_least(0),
     "still": checks.at_least(0),
 }
-_TABLES = {
+_TABLES: Form = {
     "position": checks.at_least(0),
     "usable": checks.at_least(0),
     "spoiled": checks.flag,

@@ -240,7 +240,8 @@ class Sketch:
         whole = [bank for bank in self._banks if len(bank.tables) == 3]
         sums = np.zeros((len(self._names), 2)) if not self.buckets else np.zeros((0, 2))
         for bank, bounds, members in zip(whole, self._bounds, self._members, strict=False):
-            parts = bank.backend.close(*bank.tables, snapshots / weight, bounds)
+            running, mean, displacement = bank.tables
+            parts = bank.backend.close(running, mean, displacement, snapshots / weight, bounds)
             if self.buckets:
                 return parts
             sums[members] = parts
