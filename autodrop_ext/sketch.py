@@ -248,7 +248,9 @@ class Sketch:
         if self.own:
             sums *= self._weights[:, None]
         group = self._group_of if self._num_groups > 1 else np.zeros(len(sums), np.int64)
-        of_groups = np.stack([np.bincount(group, c, self._num_groups) for c in sums.T], axis=1)
+        of_groups: FloatArray = np.stack(
+            [np.bincount(group, c, self._num_groups) for c in sums.T], axis=1
+        )
         return np.concatenate([of_groups, sums]) if self._per_tensor else of_groups
 
     def totals(self, sums: FloatArray) -> Totals:
