@@ -197,7 +197,7 @@ def test_flat_shards_go_on_with_as_many_ranks_only(
     known = SAVED_AT // WINDOW - 2
     saved = run(2, flat_shards, str(tmp_path), use_orig_params, False)
     assert saved == [([], [False] * known)] * 2
-    again = (STEPS - SAVED_AT) // WINDOW - 1 + 1
+    again = (STEPS - SAVED_AT) // WINDOW
     for messages, unknown in run(2, flat_shards, str(tmp_path), use_orig_params, True):
         # The parameters are those of a new run, but the displacements are measured.
         assert messages == []
