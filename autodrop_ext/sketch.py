@@ -60,8 +60,7 @@ class _Bank:
         device = table_device(plan.device)
         tables = 3 if whole else 1
         self.tables = [
-            torch.zeros(plan.num_buckets, dtype=torch.float64, device=device)
-            for _ in range(tables)
+            torch.zeros(plan.num_buckets, dtype=torch.float64, device=device) for _ in range(tables)
         ]
 
     @property
@@ -166,19 +165,23 @@ class Sketch:
             bounds = np.concatenate([[0], np.cumsum(sizes[members if self.own else slice(None)])])
             if self.own:
                 places[members] = bounds[:-1]
+            rows = zip(
+                members.tolist(), here[members].tolist(), places[members].tolist(), strict=True
+            )
             sources = [
                 Source(
-                    name=_key(shards[i], stage),
-                    current=shards[i].current,
-                    numel=shards[i].tensor.numel(),
-                    dtype=shards[i].tensor.dtype,
+                    name=_key(shard, stage),
+                    current=shard.current,
+                    numel=numel,
+                    dtype=shard.tensor.dtype,
                     weight=weights[i],
-                    group=shards[i].group if self._num_groups > 1 else 0,
-                    runs=None if self.own else shards[i].runs,
-                    bucket=int(places[i]),
-                    staged=shards[i].staged,
+                    group=shard.group if self._num_groups > 1 else 0,
+                    runs=None if self.own else shard.runs,
+                    bucket=place,
+                    staged=shard.staged,
                 )
-                for i in members.tolist()
+                for i, numel, place in rows
+                for shard in [shards[i]]
             ]
             plan = Plan(
                 sources,

@@ -172,9 +172,7 @@ def _stretches(sources: Sequence[Source], step: int) -> _Stretches:
     owner = np.repeat(np.arange(len(counts)), counts)
     nth = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
     begin = np.maximum(joined.index[owner], (first[owner] + nth) * step)
-    end = np.minimum(
-        joined.index[owner] + joined.length[owner], (first[owner] + nth + 1) * step
-    )
+    end = np.minimum(joined.index[owner] + joined.length[owner], (first[owner] + nth + 1) * step)
     at = joined.local[owner] + begin - joined.index[owner]
     return _Stretches(joined.tensor[owner], at, begin, end - begin)
 

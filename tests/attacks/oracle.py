@@ -14,6 +14,7 @@ from torch import Tensor
 LARGE = os.environ.get("AUTODROP_ATTACKS", "0") not in ("", "0")
 """Whether the attacks run in large, as ``.ci/run`` does: ``AUTODROP_ATTACKS=1``."""
 
+
 def count(small: int, large: int) -> int:
     """How many cases to run: a small number by default, a large one under AUTODROP_ATTACKS=1."""
     return large if LARGE else small
