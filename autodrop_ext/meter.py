@@ -13,10 +13,11 @@ from torch import Tensor
 from . import checks
 from .agreement import Facts, Row, digests_of
 from .faults import Faults
+from .memory import no_garbage_collection
 from .messages import Warnings
 from .ops import check_name
 from .parameters import ParameterSource
-from .ranks import Layout, Ranks, check_group, find_group
+from .ranks import Layout, Ranks, check_group, find_group, is_alone
 from .reading import HISTORY, PartReading, Reading, remember
 from .saved import Form, Later, exactly, inside, list_of, load
 from .settings import METER, USE_BUCKETS, check_arguments, removed
@@ -405,6 +406,7 @@ class AngularVelocity:
 
     # Building ------------------------------------------------------------------------------------
 
+    @no_garbage_collection()
     def _build(self) -> None:
         sketch, ranks = self._new_sketch()
         self._ranks, self._layout = ranks, ranks.layout(sketch.shards)
@@ -478,7 +480,7 @@ class AngularVelocity:
             DisagreementError: ranks have different settings; the message names the first of them,
                 the ranks and their values. Raised on all ranks alike.
         """
-        if self._sketch is None and not self._compared:
+        if self._sketch is None and not self._compared and not is_alone(self._process_group):
             self._ranks = self._find_ranks(self._source.shards())
         self._compare_once(facts)
 

@@ -187,19 +187,23 @@ class Sketch:
             bounds = np.concatenate([[0], np.cumsum(sizes[members if self.own else slice(None)])])
             if self.own:
                 places[members] = bounds[:-1]
+            rows = zip(
+                members.tolist(), here[members].tolist(), places[members].tolist(), strict=True
+            )
             sources = [
                 Source(
-                    name=_key(shards[i], stage),
-                    current=shards[i].current,
-                    numel=shards[i].tensor.numel(),
-                    dtype=shards[i].tensor.dtype,
+                    name=_key(shard, stage),
+                    current=shard.current,
+                    numel=numel,
+                    dtype=shard.tensor.dtype,
                     weight=weights[i],
-                    group=shards[i].group if self._num_groups > 1 else 0,
-                    runs=None if self.own else shards[i].runs,
-                    bucket=int(places[i]),
-                    staged=shards[i].staged,
+                    group=shard.group if self._num_groups > 1 else 0,
+                    runs=None if self.own else shard.runs,
+                    bucket=place,
+                    staged=shard.staged,
                 )
-                for i in members.tolist()
+                for i, numel, place in rows
+                for shard in [shards[i]]
             ]
             plan = Plan(
                 sources,

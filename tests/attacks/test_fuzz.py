@@ -184,7 +184,7 @@ def check(case: Case, steps: int, events: dict[int, str]) -> tuple[list[str], in
                 wrong.append(
                     f"{where}{reading.angle!r} is not {truth!r} within {reading.standard_error!r}"
                 )
-            elif reading.standard_error:
+            elif reading.standard_error > 0.1:  # below, both displacements have nearly one table
                 case.errors.append((reading.angle - truth.angle) / reading.standard_error)
         elif truth is not None and step >= disturbed + 4 * case.window:
             wrong.append(f"{where}no angle where {truth!r} is true")
@@ -232,7 +232,7 @@ def test_hashed_angles_are_true_within_their_standard_error() -> None:
     cases = count(60, 600)
     wrong, angles, errors = run(range(cases), hashed=True)
     assert angles > 3 * cases
-    assert len(errors) > angles / 2  # an angle of 0 is exact: both displacements are the same
+    assert len(errors) > angles / 2
     assert not wrong, report(wrong, angles)
     # Angles of one case share their hash, and so their error: about one value a case. Elements of
     # the same chunk never meet, which makes small models a little better than the law.

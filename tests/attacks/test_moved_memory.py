@@ -14,7 +14,10 @@ import warnings
 from typing import Any
 
 import pytest
+import torch
 from oracle import LARGE
+
+from autodrop_ext import AngularVelocity
 
 FOLDER = pathlib.Path(__file__).parent
 
@@ -59,6 +62,34 @@ MORE = [
 @pytest.mark.parametrize(("way", "kind"), MOVED + MORE if LARGE else MOVED)
 def test_memory_that_moves_inside_a_window(way: str, kind: str) -> None:
     assert script("moving.py", way, kind) == []
+
+
+@pytest.mark.parametrize("calls", [4, 5, 6, 7])
+@pytest.mark.parametrize("shrunk", ["data", "storage", "set"])
+def test_a_parameter_that_shrinks_inside_a_window(shrunk: str, calls: int) -> None:
+    """Nothing is read beyond its end; one warning, and angles come again."""
+    meter = AngularVelocity([x := torch.randn(100_000), torch.randn(5)], 4)
+    noise = torch.Generator().manual_seed(calls)
+    readings = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for call in range(32):
+            if call == calls and shrunk == "data":
+                x.data = x.data[:10].clone()
+            elif call == calls and shrunk == "set":
+                x.set_(torch.randn(7))
+            elif call == calls:
+                x.untyped_storage().resize_(40)
+            if x.untyped_storage().nbytes() >= 4 * x.numel():
+                x += torch.randn(x.shape, generator=noise)
+            elif call == calls + 5:
+                x.untyped_storage().resize_(400_000)
+                x.zero_()
+            readings.append(meter.observe())
+    (message,) = {str(w.message) for w in caught}
+    assert "were replaced, added, resized or frozen; the window is discarded" in message
+    after = [r.angle for r in readings if r is not None and r.step > calls + 24 - 4]
+    assert after and all(angle is not None for angle in after)
 
 
 @pytest.mark.parametrize("change", ["meta", "context", "float64", "bfloat16", "inference"])

@@ -112,8 +112,8 @@ ARROWS = {
     "sketch": "ops ops.plan sharding",
     "ranks": "agreement sharding",
     "faults": "messages ranks sketch",
-    "meter": "agreement checks faults messages ops parameters ranks reading saved settings sketch "
-    "windows",
+    "meter": "agreement checks faults memory messages ops parameters ranks reading saved settings "
+    "sketch windows",
 }
 """What each file of the meter may import: the seams between parameters, tables and ranks."""
 
