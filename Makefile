@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CPP := $(shell find csrc -name '*.h' -o -name '*.cpp')
 
-.PHONY: demo test test-slow attacks check docs packages import-time compatibility bench bench-anytime accuracy train-table lengths ablations paper cifar cifar-part gpu gpu-build gpu-test gpu-sanitize gpu-bench pictures clean
+.PHONY: demo test test-slow attacks check docs packages import-time compatibility bench bench-anytime bench-memory accuracy decisions train-table lengths ablations paper cifar cifar-part gpu gpu-build gpu-test gpu-sanitize gpu-bench pictures clean
 .DELETE_ON_ERROR:
 
 # torch first and by itself: with it there, the package's own requirement brings no other build of it.
@@ -56,17 +56,25 @@ import-time: $(VENV)/.test   ## what importing this package takes after torch
 compatibility:   ## docs/compatibility.md: many versions of torch and others; an hour, 10 GB of downloads
 	$(PYTHON) tools/compatibility.py
 
-bench: $(VENV)/.test   ## throughput next to torch's own operations; see benchmarks/README.md
+bench: $(VENV)/.test   ## throughput next to torch's own operations, minutes; see benchmarks/README.md
 	$(BIN)/python -m pytest benchmarks/speed/bench_throughput.py -o addopts= --benchmark-json benchmark.json
 	$(BIN)/python benchmarks/speed/report.py benchmark.json
 
-bench-anytime: $(VENV)/.test   ## what AnytimeAutoDrop's meter costs over a run; a quarter of an hour
-	$(BIN)/python benchmarks/speed/anytime.py counts
-	$(BIN)/python benchmarks/speed/anytime.py window
-	$(BIN)/python benchmarks/speed/anytime.py run --steps 1000 10000
+bench-anytime: $(VENV)/.test   ## what AnytimeAutoDrop costs over a run; a minute
+	$(BIN)/python benchmarks/speed/anytime.py counts --steps 1000 10000 100000 1000000
+	$(BIN)/python benchmarks/speed/anytime.py run
 
-accuracy: $(VENV)/.test   ## the accuracy contract as a table
-	$(BIN)/python benchmarks/accuracy/rounding.py
+bench-memory: $(VENV)/.test   ## memory of this process, and on the devices of a large model; seconds
+	$(BIN)/python benchmarks/speed/memory.py
+
+# DATA is a folder of CIFAR-10, see benchmarks/training.md; without it ResNet-18 is left out.
+accuracy: $(VENV)/.bench   ## the error of a sketched angle next to its law; ten minutes
+	$(BIN)/python benchmarks/accuracy/law.py motion --hashes 400
+	$(BIN)/python benchmarks/accuracy/law.py runs $(if $(DATA),--cifar10 "$(DATA)")
+	$(BIN)/python benchmarks/accuracy/law.py exact
+
+decisions: $(VENV)/.bench   ## drops and final quality with sketched and with exact angles; minutes
+	$(BIN)/python benchmarks/accuracy/decisions.py
 
 train-table: $(VENV)/.bench   ## every schedule on two small models, three seeds; under half an hour
 	$(BIN)/python benchmarks/training/command.py table

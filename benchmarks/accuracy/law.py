@@ -23,7 +23,7 @@ import argparse
 import math
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -142,46 +142,57 @@ def motion(hashes: int, buckets: int, elements: int = ELEMENTS) -> None:
         print(f"| {name} | {' | '.join(cells)} | {within:.1%} |", flush=True)
 
 
-class Both:
+class Meters:
     """The exact angle of a run next to sketched ones.
 
     Args:
         named: names and parameters.
-        window: optimizer steps per window.
-        buckets: of the sketches; the model must have more elements.
-        hashes: sketches.
+        window, snapshots: of all meters.
+        sizes: buckets of the sketches; the model must have more elements.
+        hashes: sketches of each size, which differ by the names that they know parameters under.
     """
 
     def __init__(
-        self, named: list[tuple[str, Tensor]], window: int, buckets: int, hashes: int
+        self,
+        named: list[tuple[str, Tensor]],
+        window: int,
+        snapshots: int | None,
+        sizes: tuple[int, ...],
+        hashes: int,
     ) -> None:
-        self.buckets = buckets
-        self._exact = AngularVelocity(named, window, buckets=None)
-        self._sketches = [
-            AngularVelocity([(f"{i} {n}", p) for n, p in named], window, buckets=buckets)
-            for i in range(hashes)
-        ]
-        self.angles: list[float] = []
-        self.scaled: list[list[float]] = []
+        self._exact = AngularVelocity(named, window, snapshots=snapshots, buckets=None)
+        self._sketches = {
+            size: [
+                AngularVelocity(
+                    [(f"{i} {n}", p) for n, p in named], window, snapshots=snapshots, buckets=size
+                )
+                for i in range(hashes)
+            ]
+            for size in sizes
+        }
+        self._angles: list[float] = []
+        self._scaled: dict[int, list[float]] = {size: [] for size in sizes}
 
     def observe(self) -> None:
         exact = self._exact.observe()
-        readings = [sketch.observe() for sketch in self._sketches]
-        if exact is None or exact.angle is None:
-            return
-        self.angles.append(exact.angle)
-        law = standard_error(exact.angle, self.buckets)
-        self.scaled.append([(r.angle - exact.angle) / law for r in readings if r and r.angle])
+        for size, sketches in self._sketches.items():
+            readings = [sketch.observe() for sketch in sketches]
+            if exact is not None and exact.angle is not None:
+                law = standard_error(exact.angle, size)
+                of_size = [r.angle for r in readings if r is not None and r.angle is not None]
+                self._scaled[size] += [(angle - exact.angle) / law for angle in of_size]
+        if exact is not None and exact.angle is not None:
+            self._angles.append(exact.angle)
 
-    def row(self, name: str, parameters: int) -> str:
-        scaled = np.array(self.scaled)
-        ratio = math.sqrt(float(np.mean(np.square(scaled))))
-        within = float(np.mean(np.abs(scaled) <= 2))
-        angles = np.array(self.angles)
-        return (
-            f"| {name} | {parameters:,} | {self.buckets:,} | {len(angles)} | "
-            f"{angles.min():.1f} to {angles.max():.1f} | {ratio:.2f} | {within:.1%} |"
-        )
+    def rows(self, name: str, parameters: int) -> Iterator[str]:
+        low, high = min(self._angles), max(self._angles)
+        for size, errors in self._scaled.items():
+            ratio = math.sqrt(float(np.mean(np.square(errors))))
+            within = float(np.mean(np.abs(errors) <= 2))
+            yield (
+                f"| {name} | {parameters:,} | {size:,} | {len(self._angles)} "
+                f"| {low:.1f} to {high:.1f} | {ratio:.2f} | {within:.1%} |"
+            )
 
 
 class Run:
@@ -213,23 +224,22 @@ class WideDigits(Digits):
     width = 64
 
 
-def tasks(cifar10: str | None, batch: int) -> Iterator[tuple[str, Run]]:
-    yield "digits network, 64 wide", Run(WideDigits(), 0.04)
-    yield "byte transformer", Run(Bytes(), 0.006, adam=True)
-    if cifar10 is not None:
-        from papers.models import resnet
-        from papers.recipes import RECIPES
-        from papers.tasks import CifarModel
-        from training.cifar import load_cifar
+def tasks(cifar10: str | None, batch: int) -> dict[str, Callable[[], Run]]:
+    """What makes each run, by name."""
 
-        task = CifarModel(
-            lambda classes: resnet((2, 2, 2, 2), classes),
-            RECIPES["cifar10-resnet18"].recipe,
-            load_cifar(cifar10, 10),
-            device=CPU,
-            batch=batch,
-        )
-        yield "ResNet-18", Run(task, 0.05)
+    def resnet18() -> Run:
+        from papers.tasks import CifarModel
+        from training.tasks import make_task
+
+        task = make_task("cifar10-resnet18", data=cifar10, batch=batch)
+        assert isinstance(task, CifarModel)
+        return Run(task, 0.05)
+
+    made: dict[str, Callable[[], Run]] = {
+        "digits network, 64 wide": lambda: Run(WideDigits(), 0.04),
+        "byte transformer": lambda: Run(Bytes(), 0.006, adam=True),
+    }
+    return made if cifar10 is None else {**made, f"ResNet-18, batches of {batch}": resnet18}
 
 
 def runs(
@@ -238,24 +248,25 @@ def runs(
     steps: int,
     *,
     window: int = 4,
+    snapshots: int | None = None,
     batch: int = 8,
+    only: str = "",
     sizes: tuple[int, ...] = (4_096, 65_536),
 ) -> None:
-    print(
-        f"{hashes} hashes, windows of {window} steps, {steps} steps; ResNet-18: batches of {batch}"
-    )
+    print(f"{hashes} hashes, windows of {window} steps, {steps} steps")
     print()
     print("| run | parameters | buckets | angles | degrees | rms error / law | within 2 errors |")
     print("|:--|--:|--:|--:|--:|--:|--:|")
-    for name, run in tasks(cifar10, batch):
-        named = list(run.model.named_parameters())
-        both = [Both(named, window, buckets, hashes) for buckets in sizes]
-        for _ in range(steps):
-            run.step()
-            for meters in both:
+    for name, make in tasks(cifar10, batch).items():
+        if only in name:
+            run = make()
+            named = list(run.model.named_parameters())
+            meters = Meters(named, window, snapshots, sizes, hashes)
+            for _ in range(steps):
+                run.step()
                 meters.observe()
-        for meters in both:
-            print(meters.row(name, sum(p.numel() for _, p in named)), flush=True)
+            for row in meters.rows(name, sum(p.numel() for _, p in named)):
+                print(row, flush=True)
 
 
 def exact() -> None:
@@ -304,6 +315,8 @@ def main() -> None:
     parser.add_argument("--buckets", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--window", type=int, default=4)
+    parser.add_argument("--snapshots", type=int, help="reads of a window; all of its steps")
+    parser.add_argument("--only", default="", help="part of the name of a run")
     parser.add_argument("--batch", type=int, default=8, help="images a step of ResNet-18")
     parser.add_argument("--cifar10", metavar="FOLDER", help="also ResNet-18 on these images")
     options = parser.parse_args()
@@ -315,6 +328,8 @@ def main() -> None:
             options.hashes or 16,
             options.steps,
             window=options.window,
+            snapshots=options.snapshots,
+            only=options.only,
             batch=options.batch,
         )
     else:

@@ -247,7 +247,7 @@ def train_glue(
             os.truncate(log.path, int((saved / _LOG_SIZE).read_text()))
     if spec.schedule == "autodrop":
         settings = {**setup.settings, "window": setup.window}
-        AutoDropCallback(**settings, on_reading=log).attach(trainer)
+        AutoDropCallback(**settings, buckets=None, on_reading=log).attach(trainer)
 
     class Progress(transformers.TrainerCallback):  # type: ignore[misc]
         def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -3,7 +3,14 @@
 Every benchmark times ours with pytest-benchmark and, in the setup before each round, the peer: both
 sides alternate in one process, and machine drift hits both. ``extra_info`` keeps the peer's
 median, the ratio of the medians (above 1: we are faster), the bytes that had to move and the GB/s
-that they make.
+that they make: a read of the table's kind moves the parameter only, 4 or 2 bytes an element.
+``_foreach_add_`` moves 8 more, to read and write its sum.
+
+- ``read``: all parameters once into a table of 2^18 buckets. ``plain`` is ``torch.sum`` of one
+  vector of as many bytes, a single stream of reads for each thread.
+- ``close``: the tables at a window's end, next to a close of float32 sums.
+- ``window``: 64 steps and the close through the public API, the parameters having moved.
+- ``snapshots``: the same with 16 reads in 64 steps, next to 64 sums.
 """
 
 from __future__ import annotations
@@ -13,29 +20,33 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from autodrop_ext.ops.device_sums import DeviceSums
-from peers import Flattening, Foreach, ForeachFloat32, against_float64
-from shapes import tensors
+from peers import Flattening, Foreach, ForeachStaged, PlainRead, against_float64
+from shapes import SHAPES, tensors
 
 from autodrop_ext import AngularVelocity
 from autodrop_ext.ops import select
-from autodrop_ext.ops.plan import Plan
+from autodrop_ext.ops.plan import Plan, Source
 
-ROUNDS, WINDOW = 15, 64
-MODELS = [
-    ("resnet50", torch.float32),
-    ("resnet50", torch.bfloat16),
-    ("transformer60m", torch.float32),
-    ("transformer60m", torch.bfloat16),
-    ("tiny2000", torch.float32),
-    ("tiny2000", torch.bfloat16),
-]
-every_model = pytest.mark.parametrize(
-    ("model", "dtype"), MODELS, ids=[f"{m}-{str(d).split('.')[1]}" for m, d in MODELS]
-)
-every_peer = pytest.mark.parametrize("peer", [Foreach, Flattening], ids=["foreach", "flattening"])
+CPU = torch.device("cpu")
+ROUNDS, WINDOWS, WINDOW, SNAPSHOTS, BUCKETS = 15, 5, 64, 16, 2**18
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PEERS = {"foreach": Foreach, "staged": ForeachStaged, "flattening": Flattening, "plain": PlainRead}
+
+
+def cases(peers: dict[str, tuple[str, ...]]) -> Any:
+    """Every model with these peers by dtype, the parameters of a test."""
+    return pytest.mark.parametrize(
+        ("model", "dtype", "peer"),
+        [
+            pytest.param(model, DTYPES[dtype], PEERS[peer], id=f"{model}-{dtype}-{peer}")
+            for model in SHAPES
+            for dtype, names in peers.items()
+            for peer in names
+        ],
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +58,11 @@ def _two_threads() -> Any:
 
 
 def compare(
-    benchmark: Any, ours: Callable[[], object], peer: Callable[[], object], moved: int
+    benchmark: Any,
+    ours: Callable[[], object],
+    peer: Callable[[], object],
+    moved: int,
+    rounds: int = ROUNDS,
 ) -> None:
     """Time ours and the peer in turns; ``moved`` are the bytes that ours has to move."""
     times = []
@@ -57,8 +72,8 @@ def compare(
         peer()
         times.append(time.perf_counter() - start)
 
-    benchmark.pedantic(ours, setup=before_each_round, rounds=ROUNDS, warmup_rounds=2)
-    theirs = statistics.median(times[-ROUNDS:])
+    benchmark.pedantic(ours, setup=before_each_round, rounds=rounds, warmup_rounds=1)
+    theirs = statistics.median(times[-rounds:])
     median = benchmark.stats.stats.median
     benchmark.extra_info |= {
         "peer_median_s": theirs,
@@ -68,52 +83,47 @@ def compare(
     }
 
 
-def device_sums_of(params: list[torch.Tensor]) -> DeviceSums:
-    cpu = torch.device("cpu")
-    return DeviceSums(Plan([(f"p{i}", p) for i, p in enumerate(params)], cpu), select("cpu", "cpu"))
+def size(params: list[torch.Tensor]) -> int:
+    """Bytes of the parameters."""
+    return sum(p.numel() * p.element_size() for p in params)
 
 
-def bytes_of(params: list[torch.Tensor]) -> tuple[int, int]:
-    """Elements, and bytes of the parameters themselves."""
-    return sum(p.numel() for p in params), sum(p.numel() * p.element_size() for p in params)
-
-
-@every_peer
-@every_model
-@pytest.mark.benchmark(group="accumulate")
-def test_accumulate(benchmark: Any, model: str, dtype: torch.dtype, peer: Any) -> None:
+@cases({"float32": ("foreach", "flattening", "plain"), "bfloat16": ("foreach", "staged", "plain")})
+@pytest.mark.benchmark(group="read")
+def test_read(benchmark: Any, model: str, dtype: torch.dtype, peer: Any) -> None:
     params = tensors(model, dtype)
-    arenas, other = device_sums_of(params), peer(params)
-    arenas.begin("sum")
-    n, own = bytes_of(params)
-    compare(benchmark, lambda: arenas.add(first=False), other.accumulate, own + 8 * n)
+    sources = [Source(f"{i}", lambda p=p: p, p.numel(), dtype) for i, p in enumerate(params)]  # type: ignore[misc]
+    plan = Plan(sources, CPU, buckets=BUCKETS)
+    read, table = select("cpu", CPU).bind(plan), torch.zeros(BUCKETS, dtype=torch.float64)
+    bases = np.array([p.data_ptr() for p in params])
+    compare(benchmark, lambda: read.accumulate(table, bases), peer(params).accumulate, size(params))
+    assert float(table.abs().sum()) > 0
 
 
-@pytest.mark.parametrize("peer", [Foreach, ForeachFloat32], ids=["foreach", "foreach32"])
-@every_model
+@cases({"float32": ("foreach",)})
 @pytest.mark.benchmark(group="close")
 def test_close(benchmark: Any, model: str, dtype: torch.dtype, peer: Any) -> None:
-    params = tensors(model, dtype)
-    arenas, other = device_sums_of(params), peer(params)
-    for part in (arenas.running, arenas.previous, arenas.before):
-        part.normal_()
+    """Ours is the same for every model: three tables are read and written."""
+    other = peer(tensors(model, dtype))
     for sums in (other.running, other.previous, other.before):
         for t in sums:
             t.normal_()
-    n, _ = bytes_of(params)
-    compare(benchmark, lambda: arenas.close(WINDOW), lambda: other.close(WINDOW), 12 * n)
+    tables = [torch.randn(BUCKETS, dtype=torch.float64) for _ in range(3)]
+    bounds, backend = np.array([0, BUCKETS]), select("cpu", CPU)
+    compare(
+        benchmark,
+        lambda: backend.close(*tables, WINDOW, bounds),
+        lambda: other.close(WINDOW),
+        6 * 8 * BUCKETS,
+    )
 
 
-@every_peer
-@every_model
-@pytest.mark.benchmark(group="window")
-def test_whole_window(benchmark: Any, model: str, dtype: torch.dtype, peer: Any) -> None:
-    """64 steps and the close, ours through the public API."""
-    if peer is Flattening and model == "transformer60m":
-        pytest.skip("64 flattenings of 60 million parameters a round take minutes")
+def compare_windows(
+    benchmark: Any, model: str, dtype: torch.dtype, peer: Any, snapshots: int
+) -> None:
     params = tensors(model, dtype)
-    # Held in sum form: parameters that stand still would ask for delta form.
-    meter, other = AngularVelocity(params, WINDOW, form="sum"), peer(params)
+    meter = AngularVelocity(params, WINDOW, snapshots=snapshots, buckets=BUCKETS)
+    other = peer(params)
 
     def ours() -> None:
         for _ in range(WINDOW):
@@ -125,12 +135,23 @@ def test_whole_window(benchmark: Any, model: str, dtype: torch.dtype, peer: Any)
             other.accumulate(first=step == 0)
         other.close(WINDOW)
 
-    n, own = bytes_of(params)
-    moved = (own + 4 * n) + (WINDOW - 1) * (own + 8 * n) + 12 * n
-    compare(benchmark, ours, theirs, moved)
+    moved = snapshots * size(params) + 6 * 8 * BUCKETS
+    compare(benchmark, ours, theirs, moved, WINDOWS)
 
 
-@pytest.mark.parametrize("peer", [Foreach, ForeachFloat32, Flattening])
+@cases({"float32": ("foreach",), "bfloat16": ("foreach", "staged")})
+@pytest.mark.benchmark(group="window")
+def test_whole_window(benchmark: Any, model: str, dtype: torch.dtype, peer: Any) -> None:
+    compare_windows(benchmark, model, dtype, peer, WINDOW)
+
+
+@cases({"float32": ("foreach",)})
+@pytest.mark.benchmark(group="snapshots")
+def test_window_of_few_snapshots(benchmark: Any, model: str, dtype: torch.dtype, peer: Any) -> None:
+    compare_windows(benchmark, model, dtype, peer, SNAPSHOTS)
+
+
+@pytest.mark.parametrize("peer", [Foreach, ForeachStaged, Flattening])
 def test_peers_are_right(benchmark: Any, peer: Any) -> None:
     """What is timed above gives the numbers of float64, as precisely as it claims to."""
     result, wanted = benchmark.pedantic(against_float64, args=(peer,), rounds=1)

@@ -4,9 +4,9 @@
 
 Every tensor has 64 float32 elements, and the optimizer moves the first one only. In turns:
 ``step()`` of AutoDrop inside a window, ``step()`` of torch's StepLR, and ``torch._foreach_add_``
-into float32 sums, which moves the same 12 bytes an element as AutoDrop. Then the first step, which
-finds the parameters and makes the sums, and the step that ends the third window, with the first
-angle. Medians.
+into float32 sums, which moves 12 bytes an element, AutoDrop 4. Then the first step, which finds the
+parameters and makes the tables, and the step that ends the third window, with the first angle. Up
+to 4,096 tensors every element has its own bucket; of more, elements are hashed. Medians.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What a user would write without this package: window sums with torch's own operations.
 
-Each peer keeps three lists or vectors of float32 sums, as the meter does, and its ``close`` returns
-the same four numbers. They are checked against float64 before they are timed, to the accuracy that
-they are written for.
+Each peer keeps three lists or vectors of float32 sums, 12 bytes a parameter, and its ``close``
+returns dot product and norms of the last two displacements. They are checked against float64 before
+they are timed, to the accuracy that they are written for.
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ from torch import Tensor
 
 
 class Foreach:
-    """``torch._foreach_*`` over lists of float32 sums; a close adds up in float64, as ours does."""
+    """``torch._foreach_*`` over lists of float32 sums, the fastest of torch's own ways.
 
-    dtype: torch.dtype | None = torch.float64
-    accuracy = 1e-6  # relative, of the four sums
+    The norms that it adds up in float32 are off by up to 4e-5 for ResNet-50, which is less than
+    what a table of 2^18 buckets adds.
+    """
+
+    accuracy = 2e-4  # relative, of the three numbers
 
     def __init__(self, params: list[Tensor]) -> None:
         self.params = params
@@ -33,20 +36,27 @@ class Foreach:
         s = torch._foreach_sub(self.running, self.previous)
         s_previous = torch._foreach_sub(self.previous, self.before)
         products = torch._foreach_mul(s, s_previous)
-        dot = torch.stack([p.sum(dtype=self.dtype) for p in products]).double().sum()
+        dot = torch.stack([p.sum() for p in products]).double().sum()
         norms = [
-            torch.stack(torch._foreach_norm(x, 2, self.dtype)).double().square().sum()
-            for x in (s, s_previous, self.running)
+            torch.stack(torch._foreach_norm(x, 2)).double().square().sum() for x in (s, s_previous)
         ]
         self.running, self.previous, self.before = self.before, self.running, self.previous
         return tuple(x.item() / window**2 for x in (dot, *norms))
 
 
-class ForeachFloat32(Foreach):
-    """The fastest close that ``torch._foreach_*`` gives; its norms miss the accuracy contract."""
+class ForeachStaged(Foreach):
+    """The same for half precision, which is converted first: mixed lists are slow to add."""
 
-    dtype = None
-    accuracy = 2e-4
+    def __init__(self, params: list[Tensor]) -> None:
+        super().__init__(params)
+        self.staging = [torch.empty_like(s) for s in self.running]
+
+    def accumulate(self, first: bool = False) -> None:
+        if first:
+            torch._foreach_copy_(self.running, self.params)
+        else:
+            torch._foreach_copy_(self.staging, self.params)
+            torch._foreach_add_(self.running, self.staging)
 
 
 class Flattening:
@@ -68,16 +78,27 @@ class Flattening:
 
     def close(self, window: int) -> tuple[float, ...]:
         s, s_previous = self.running - self.previous, self.previous - self.before
-        result = (s @ s_previous, s @ s, s_previous @ s_previous, self.running @ self.running)
+        result = (s @ s_previous, s @ s, s_previous @ s_previous)
         self.running, self.previous, self.before = self.before, self.running, self.previous
         return tuple(x.item() / window**2 for x in result)
 
 
-Peer = Foreach | ForeachFloat32 | Flattening
+Peer = Foreach | ForeachStaged | Flattening
+
+
+class PlainRead:
+    """``torch.sum`` of one float32 vector of as many bytes: a read, and next to nothing else."""
+
+    def __init__(self, params: list[Tensor]) -> None:
+        size = sum(p.numel() * p.element_size() for p in params)
+        self.flat = torch.randn(size // 4)
+
+    def accumulate(self) -> None:
+        self.flat.sum()
 
 
 def against_float64(peer: type[Peer], device: str = "cpu") -> tuple[list[float], list[float]]:
-    """A peer's four sums after three windows of a random walk, and those of float64."""
+    """A peer's three numbers after three windows of a random walk, and those of float64."""
     params = [torch.randn(3_000_000, device=device), torch.randn(50, 7, device=device).bfloat16()]
     other = peer(params)
     iterates = []
@@ -90,5 +111,5 @@ def against_float64(peer: type[Peer], device: str = "cpu") -> tuple[list[float],
             result = other.close(4)
     m = torch.stack(iterates).view(3, 4, -1).mean(dim=1)
     s, s_previous = m[2] - m[1], m[1] - m[0]
-    exact = (s @ s_previous, s @ s, s_previous @ s_previous, m[2] @ m[2])
+    exact = (s @ s_previous, s @ s, s_previous @ s_previous)
     return list(result), [x.item() for x in exact]

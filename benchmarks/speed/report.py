@@ -18,10 +18,9 @@ def main(path: str) -> None:
         info = entry["extra_info"]
         if "ratio" not in info:
             continue
-        name, parts = entry["group"], entry["name"].split("[")[1].rstrip("]").split("-")
-        peer = parts[2] if len(parts) > 2 else "foreach"
+        name, (model, dtype, peer) = entry["group"], entry["name"][:-1].split("[")[1].split("-")
         print(
-            f"| {name} | {parts[0]} | {parts[1]} | {peer} | {entry['stats']['median'] * 1e3:.3f} "
+            f"| {name} | {model} | {dtype} | {peer} | {entry['stats']['median'] * 1e3:.3f} "
             f"| {info['peer_median_s'] * 1e3:.3f} | {info['ratio']:.2f}x | {info['gb_per_s']:.1f} |"
         )
 

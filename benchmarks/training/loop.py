@@ -182,18 +182,19 @@ class _Run:
             return self.task.scores(self.model)
 
     def _meters(self) -> dict[str, AngularVelocity]:
-        """The spec's meter under the name "angles", and those that go with one of epochs."""
+        """The spec's meter under the name "angles", and those of epochs; all angles are exact."""
         optimizer, epoch = self.driver.optimizer, self.task.steps_per_epoch
         if self.spec.angles is None:
             return {}
         if self.spec.angles != "epoch":
-            return {"angles": AngularVelocity(optimizer, int(self.spec.angles))}
+            return {"angles": AngularVelocity(optimizer, int(self.spec.angles), buckets=None)}
         meters = {
-            "angles": AngularVelocity(optimizer, epoch),
-            "end_angles": AngularVelocity(optimizer, epoch, snapshots=1),
+            "angles": AngularVelocity(optimizer, epoch, buckets=None),
+            "end_angles": AngularVelocity(optimizer, epoch, snapshots=1, buckets=None),
         }
         if self.task.recipe.window is not None:
-            meters["window_angles"] = AngularVelocity(optimizer, self.task.recipe.window)
+            window = self.task.recipe.window
+            meters["window_angles"] = AngularVelocity(optimizer, window, buckets=None)
         return meters
 
     def _observe(self) -> None:

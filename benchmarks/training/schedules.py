@@ -149,7 +149,13 @@ def _autodrop(s: Setup) -> Driver:
     settings = {**s.settings, "window": s.window}
     return Driver(
         optimizer,
-        AutoDrop(optimizer, **settings, warmup_steps=s.warmup_steps, on_reading=s.on_reading),
+        AutoDrop(
+            optimizer,
+            **settings,
+            buckets=None,
+            warmup_steps=s.warmup_steps,
+            on_reading=s.on_reading,
+        ),
     )
 
 
@@ -300,7 +306,8 @@ SCHEDULES: dict[str, Schedule] = {
     "autodrop": Schedule(
         "AutoDrop",
         "UAI 2024, section 4.1; window: 64 on CIFAR (Table 15), 640 on ImageNet, elsewhere "
-        "the package's rule that it can reach 1/100 of the initial rate, without its floor of 16",
+        "the package's rule that it can reach 1/100 of the initial rate, without its floor of 16; "
+        "exact angles, as the papers have them (buckets=None)",
         _autodrop,
         {
             "window": None,
@@ -316,7 +323,8 @@ SCHEDULES: dict[str, Schedule] = {
     "epoch-autodrop": Schedule(
         "EpochAutoDrop",
         "2021, section 4 (recommended setting); delay: 20 of 200 epochs; threshold: 0.01 degrees, "
-        "but runs of under 100 epochs start at the upper bound, since 20 epochs never met 0.01",
+        "but runs of under 100 epochs start at the upper bound, since 20 epochs never met 0.01; "
+        "exact angles, which this threshold needs (buckets=None, the default)",
         _epoch_autodrop,
         {"factor": 0.2, "threshold": None, "max_threshold": 1.0, "delay": None, "min_lr": 1e-4},
     ),
