@@ -87,7 +87,11 @@ def test_a_storage_that_shrank_holds_no_elements() -> None:
 
 
 def test_garbage_is_collected_again_after_an_exception() -> None:
-    with pytest.raises(KeyError), no_garbage_collection():
-        assert not gc.isenabled()
-        raise KeyError
+    def fails() -> None:
+        with no_garbage_collection():
+            assert not gc.isenabled()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fails()
     assert gc.isenabled()
