@@ -19,7 +19,7 @@ from .ops import check_name
 from .parameters import ParameterSource
 from .ranks import Layout, Ranks, check_group, find_group, is_alone
 from .reading import HISTORY, PartReading, Reading, remember
-from .saved import Later, exactly, inside, list_of, load
+from .saved import Form, Later, exactly, inside, list_of, load
 from .settings import METER, USE_BUCKETS, check_arguments, removed
 from .sketch import Sketch, Totals, standard_error
 from .windows import Windows
@@ -540,7 +540,13 @@ class AngularVelocity:
         return {**{k: v for k, v in self.__dict__.items() if k != "_layout"}, **live}
 
 
-_NO_TABLES = {"layout": "", "norms": [], "running": None, "mean": None, "displacement": None}
+_NO_TABLES: Mapping[str, Any] = {
+    "layout": "",
+    "norms": [],
+    "running": None,
+    "mean": None,
+    "displacement": None,
+}
 
 
 def angle_of(dot: float, norm: float, previous_norm: float) -> tuple[float | None, float | None]:
@@ -586,7 +592,7 @@ def _finite_table(name: str, value: Any) -> Any:
     return value
 
 
-_COUNTS = {
+_COUNTS: Form = {
     "version": exactly(1, 2),
     "window": checks.window,
     "snapshots": Later(checks.none_or(checks.at_least(1)), None),
@@ -594,7 +600,7 @@ _COUNTS = {
     "windows": checks.at_least(0),
     "still": checks.at_least(0),
 }
-_TABLES = {
+_TABLES: Form = {
     "position": checks.at_least(0),
     "usable": checks.at_least(0),
     "spoiled": checks.flag,

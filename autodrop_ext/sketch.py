@@ -238,14 +238,18 @@ class Sketch:
         whole = [bank for bank in self._banks if len(bank.tables) == 3]
         sums = np.zeros((len(self._names), 2)) if not self.buckets else np.zeros((0, 2))
         for bank, bounds, members in zip(whole, self._bounds, self._members, strict=False):
-            parts = bank.backend.close(*bank.tables, snapshots / weight, bounds)
+            running, mean, displacement = bank.tables
+            divisor = snapshots / weight
+            parts = bank.backend.close(running, mean, displacement, divisor, bounds)
             if self.buckets:
                 return parts
             sums[members] = parts
         if self.own:
             sums *= self._weights[:, None]
         group = self._group_of if self._num_groups > 1 else np.zeros(len(sums), np.int64)
-        of_groups = np.stack([np.bincount(group, c, self._num_groups) for c in sums.T], axis=1)
+        of_groups: FloatArray = np.stack(
+            [np.bincount(group, c, self._num_groups) for c in sums.T], axis=1
+        )
         return np.concatenate([of_groups, sums]) if self._per_tensor else of_groups
 
     def totals(self, sums: FloatArray) -> Totals:

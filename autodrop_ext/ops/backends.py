@@ -68,9 +68,10 @@ class ReferenceBackend:
     def close(
         self, running: Tensor, mean: Tensor, displacement: Tensor, divisor: float, bounds: IntArray
     ) -> FloatArray:
-        tables = (running, mean, displacement)
         parts = zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)
-        sums = [reference.close(*(t[a:b] for t in tables), divisor) for a, b in parts]
+        sums = [
+            reference.close(running[a:b], mean[a:b], displacement[a:b], divisor) for a, b in parts
+        ]
         return np.array(sums, np.float64).reshape(-1, 2)
 
 

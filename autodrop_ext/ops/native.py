@@ -8,7 +8,6 @@ from types import ModuleType
 
 # torch first: the extension then shares its OpenMP runtime and thread pool instead of a second one
 # whose idle threads would compete for the same cores.
-from torch import Tensor
 
 core: ModuleType | None = None
 import_error = ""

@@ -72,12 +72,12 @@ class Runs(NamedTuple):
 
     Attributes:
         local: first element in the local tensor, ``[num_runs]``.
-        index: its global row-major index, ``[num_runs]``.
+        global_index: its global row-major index, ``[num_runs]``.
         length: elements, ``[num_runs]``.
     """
 
     local: IntArray
-    index: IntArray
+    global_index: IntArray
     length: IntArray
 
 
@@ -152,7 +152,7 @@ class _Stretches(NamedTuple):
 
     tensor: IntArray
     local: IntArray
-    index: IntArray
+    global_index: IntArray
     length: IntArray
 
 
@@ -167,13 +167,15 @@ def _stretches(sources: Sequence[Source], step: int) -> _Stretches:
     joined = _Stretches(*(np.concatenate(column) for column in zip(*columns, strict=True)))
     joined = _Stretches(*(column[joined.length > 0] for column in joined))
     # Cut each run at the multiples of `step` in the global order.
-    first, last = joined.index // step, (joined.index + joined.length - 1) // step
+    first, last = joined.global_index // step, (joined.global_index + joined.length - 1) // step
     counts = last - first + 1
     owner = np.repeat(np.arange(len(counts)), counts)
     nth = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
-    begin = np.maximum(joined.index[owner], (first[owner] + nth) * step)
-    end = np.minimum(joined.index[owner] + joined.length[owner], (first[owner] + nth + 1) * step)
-    at = joined.local[owner] + begin - joined.index[owner]
+    begin = np.maximum(joined.global_index[owner], (first[owner] + nth) * step)
+    end = np.minimum(
+        joined.global_index[owner] + joined.length[owner], (first[owner] + nth + 1) * step
+    )
+    at = joined.local[owner] + begin - joined.global_index[owner]
     return _Stretches(joined.tensor[owner], at, begin, end - begin)
 
 
@@ -198,9 +200,9 @@ def _pieces(
     keys = np.array([key_of(source.name) for source in sources], np.uint64)
     groups = np.array([source.group for source in sources], np.int64)
     table = _described(sources, of, stretches.local, PIECE)
-    table["start"] = stretches.index % LANES
+    table["start"] = stretches.global_index % LANES
     table["length"] = stretches.length
-    places = place(keys[of] if len(of) else keys[:0], stretches.index // LANES, rows)
+    places = place(keys[of] if len(of) else keys[:0], stretches.global_index // LANES, rows)
     table["hash"], table["packet"], table["swap"] = places.hash, places.packet, places.swap
     row = places.row + (groups[of] if len(of) else 0) * rows
     bins = row * SWAPS + places.swap
@@ -213,7 +215,7 @@ def _pieces(
 def _spans(sources: Sequence[Source], stretches: _Stretches) -> Table:
     table = _described(sources, stretches.tensor, stretches.local, SPAN)
     buckets = np.array([source.bucket for source in sources], np.int64)
-    table["bucket"] = stretches.index + (buckets[stretches.tensor] if len(buckets) else 0)
+    table["bucket"] = stretches.global_index + (buckets[stretches.tensor] if len(buckets) else 0)
     table["length"] = stretches.length
     return table[np.argsort(table["bucket"], kind="stable")]
 

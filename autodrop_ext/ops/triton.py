@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import os
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .backends import add_blocks, close_blocks
-from .cuda import DeviceTables, current_device, partial_rows, splits
-from .plan import DTYPES, FloatArray, IntArray, Plan, Source
+from .plan import FloatArray, IntArray, Plan
 
 
 class TritonBackend:

@@ -344,7 +344,7 @@ class MeteredScheduler(StepScheduler):
             )
         form: Form = {"cooldown": Later(inside(_COOLDOWN), None), "meter": inside({})}
         if self._averages_run and loaded["average"]:
-            form["mean"] = Later(checked_average, None)
+            form = {**form, "mean": Later(checked_average, None)}
         loaded |= load(state, form)
         cooldown = loaded["cooldown"]
         loaded["cooldown"] = None
