@@ -87,11 +87,14 @@ def test_a_storage_that_shrank_holds_no_elements() -> None:
 
 
 def test_garbage_is_collected_again_after_an_exception() -> None:
-    def fails() -> None:
-        with no_garbage_collection():
-            assert not gc.isenabled()
-            raise KeyError
+    seen = {}
+
+    @no_garbage_collection()
+    def fail() -> None:
+        seen["enabled"] = gc.isenabled()
+        raise KeyError
 
     with pytest.raises(KeyError):
-        fails()
+        fail()
+    assert seen == {"enabled": False}
     assert gc.isenabled()

@@ -324,7 +324,7 @@ class MeteredScheduler(StepScheduler):
             )
         form: dict[str, Any] = {"cooldown": Later(inside(_COOLDOWN), None)}
         if self._averages_run and loaded["average"]:
-            form["mean"] = Later(checked_average, None)
+            form = {**form, "mean": Later(checked_average, None)}
         loaded |= load(state, form)
         cooldown = loaded["cooldown"]
         loaded["cooldown"] = None

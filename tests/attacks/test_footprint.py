@@ -10,13 +10,18 @@ import pytest
 from oracle import LARGE, count
 
 GROWTH = """
-import json, resource, sys, warnings
+import json, sys
 import torch
 from autodrop_ext import AutoDrop
 
-def resident():
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
+def peak():
+    with open("/proc/self/status") as file:
+        (line,) = (line for line in file if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+def forget_peak():
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
 
 torch.set_num_threads(1)
 millions = int(sys.argv[1])
@@ -24,13 +29,14 @@ small = torch.nn.Parameter(torch.zeros(300_000))
 for parameters in ([small], [torch.nn.Parameter(torch.zeros(10**6)) for _ in range(millions)]):
     optimizer = torch.optim.SGD(parameters, lr=0.1)
     scheduler = AutoDrop(optimizer, window=2)  # the first one loads what every one needs
-    before = resident()
+    forget_peak()
+    before = peak()
     for step in range(8):
         for p in parameters:
             p.grad = torch.zeros(()).expand_as(p)
         optimizer.step()
         scheduler.step()
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    grown = peak() - before
     scheduler.close()
 print(json.dumps(grown))
 """
