@@ -192,7 +192,8 @@ class EpochAutoDrop(MeteredScheduler):
 
     def _add_to_average(self, n: int) -> None:
         """Take the parameters into the average, with the weight ``n`` of the n-th epoch."""
-        problem = self._delayed.add(2 / (n + 1))  # n / (1 + ... + n)
+        k = min(self._delayed.updates, n - 1)  # epochs in it; all of them unless it started over
+        problem = self._delayed.add(2 * n / ((k + 1) * (2 * n - k)))  # n / ((n - k) + ... + n)
         if problem is not None:
             self._warnings.once("average", problem)
 
