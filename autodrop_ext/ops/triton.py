@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
