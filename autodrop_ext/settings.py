@@ -14,7 +14,7 @@ from typing import Any
 
 from . import checks
 from .checks import Check, at_least, choice, none_or
-from .saved import Form
+from .saved import Form, Later
 
 REQUIRED = inspect.Parameter.empty
 """The default of an argument that has none."""
@@ -34,6 +34,7 @@ class Setting:
         always: whether a picture's title has it even if it is the default.
         unit: of the value, in titles.
         at_least: name of the setting that it must not be below.
+        late: whether states of earlier releases lack it; it has its default there.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Setting:
     always: bool = False
     unit: str = ""
     at_least: str | None = None
+    late: bool = False
 
 
 Settings = tuple[Setting, ...]
@@ -68,7 +70,7 @@ def check_together(settings: Settings, values: Mapping[str, Any], called: str) -
 
 def form_of(settings: Settings) -> Form:
     """Return the form of the settings in a saved state."""
-    return {s.name: s.check for s in settings if s.saved}
+    return {s.name: Later(s.check, s.default) if s.late else s.check for s in settings if s.saved}
 
 
 def usual_values(name: str) -> list[Any]:
@@ -114,7 +116,9 @@ SEED = Setting("seed", 0, at_least(-(2**63)), "seed of the sample", saved=False)
 PER_TENSOR = Setting(
     "per_tensor", False, checks.flag, "whether there are angles of each parameter", saved=False
 )
-PER_GROUP = Setting("per_group", False, checks.flag, "whether every param group is on its own")
+PER_GROUP = Setting(
+    "per_group", False, checks.flag, "whether every param group is on its own", late=True
+)
 FACTOR = Setting("factor", 0.95, checks.between_0_and_1, "``rho``, in (0, 1)", always=True)
 MIN_LR = Setting("min_lr", 0.0, checks.one_or_several, "lower bound of the rate")
 WARMUP_STEPS = Setting("warmup_steps", 0, at_least(0), "optimizer steps of linear warm-up")

@@ -255,7 +255,7 @@ def test_states_from_before_groups_could_decide_are_loaded() -> None:
         optimizer.step()
         scheduler.step()
     state = scheduler.state_dict()
-    del state["groups"], state["settings"]["per_group"]
+    del state["groups"], state["per_group"]
     for column in ("margin", "dropped_groups", "group_angles", "group_smoothed", "group_rises"):
         del state["history"][column]
     again = AutoDrop(Moved(groups_of(parameters())), 3, **SETTINGS)

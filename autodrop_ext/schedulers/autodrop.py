@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from .. import checks
 from ..messages import Warnings
 from ..reading import Decision, Reading
-from ..saved import Form, inside, list_of
+from ..saved import Form, Later, inside, list_of
 from ..settings import AUTODROP, check_arguments
 from .auto_window import LEAST_WINDOW, window_for
 from .base import Outcome, as_floats, check_drops, replaced
@@ -83,9 +83,12 @@ class AutoDrop(MeteredScheduler):
     _settings = AUTODROP
     _gathered: ClassVar[Form] = {
         "detector": inside(SEEN),
-        "groups": inside(
-            {name: list_of(check) for name, check in SEEN.items()}
-            | {"drops": list_of(checks.at_least(0))}
+        "groups": Later(
+            inside(
+                {name: list_of(check) for name, check in SEEN.items()}
+                | {"drops": list_of(checks.at_least(0))}
+            ),
+            {"drops": []} | dict.fromkeys(SEEN, ()),
         ),
     }
 
