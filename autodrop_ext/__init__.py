@@ -9,8 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from . import checks  # noqa: F401
+from .agreement import DisagreementError
 from .log import JsonLinesLog, read_log
 from .meter import AngularVelocity
+from .ranks import PipelineStages
 from .reading import Decision, Reading
 from .schedulers import (
     AnytimeAutoDrop,
@@ -31,9 +33,11 @@ __all__ = [
     "AnytimeDecision",
     "AutoDrop",
     "Decision",
+    "DisagreementError",
     "EpochAutoDrop",
     "EpochDecision",
     "JsonLinesLog",
+    "PipelineStages",
     "Reading",
     "read_log",
 ]

@@ -37,6 +37,7 @@ class Row(NamedTuple):
         calls: of the scheduler's ``step()``; 0 without a scheduler.
         windows_since_restart: windows since the meter started over, this one included.
         restart: 1 if this rank cannot use the window and has to start over, otherwise 0.
+        incomplete: 1 if this rank has not read the whole window, because it has just resumed.
         not_finite: 1 if the sums of this rank are not finite, otherwise 0.
         settings: :func:`digest` of the settings and the state of what decides here.
         rates: digest of the learning rates.
@@ -52,6 +53,7 @@ class Row(NamedTuple):
     calls: float
     windows_since_restart: float
     restart: float
+    incomplete: float
     not_finite: float
     settings: float
     rates: float
@@ -68,11 +70,14 @@ class Agreement(NamedTuple):
     """What all ranks conclude.
 
     Attributes:
-        restart: True if some rank cannot use this window, so that none does.
+        restart: True if some rank cannot use this window, so that all start over.
+        incomplete: True if some rank has not read the whole window, so that all leave it out and
+            keep those before it.
         not_finite: ranks whose sums are not finite.
     """
 
     restart: bool
+    incomplete: bool
     not_finite: list[int]
 
 
@@ -100,10 +105,11 @@ def agree(rows: Sequence[Row]) -> Agreement:
     restart = any(row.restart for row in rows)
     restart = restart or len({row.windows_since_restart for row in rows}) > 1
     not_finite = [rank for rank, row in enumerate(rows) if row.not_finite]
-    if not restart and not not_finite:
+    incomplete = any(row.incomplete for row in rows)
+    if not restart and not incomplete and not not_finite:
         _check_elements(rows)
         _check_replicas(rows)
-    return Agreement(restart, not_finite)
+    return Agreement(restart, incomplete, not_finite)
 
 
 def facts_differ(rows: Sequence[Row]) -> bool:

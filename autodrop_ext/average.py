@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import checks
 from .saved import Form, dict_of, load
-from .sharding import discard_gathered, is_dtensor, is_flattened, local_tensor
+from .sharding import discard_gathered, is_cut, is_dtensor, is_flattened, local_tensor
 
 Named = Sequence[tuple[str, Tensor]]
 
@@ -235,7 +235,8 @@ class ParameterAverage:
 
         The average of a DTensor is a DTensor, so that ``torch.distributed.checkpoint`` saves and
         loads it in place, also with another number of ranks; for this, ``tensors`` holds zeros
-        before the first update. Parameters that FSDP1 has flattened are left out, because other
+        before the first update. A file of one rank alone has that rank's part only, and no rank
+        goes on with it. Parameters that FSDP1 has flattened are left out, because other
         ranks' parts would be missing.
         """
         if not self._in_block:
@@ -273,7 +274,7 @@ class ParameterAverage:
             self.reset()
             return None
         named = self._named()
-        misfit = _misfit(named, tensors)
+        misfit = _misfit(named, tensors) or self._part_of(tensors)
         if misfit is not None:
             self.reset()
             return f"{misfit}; the average starts over"
@@ -282,6 +283,17 @@ class ParameterAverage:
         self.steps = self.updates = 0  # an interrupt leaves no average rather than a mixed one
         _write((self._tensors[name], local_tensor(a)) for name, a in tensors.items())
         self.steps, self.updates = steps, updates
+        return None
+
+    def _part_of(self, tensors: Mapping[str, Any]) -> str | None:
+        """Return which saved tensor may be the part of another rank, or None.
+
+        Whose part it is cannot be seen, and ranks that judge for themselves would go on with
+        different averages. ``torch.distributed.checkpoint`` loads into the tensors that are here.
+        """
+        for name, a in tensors.items():
+            if is_cut(a) and a is not self._tensors.get(name):
+                return f"what was saved of {name} is one rank's part of it"
         return None
 
 

@@ -32,7 +32,7 @@ class Faults:
         """Warn that the parameters were changed."""
         self.warnings.once(
             "changed",
-            "the measured parameters were replaced, added, resized or frozen; the window is "
+            "the measured parameters were replaced, added, resized or unfrozen; the window is "
             f"discarded and the next angle comes after {windows} windows",
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,13 +13,15 @@ from torch import Tensor
 from . import checks
 from .agreement import Facts, Row, digests_of
 from .faults import Faults
+from .memory import no_garbage_collection
 from .messages import Warnings
 from .ops import check_name
 from .parameters import ParameterSource
-from .ranks import Layout, Ranks, check_group, find_group
+from .ranks import Layout, Ranks, check_group, find_group, is_alone
 from .reading import HISTORY, PartReading, Reading, remember
 from .saved import Form, Later, exactly, inside, list_of, load
 from .settings import METER, USE_BUCKETS, check_arguments, removed
+from .sharding import LocalShard
 from .sketch import Sketch, Totals, standard_error
 from .windows import Windows
 
@@ -58,7 +60,7 @@ class AngularVelocity:
         per_group: whether they have the angle of each param group, which then has its own table.
         backend: "auto", or the name of one (``autodrop doctor`` lists them).
         process_group: the ranks that train the model together: None for all there are, a process
-            group, a ``DeviceMesh``, or :class:`~autodrop_ext.ranks.PipelineStages`.
+            group, a ``DeviceMesh``, or :class:`~autodrop_ext.PipelineStages`.
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message names it.
@@ -96,6 +98,7 @@ class AngularVelocity:
         self._faults = Faults(Warnings(type(self).__name__))
         self._warns_by_itself = True
         self._has_read = False
+        self._observing = False  # state_dict() may be called in the middle of a step
         self._compared = False  # whether the ranks have compared their settings
         self._sketch: Sketch | None = None
         self._saved: Mapping[str, Any] | None = None  # tables of a checkpoint, until the next step
@@ -160,11 +163,14 @@ class AngularVelocity:
         # A warning may be an error. It must not leave this half done, and must not keep one rank
         # from the collective.
         self._faults.warnings.hold()
+        self._observing = True
         try:
             reading = self._observe(calls, facts)
         except BaseException:
             self.discard()
+            self._observing = False
             raise
+        self._observing = False
         if self._warns_by_itself:
             self._faults.warnings.release()
         return reading
@@ -183,12 +189,22 @@ class AngularVelocity:
         return self._close_window(calls, facts)
 
     def _begin_window(self) -> None:
-        """Follow the parameters: make the tables, or make them again if the parameters changed."""
+        """Follow parameters and ranks: make the tables, or make them again if these changed."""
         if self._sketch is not None and not self._source.unchanged():
             self._parameters_changed()
             self._counter.start_over(self._counter.position)
+        if self._sketch is not None:
+            self._follow_group(self._sketch)
         if self._sketch is None:
             self._build()
+
+    def _follow_group(self, sketch: Sketch) -> None:
+        """A process group may have been destroyed and made again, of another size as well."""
+        ranks = self._find_ranks(sketch.shards)
+        if not ranks.weighs_like(self._ranks):
+            # Weights follow from the number of ranks; the closed windows' tables do not.
+            self._saved, self._sketch = sketch.state_dict(running=False), None
+        self._ranks = ranks
 
     def _read(self) -> None:
         assert self._sketch is not None
@@ -219,6 +235,9 @@ class AngularVelocity:
         if verdict.restart:
             self._start_over()
             return None
+        if verdict.incomplete:
+            sketch.discard_running()
+            return None
         counter.windows += 1
         if verdict.not_finite:
             self._not_finite(verdict.not_finite)
@@ -247,6 +266,7 @@ class AngularVelocity:
             calls=calls,
             windows_since_restart=0 if restart else counter.windows_since_restart + 1,
             restart=restart,
+            incomplete=counter.incomplete,
             not_finite=not math.isfinite(checksum),
             settings=settings,
             rates=rates,
@@ -386,10 +406,21 @@ class AngularVelocity:
 
     # Building ------------------------------------------------------------------------------------
 
+    @no_garbage_collection()
     def _build(self) -> None:
+        sketch, ranks = self._new_sketch()
+        self._ranks, self._layout = ranks, ranks.layout(sketch.shards)
+        self._continue(sketch)
+        self._sketch, self._saved = sketch, None
+
+    def _find_ranks(self, shards: Sequence[LocalShard]) -> Ranks:
+        return find_group(self._process_group, shards, self._faults.warnings.owner)
+
+    def _new_sketch(self) -> tuple[Sketch, Ranks]:
+        """Return empty tables for the parameters and the ranks as they are now."""
         shards = self._source.shards()
-        ranks = find_group(self._process_group, shards, self._faults.warnings.owner)
-        if not shards and ranks.size == 1 and self.steps <= 1:
+        ranks = self._find_ranks(shards)
+        if not shards and ranks.size == 1 and self.steps == 1:
             raise ValueError(
                 "params: expected at least one trainable parameter, got none "
                 "(is requires_grad False everywhere?)"
@@ -403,30 +434,33 @@ class AngularVelocity:
             shards,
             [ranks.weight(shard) for shard in shards],
             buckets=self.buckets,
-            num_groups=self._source.num_groups() if self.per_group else 1,
+            num_groups=self._source.num_groups() if self.per_group or self.per_tensor else 1,
             per_tensor=self.per_tensor,
             stage=ranks.stage if ranks.num_stages > 1 else None,
             backend=self._backend,
+            num_stages=ranks.num_stages,
         )
-        self._ranks, self._layout = ranks, ranks.layout(shards)
-        self._continue(sketch)
-        self._sketch, self._saved = sketch, None
+        return sketch, ranks
 
     def _continue(self, sketch: Sketch) -> None:
         """Fill new tables with saved ones, or start over if they do not fit."""
         saved, counter = self._saved, self._counter
-        if saved is None:
-            return
+        if saved is None or not (counter.windows_since_restart or counter.position > 1):
+            return  # position 1: the present step
         problem = sketch.problem_of(saved)
         if problem is not None:
-            self._faults.cannot_continue(problem, WINDOWS_FOR_ANGLE)
-            counter.start_over(min(counter.position, 1))
+            if counter.windows or counter.position > 1:  # otherwise nothing is lost
+                self._faults.cannot_continue(problem, WINDOWS_FOR_ANGLE)
+            late = counter.position > 1
+            counter.start_over(counter.position)
+            counter.spoiled = late
             return
         sketch.load_state_dict(saved)
-        if saved["running"] is None or sketch.sharded:
-            # The open window's table is on other ranks: it begins again with the present step.
+        if sketch.sharded or not saved["whole"]:
+            # The open window's table was on other ranks. The next window begins where it would
+            # have begun, so that a rank that loads a state alone is in step with the others.
             sketch.discard_running()
-            counter.begin_again(min(counter.position, 1))
+            counter.incomplete = counter.taken > 0
 
     def _compare_once(self, facts: GetFacts) -> None:
         if not self._compared:
@@ -446,10 +480,8 @@ class AngularVelocity:
             DisagreementError: ranks have different settings; the message names the first of them,
                 the ranks and their values. Raised on all ranks alike.
         """
-        if self._sketch is None and not self._compared:
-            self._ranks = find_group(
-                self._process_group, self._source.shards(), self._faults.warnings.owner
-            )
+        if self._sketch is None and not self._compared and not is_alone(self._process_group):
+            self._ranks = self._find_ranks(self._source.shards())
         self._compare_once(facts)
 
     def _with_settings(self, facts: GetFacts) -> Facts:
@@ -479,21 +511,26 @@ class AngularVelocity:
 
         Plain values and tensors only, so that ``torch.load(weights_only=True)`` reads it. The
         history is not part of it. The table of the open window is included if every rank has all
-        parameters; if they are sharded, the open window begins again after a resume. With
+        parameters; if they are sharded, the open window is left out after a resume. With
         ``buckets=None`` on sharded parameters there are no tables in it, and the meter warms up
-        again.
+        again. It also does if this is called while :meth:`observe` runs, by the handler of a signal
+        or another thread. Before the first step there are tables of zeros in it, into which
+        ``torch.distributed.checkpoint`` can load.
         """
         sketch, counter = self._sketch, self._counter
+        counts = counter.state()
         tables: Mapping[str, Any] = _NO_TABLES
-        if self._saved is not None:
+        if self._observing:
+            counts |= {"position": 0, "usable": 0, "spoiled": False}
+        elif self._saved is not None:
             tables = self._saved
-        elif sketch is not None:
-            # A window in which the parameters were replaced is not to be continued.
-            usable = not counter.spoiled and self._source.unchanged()
-            tables = sketch.state_dict(running=usable and not sketch.sharded)
+        elif sketch is None:
+            tables = self._new_sketch()[0].state_dict(running=False)
+        elif self._source.unchanged():  # no tables of other parameters
+            tables = sketch.state_dict(running=not counter.spoiled)
         return {
             "version": 2,
-            **counter.state(),
+            **counts,
             "still": self._faults.still_windows,
             "tables": dict(tables),
         }
@@ -527,17 +564,21 @@ class AngularVelocity:
         # A state from before the first step has nothing to continue.
         self._saved = tables if saved["usable"] or saved["position"] else None
         if saved["version"] == 1:
+            if not self._warns_by_itself:
+                self._faults.warnings.hold()  # who uses this meter has yet to load its own state
             self._faults.cannot_continue("it is of an earlier release", WINDOWS_FOR_ANGLE)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy finds its own tensors: the plan's addresses are those of the original.
-        live = {"_sketch": None, "_ranks": Ranks(), "_saved": self.state_dict()["tables"]}
+        saved = self._saved if self._sketch is None else self.state_dict()["tables"]
+        live = {"_sketch": None, "_ranks": Ranks(), "_saved": saved}
         return {**{k: v for k, v in self.__dict__.items() if k != "_layout"}, **live}
 
 
 _NO_TABLES: Mapping[str, Any] = {
     "layout": "",
     "norms": [],
+    "whole": False,
     "running": None,
     "mean": None,
     "displacement": None,
@@ -603,6 +644,7 @@ _TABLES: Form = {
         {
             "layout": checks.text,
             "norms": list_of(checks.at_least_zero),
+            "whole": checks.flag,
             "running": _table,  # the open window may have met NaN
             "mean": _finite_table,
             "displacement": _finite_table,

@@ -124,9 +124,10 @@ class ParameterSource:
         if self._zero is not None:
             every = zero_shards(self._zero)
         else:
-            every = _find(self._look(items), items)
+            held = _named(items)
+            every = _find(self._measured_of(held), items)
             measured = set(map(id, self._measured))
-            frozen = [p for _, p in _named(items) if id(p) not in measured]
+            frozen = [p for _, p in held if id(p) not in measured]
         kept = distinct([(shard.name, shard.tensor) for shard in every])
         with torch._C.DisableTorchFunction():
             forms, addresses = _forms(every), _addresses(every)
@@ -201,6 +202,9 @@ class ParameterSource:
         named = self._look(items)
         if any(is_partitioned(parameter) for _, parameter in named):
             return False
+        memory = {_local(parameter).data_ptr() for _, parameter in named}
+        if memory != {_local(shard.origin).data_ptr() for shard in found.every}:
+            return False  # soon, because a look at shards takes long
         now = local_shards(named, _group_of(items))
         facts = [
             [(s.name, s.layout, s.group, s.part) for s in shards] for shards in (now, found.every)
@@ -218,11 +222,14 @@ class ParameterSource:
 
     def _look(self, items: Sequence[Any]) -> list[Named]:
         """Return the parameters to measure, and remember that they are measured."""
+        return self._measured_of(_named(items))
+
+    def _measured_of(self, held: Sequence[Named]) -> list[Named]:
         before = set(map(id, self._measured))
         by_hand = self._optimizer is None
         named = [
             (name, p)
-            for name, p in _named(items)
+            for name, p in held
             if p.requires_grad or id(p) in before or (by_hand and not isinstance(p, nn.Parameter))
         ]
         self._measured = [p for _, p in named]

@@ -98,12 +98,17 @@ class Ranks:
         ranks_per_copy = self.size / self.num_stages
         return shard.parts / ranks_per_copy
 
+    def weighs_like(self, other: Ranks) -> bool:
+        """Return True if every shard has the same weight, and the same place in the pipeline."""
+        mine, theirs = ((r.size, r.stage, r.num_stages) for r in (self, other))
+        return mine == theirs
+
     def layout(self, shards: Sequence[LocalShard]) -> Layout:
         """Return what this rank holds."""
         return Layout(
             digest(f"{s.name}|{s.layout}|{s.group}" for s in shards),
             digest(f"{s.name}|{s.layout}|{s.part}" for s in shards),
-            sum(s.tensor.numel() * self.weight(s) for s in shards),
+            sum(s.tensor.numel() * s.parts for s in shards) * self.num_stages / self.size,
             float(sum(math.nan if s.total is None else s.total for s in shards)),
             any(s.split for s in shards) or self.num_stages > 1,
         )
@@ -257,7 +262,7 @@ def find_group(
     """
     declared = process_group if isinstance(process_group, PipelineStages) else None
     given = process_group if declared is None else declared.group
-    if given is None and not (dist.is_available() and dist.is_initialized()):
+    if is_alone(given):
         return Ranks(owner=owner)
     group = _group_of(given)
     size = group.size()
@@ -271,6 +276,11 @@ def find_group(
             f"{size} ranks"
         )
     return Ranks(group, size, group.rank(), stage, num_stages, owner)
+
+
+def is_alone(process_group: Any) -> bool:
+    """Return True if there is one process, so that :func:`find_group` needs no shards."""
+    return process_group is None and not (dist.is_available() and dist.is_initialized())
 
 
 def _group_of(given: Any) -> Any:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, NamedTuple, TypeVar
 
 from . import checks
-from .checks import Check
+from .checks import Check, none_or
 from .saved import Later, list_of, load
 
 _UNSAVED = {"saved": False}  # too much for checkpoints
@@ -138,7 +137,7 @@ def from_columns(kind: type[Any]) -> Check:
     form: dict[str, Check | Later] = {}
     for f in fields(kind):
         if f.metadata.get("saved", True):
-            column = list_of(functools.partial(_check_value, str(f.type)))
+            column = list_of(_check_of(str(f.type)))
             form[f.name] = column if f.default is MISSING else Later(column, None)
 
     def check(name: str, value: Any) -> list[Any]:
@@ -158,21 +157,19 @@ def from_columns(kind: type[Any]) -> Check:
     return check
 
 
-def _check_value(kind: str, name: str, value: Any) -> Any:
-    """A value of a field of a record, whose type is ``kind``."""
+def _check_of(kind: str) -> Check:
+    """Return the check of a record's field from its annotation."""
+    if kind.endswith(" | None"):
+        return none_or(_check_of(kind.removesuffix(" | None")))
     if kind.startswith("tuple"):
-        inner = kind.removeprefix("tuple[").removesuffix(", ...]")
-        if not isinstance(value, (list, tuple)):
-            raise ValueError(f"{name}: expected a list, got {value!r}")
-        return tuple(_check_value(inner, f"{name}[{i}]", item) for i, item in enumerate(value))
-    if value is None and kind.endswith("None"):
-        return None
-    if kind.startswith("bool"):
-        return checks.flag(name, value)
-    if kind.startswith("int"):
-        return checks.count(name, value, -1)
+        items = list_of(_check_of(kind.removeprefix("tuple[").removesuffix(", ...]")))
+        return lambda name, value: tuple(items(name, value))
+    return {"bool": checks.flag, "int": checks.at_least(-1), "float": _check_float}[kind]
+
+
+def _check_float(name: str, value: Any) -> float:
     # NaN and infinity are values of norms and errors.
-    return checks.number(name, value, "a number", lambda x: True)
+    return value if type(value) is float else checks.number(name, value, "a number", lambda x: True)
 
 
 _OF_EARLIER_RELEASES = ("rounding_error", "margin")  # columns that are passed over

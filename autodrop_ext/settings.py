@@ -16,7 +16,7 @@ from typing import Any, TypeVar, cast
 
 from . import checks
 from .checks import Check, at_least, choice, none_or
-from .saved import Form
+from .saved import Form, Later
 
 REQUIRED = inspect.Parameter.empty
 """The default of an argument that has none."""
@@ -35,6 +35,8 @@ class Setting:
             are the meter's.
         always: whether a picture's title has it even if it is the default.
         unit: of the value, in titles.
+        at_least: name of the setting that it must not be below.
+        late: whether states of earlier releases lack it; it has its default there.
     """
 
     name: str
@@ -44,6 +46,8 @@ class Setting:
     saved: bool = True
     always: bool = False
     unit: str = ""
+    at_least: str | None = None
+    late: bool = False
 
 
 Settings = tuple[Setting, ...]
@@ -51,12 +55,24 @@ Settings = tuple[Setting, ...]
 
 def check_arguments(settings: Settings, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return the checked settings among the arguments of a constructor."""
-    return {s.name: s.check(s.name, arguments[s.name]) for s in settings}
+    values = {s.name: s.check(s.name, arguments[s.name]) for s in settings}
+    check_together(settings, values, "{}")
+    return values
+
+
+def check_together(settings: Settings, values: Mapping[str, Any], called: str) -> None:
+    """Check settings against each other; ``called.format(name)`` is a setting in messages."""
+    for s in settings:
+        if s.at_least is not None and values[s.name] < values[s.at_least]:
+            raise ValueError(
+                f"{called.format(s.name)}: expected at least {s.at_least}="
+                f"{values[s.at_least]!r}, got {values[s.name]!r}"
+            )
 
 
 def form_of(settings: Settings) -> Form:
     """Return the form of the settings in a saved state."""
-    return {s.name: s.check for s in settings if s.saved}
+    return {s.name: Later(s.check, s.default) if s.late else s.check for s in settings if s.saved}
 
 
 def usual_values(name: str) -> list[Any]:
@@ -101,12 +117,16 @@ BUCKETS = Setting(
 PER_TENSOR = Setting(
     "per_tensor", False, checks.flag, "whether there are angles of each parameter", saved=False
 )
-PER_GROUP = Setting("per_group", False, checks.flag, "whether every param group is on its own")
+PER_GROUP = Setting(
+    "per_group", False, checks.flag, "whether every param group is on its own", late=True
+)
 FACTOR = Setting("factor", 0.95, checks.between_0_and_1, "``rho``, in (0, 1)", always=True)
 MIN_LR = Setting("min_lr", 0.0, checks.one_or_several, "lower bound of the rate")
 WARMUP_STEPS = Setting("warmup_steps", 0, at_least(0), "optimizer steps of linear warm-up")
 
-AVERAGE = Setting("average", False, checks.flag, "whether parameters are averaged over the run")
+AVERAGE = Setting(
+    "average", False, checks.flag, "whether parameters are averaged over the run", late=True
+)
 
 METER: Settings = (WINDOW, SNAPSHOTS, BUCKETS, PER_TENSOR, PER_GROUP)
 
@@ -149,7 +169,14 @@ EPOCH: Settings = (
         always=True,
         unit="°",
     ),
-    Setting("max_threshold", 1.0, degrees_above_0, "upper bound of ``theta``, degrees", unit="°"),
+    Setting(
+        "max_threshold",
+        1.0,
+        degrees_above_0,
+        "upper bound of ``theta``, degrees",
+        unit="°",
+        at_least="threshold",
+    ),
     Setting("delay", 20, at_least(0), "``n_d``, epochs between condition and drop", always=True),
     Setting("average", True, checks.flag, "whether parameters are averaged over the delay"),
     MIN_LR,

@@ -77,8 +77,10 @@ class LocalShard(NamedTuple):
 
     @property
     def split(self) -> bool:
-        """True if this rank may hold less than the whole parameter."""
-        return self.flat or self.parts > 1
+        """True if this rank may hold less than the whole parameter, or does on several ranks."""
+        if self.sharding is not None:
+            return not all(p.is_replicate() for p in self.sharding.placements)
+        return self.flat
 
     @property
     def identity(self) -> str:
@@ -138,6 +140,14 @@ def unwrap_optimizer(optimizer: Any) -> Any:
 def is_dtensor(tensor: Tensor) -> bool:
     """Return True for a DTensor; ``torch.distributed.tensor`` takes a second to import."""
     return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
+
+
+def is_cut(tensor: Any) -> bool:
+    """Return True for a DTensor of which a rank has only a part."""
+    if not is_dtensor(tensor):
+        return False
+    sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+    return any(size > 1 and not placement.is_replicate() for size, placement in sizes)
 
 
 def is_flattened(parameter: Tensor) -> bool:

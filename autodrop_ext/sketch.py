@@ -57,12 +57,7 @@ class _Bank:
         self.backend = backend
         self._staged = [i for i, source in enumerate(plan.sources) if source.staged]
         self.accumulation = backend.bind(plan)
-        size, device = plan.num_buckets, table_device(plan.device)
-        with torch.inference_mode(False):  # tables outlive the mode that they are made in
-            self.tables = [
-                torch.zeros(size, dtype=torch.float64, device=device)
-                for _ in range(3 if whole else 1)
-            ]
+        self.tables = _zeros(3 if whole else 1, plan.num_buckets, table_device(plan.device))
 
     @property
     def running(self) -> Tensor:
@@ -76,6 +71,21 @@ class _Bank:
         bases = bases.copy()
         bases[self._staged] = [copy.data_ptr() for copy in copies]
         self.accumulation.accumulate(self.running, bases)  # the copies live until it has begun
+
+
+def _zeros(number: int, buckets: int, device: torch.device) -> list[Tensor]:
+    try:
+        with torch.inference_mode(False):  # tables outlive the mode that they are made in
+            return [torch.zeros(buckets, dtype=torch.float64, device=device) for _ in range(number)]
+    except RuntimeError as error:
+        # The CPU's allocator raises a plain RuntimeError.
+        if not (isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: " in str(error)):
+            raise
+        raise RuntimeError(
+            f"no memory on {device}: {number * 8 * buckets:,} bytes were needed for {number} "
+            f"tables of {buckets:,} float64 sums; buckets= sets their size, and with buckets=None "
+            "there is one for each element"
+        ) from error
 
 
 class Sketch:
@@ -93,6 +103,7 @@ class Sketch:
         per_tensor: whether sums of single tensors are wanted.
         stage: of a pipeline that the shards are of; None if they are those of the whole model.
         backend: "auto", or the name of a backend.
+        num_stages: stages of the pipeline.
 
     Raises:
         ValueError: ``per_tensor`` needs exact sums.
@@ -104,6 +115,7 @@ class Sketch:
         sharded: whether other ranks hold elements that this one does not.
         half_precision: dtype of most elements if that is one of 16 bits; None otherwise.
         weight: of all elements of the tables; the mean is ``running * weight / snapshots``.
+        shards: the argument.
         layout: digest of what the tables are tables of; equal on all ranks, and whatever the
             sharding unless ``own``.
     """
@@ -118,7 +130,9 @@ class Sketch:
         per_tensor: bool,
         stage: int | None,
         backend: str,
+        num_stages: int = 1,
     ) -> None:
+        self.shards = shards
         elements = sum(s.tensor.numel() if s.total is None else s.total for s in shards)
         self.sharded = any(shard.split for shard in shards) or stage is not None
         self.own = buckets is None and self.sharded
@@ -149,8 +163,10 @@ class Sketch:
         self._crowd = max(1.0, elements / self.buckets) if self.buckets else 1.0
         self.half_precision = _half_precision(shards)
         self._previous = np.zeros(self._num_parts())
-        described = [f"{_key(shard, stage)}|{shard.identity}|{shard.group}" for shard in shards]
-        kind = f"{self.buckets} buckets, {num_groups} groups"
+        # Every rank's must be the same, so that one rank's state is good for all; in a pipeline no
+        # rank knows the parameters of the other stages.
+        described = [f"{s.name}|{s.identity}|{s.group}" for s in shards if stage is None]
+        kind = f"{self.buckets} buckets, {num_groups} groups, {num_stages} stages"
         self.layout = hashlib.sha256("\n".join([kind, *described]).encode()).hexdigest()[:16]
 
     def _build(
@@ -171,19 +187,23 @@ class Sketch:
             bounds = np.concatenate([[0], np.cumsum(sizes[members if self.own else slice(None)])])
             if self.own:
                 places[members] = bounds[:-1]
+            rows = zip(
+                members.tolist(), here[members].tolist(), places[members].tolist(), strict=True
+            )
             sources = [
                 Source(
-                    name=_key(shards[i], stage),
-                    current=shards[i].current,
-                    numel=shards[i].tensor.numel(),
-                    dtype=shards[i].tensor.dtype,
+                    name=_key(shard, stage),
+                    current=shard.current,
+                    numel=numel,
+                    dtype=shard.tensor.dtype,
                     weight=weights[i],
-                    group=shards[i].group if self._num_groups > 1 else 0,
-                    runs=None if self.own else shards[i].runs,
-                    bucket=int(places[i]),
-                    staged=shards[i].staged,
+                    group=shard.group if self._num_groups > 1 else 0,
+                    runs=None if self.own else shard.runs,
+                    bucket=place,
+                    staged=shard.staged,
                 )
-                for i in members.tolist()
+                for i, numel, place in rows
+                for shard in [shards[i]]
             ]
             plan = Plan(
                 sources,
@@ -345,28 +365,28 @@ class Sketch:
     def state_dict(self, *, running: bool) -> dict[str, Any]:
         """Return the tables as CPU copies; none if other ranks hold the rest of them.
 
+        The table of the open window is zero, and ``whole`` False, if it is not wanted or if other
+        ranks have added to theirs. Its place is kept because ``torch.distributed.checkpoint`` loads
+        only what a state has a place for.
+
         Args:
-            running: whether the open window's table is included.
+            running: whether the open window's table is wanted.
         """
-        state: dict[str, Any] = {"layout": self.layout, "norms": self._previous.tolist()}
+        whole = running and not self.sharded
+        state = {"layout": self.layout, "norms": self._previous.tolist(), "whole": whole}
         if self.own:
-            return {**state, "mean": None, "displacement": None, "running": None}
-        now, mean, displacement = self._banks[0].tables
-        if running and len(self._banks) > 1:
-            now = now.clone()
-            for bank in self._banks[1:]:
-                now += bank.running.to(now.device)
-        return {
-            **state,
-            "mean": mean.to("cpu", copy=True),
-            "displacement": displacement.to("cpu", copy=True),
-            "running": now.to("cpu", copy=True) if running else None,
-        }
+            return {**state, **dict.fromkeys(TABLES)}
+        tables = [table.to("cpu", copy=True) for table in self._banks[0].tables]
+        for bank in self._banks[1:]:
+            tables[0] += bank.running.cpu()
+        if not whole:
+            tables[0].zero_()
+        return {**state, **dict(zip(TABLES, tables, strict=True))}
 
     def problem_of(self, state: Mapping[str, Any]) -> str | None:
         """Return why saved tables cannot be continued, or None."""
         if state["mean"] is None:
-            return "it was saved without the tables: with buckets=None each rank has its own"
+            return "it has no tables: parameters had changed, or each rank has its own"
         if state["layout"] != self.layout:
             return "it was saved for other parameters, or with other buckets"
         sizes = {table.numel() for table in map(state.get, TABLES) if table is not None}

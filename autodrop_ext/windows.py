@@ -23,8 +23,10 @@ class Windows:
         windows: windows closed.
         windows_since_restart: windows closed since the last start over.
         taken: snapshots of the open window.
-        spoiled: whether the open window cannot be used. Its end is waited for, because other ranks
-            end it too.
+        spoiled: whether the open window cannot be used, so that its end starts over. Its end is
+            waited for, because other ranks end it too.
+        incomplete: whether snapshots of the open window are missing. Its end is waited for, too,
+            and the windows before it stay.
     """
 
     def __init__(self, window: int, snapshots: int | None) -> None:
@@ -35,6 +37,7 @@ class Windows:
         self.windows_since_restart = 0
         self.taken = 0
         self.spoiled = False
+        self.incomplete = False
         self._begin = 0  # steps before the open window
         self._closing = 0  # windows there will be once the window at hand is closed
 
@@ -58,7 +61,7 @@ class Windows:
 
     def next_window(self) -> None:
         """The next step opens a window."""
-        self._begin, self.taken = self.steps, 0
+        self._begin, self.taken, self.incomplete = self.steps, 0, False
 
     def start_over(self, position: int = 0) -> None:
         """Forget the windows since the last start over.
@@ -68,7 +71,7 @@ class Windows:
         """
         self._begin = self.steps - position
         self.taken = 0
-        self.spoiled = False
+        self.spoiled = self.incomplete = False
         self.windows_since_restart = 0
         self._closing = self.windows
 
@@ -89,14 +92,6 @@ class Windows:
         """Let the last two windows be one of twice the length."""
         self.window *= 2
         self.windows_since_restart = 1
-
-    def begin_again(self, position: int) -> None:
-        """Begin the open window again; the windows before it stay.
-
-        Args:
-            position: steps of it so far.
-        """
-        self._begin, self.taken = self.steps - position, 0
 
     def state(self) -> dict[str, Any]:
         """Return the counts as plain values."""

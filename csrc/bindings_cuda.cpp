@@ -6,7 +6,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "cuda/kernels.h"
+#include "cuda/table.h"
 
 namespace py = pybind11;
 
@@ -29,49 +29,37 @@ void check(cudaError_t error, const char* operation) {
   }
 }
 
-struct CudaPlan {
-  cuda::Plan plan;
-  cuda::CloseBuffers buffers;
-};
-
-CudaPlan make_plan(int device, Address chunks, Address tiles, std::int64_t num_tiles,
-                   Address row_chunks, Address row_weights, std::int64_t num_rows, Address partials,
-                   Address per_row, Address total, Address host_total) {
-  return {{device, pointer<const Chunk>(chunks), pointer<const Tile>(tiles), num_tiles,
-           pointer<const std::int64_t>(row_chunks), pointer<const double>(row_weights), num_rows},
-          {pointer<Sums>(partials), pointer<Sums>(per_row), pointer<Sums>(total),
-           pointer<Sums>(host_total)}};
-}
-
-void accumulate(const CudaPlan& self, Address running, Address mean, bool first, float weight,
-                Address stream) {
+// `weighted` is for other backends: here a multiplication by weights takes no time.
+void cuda_accumulate(int device, Address pieces, Address runs, std::int64_t num_rows,
+                     std::int64_t splits, Address bases, Address partials, Address table,
+                     bool /*weighted*/, Address stream) {
   py::gil_scoped_release release;
-  check(cuda::accumulate(self.plan, pointer<float>(running), pointer<const float>(mean), first,
-                         weight, stream_of(stream)),
+  check(cuda::accumulate(device,
+                         {pointer<const Piece>(pieces), pointer<const std::int64_t>(runs), num_rows,
+                          splits, pointer<const std::int64_t>(bases), pointer<double>(partials),
+                          pointer<double>(table)},
+                         stream_of(stream)),
         "accumulate");
 }
 
-void close_sum(const CudaPlan& self, Address running, Address previous, Address before,
-               double window, Address stream) {
+void cuda_accumulate_exact(int device, Address spans, std::int64_t num_spans, Address bases,
+                           Address table, Address stream) {
   py::gil_scoped_release release;
-  check(cuda::close_sum(self.plan, pointer<const float>(running), pointer<const float>(previous),
-                        pointer<const float>(before), window, self.buffers, stream_of(stream)),
-        "close");
+  check(cuda::accumulate_exact(device, pointer<const Span>(spans), num_spans,
+                               pointer<const std::int64_t>(bases), pointer<double>(table),
+                               stream_of(stream)),
+        "accumulate");
 }
 
-void close_delta(const CudaPlan& self, Address running, Address previous, Address mean,
-                 double window, Address stream) {
+void cuda_close(int device, Address running, Address mean, Address displacement, double divisor,
+                Address blocks, std::int64_t num_blocks, Address block_sums, Address stream) {
   py::gil_scoped_release release;
-  check(cuda::close_delta(self.plan, pointer<float>(running), pointer<float>(previous),
-                          pointer<float>(mean), window, self.buffers, stream_of(stream)),
+  check(cuda::close(device,
+                    {pointer<double>(running), pointer<double>(mean), pointer<double>(displacement),
+                     divisor, pointer<const std::int64_t>(blocks), num_blocks,
+                     pointer<double>(block_sums)},
+                    stream_of(stream)),
         "close");
-}
-
-void write_back(const CudaPlan& self, Address arena, Address mean, double scale, Address stream) {
-  py::gil_scoped_release release;
-  check(cuda::write_back(self.plan, pointer<const float>(arena), pointer<const float>(mean), scale,
-                         stream_of(stream)),
-        "write_back");
 }
 
 }  // namespace
@@ -81,12 +69,14 @@ void bind_cuda(py::module_& m) {
     py::gil_scoped_release release;
     check(cuda::probe(device), "probe");
   });
-  py::class_<CudaPlan>(m, "CudaPlan", py::module_local())
-      .def(py::init(&make_plan))
-      .def("accumulate", &accumulate)
-      .def("close_sum", &close_sum)
-      .def("close_delta", &close_delta)
-      .def("write_back", &write_back);
+  m.def("cuda_accumulate", &cuda_accumulate, py::arg("device"), py::arg("pieces"), py::arg("runs"),
+        py::arg("num_rows"), py::arg("splits"), py::arg("bases"), py::arg("partials"),
+        py::arg("table"), py::arg("weighted"), py::arg("stream"));
+  m.def("cuda_accumulate_exact", &cuda_accumulate_exact, py::arg("device"), py::arg("spans"),
+        py::arg("num_spans"), py::arg("bases"), py::arg("table"), py::arg("stream"));
+  m.def("cuda_close", &cuda_close, py::arg("device"), py::arg("running"), py::arg("mean"),
+        py::arg("displacement"), py::arg("divisor"), py::arg("blocks"), py::arg("num_blocks"),
+        py::arg("block_sums"), py::arg("stream"));
 }
 
 }  // namespace autodrop

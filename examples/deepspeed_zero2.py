@@ -2,7 +2,7 @@
 
     torchrun --standalone --nproc-per-node 2 examples/deepspeed_zero2.py --checkpoint /tmp/zero2
 
-A resumed run needs as many processes as the one before, and the meter warms up again in it.
+A resumed run needs as many processes as the one before.
 """
 
 import argparse

@@ -124,8 +124,7 @@ def main():
 
     def state():
         parameters, moments = get_state_dict(model, optimizer)
-        training = {"model": parameters, "optimizer": moments}
-        return training | {"scheduler": scheduler, "arenas": scheduler.arena_state}
+        return {"model": parameters, "optimizer": moments, "scheduler": scheduler}
 
     if args.resume:
         saved = state()

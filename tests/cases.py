@@ -13,7 +13,7 @@ import torch
 from emulated import EmulatedCuda
 from torch import Tensor
 
-from autodrop_ext.ops import Backend
+from autodrop_ext.ops import Backend, native
 from autodrop_ext.ops.backends import CpuBackend, ReferenceBackend
 from autodrop_ext.ops.plan import LANES
 from autodrop_ext.ops.triton import TritonBackend
@@ -98,11 +98,23 @@ CASES: dict[str, Make] = {
     "extreme values": _extreme,
 }
 
+
+def runs(isa: str) -> bool:
+    """Return True if this processor runs the kernels of an instruction set."""
+    try:
+        native.loaded().accumulate_exact(0, 0, 0, 0, 1, isa)  # of no spans
+    except ValueError:
+        return False
+    return True
+
+
+ISAS = [isa for isa in ("baseline", "avx2", "avx512") if runs(isa)]
+"""Instruction sets of the compiled kernels that this processor runs."""
+
 BACKENDS: dict[str, Backend] = {
     "reference": ReferenceBackend(),
-    "cpu baseline": CpuBackend("baseline"),
-    "cpu best": CpuBackend(),
-    "cuda emulated": EmulatedCuda(),  # the real kernels.cu, see csrc/tests/emulator
+    **{f"cpu {isa}": CpuBackend(isa) for isa in ISAS},
+    "cuda emulated": EmulatedCuda(),  # the real table.cu, see csrc/tests/emulator
     "triton": TritonBackend(),  # in the interpreter, see conftest.py
 }
 

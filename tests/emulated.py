@@ -15,17 +15,11 @@ import pathlib
 import shutil
 import subprocess
 import sysconfig
-import threading
-import types
 from types import ModuleType
-from unittest import mock
 
 import torch
-from torch import Tensor
 
-from autodrop_ext.ops import cuda, native
-from autodrop_ext.ops.cuda import CudaBackend, CudaOperations
-from autodrop_ext.ops.plan import Plan, tile_table
+from autodrop_ext.ops.cuda import CudaBackend
 
 ROOT = pathlib.Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
@@ -35,14 +29,8 @@ COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++
 # No contraction, as in the package's own build.
 FLAGS = ("-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Wextra")
 SANITIZED = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-KERNELS = EMULATOR / "kernels.cpp"
-TEST = CSRC / "tests" / "test_emulated.cpp"
-OTHERS = (
-    EMULATOR / "emulator.cpp",
-    TEST,
-    CSRC / "cpu" / "kernels.cpp",
-    CSRC / "cpu" / "parallel.cpp",
-)
+KERNELS = EMULATOR / "table.cpp"
+OTHERS = (EMULATOR / "emulator.cpp", CSRC / "tests" / "test_emulated.cpp")
 
 
 def run(*command: str | pathlib.Path) -> None:
@@ -61,8 +49,7 @@ def compiled(
     target = folder / f"{source.parent.name}-{source.stem}.o"
     before = [] if overlay is None else [f"-I{overlay}"]
     includes = [*before, f"-I{EMULATOR}", f"-I{CSRC}"]
-    defines = ("-DAUTODROP_ISA=baseline", "-fopenmp")
-    run(COMPILER, *FLAGS, *flags, *defines, *includes, "-c", source, "-o", target)
+    run(COMPILER, *FLAGS, *flags, *includes, "-c", source, "-o", target)
     return target
 
 
@@ -75,14 +62,19 @@ def all_compiled(
 
 
 def linked(target: pathlib.Path, objects: list[pathlib.Path], *flags: str) -> pathlib.Path:
-    run(COMPILER, *flags, "-fopenmp", *objects, "-o", target)
+    run(COMPILER, *flags, *objects, "-o", target)
     return target
 
 
 @functools.cache
 def module() -> ModuleType:
     """``csrc/bindings_cuda.cpp`` over the emulator, compiled with the pybind11 that torch has."""
-    sources = (KERNELS, OTHERS[0], EMULATOR / "module.cpp", CSRC / "bindings_cuda.cpp")
+    sources = (
+        KERNELS,
+        EMULATOR / "emulator.cpp",
+        EMULATOR / "module.cpp",
+        CSRC / "bindings_cuda.cpp",
+    )
     digest = hashlib.sha256((torch.__version__ + sysconfig.get_config_var("EXT_SUFFIX")).encode())
     for path in sorted(CSRC.rglob("*")):
         if path.suffix in (".h", ".cu", ".cpp"):
@@ -116,30 +108,6 @@ def module() -> ModuleType:
     return loaded
 
 
-class GpuPlan:
-    """A plan of CPU tensors with what a plan on a GPU has in addition."""
-
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
-        self.device = torch.device("cpu", 0)
-        self.tiles = torch.from_numpy(tile_table(plan.chunks[:, 2].numpy()))
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._plan, name)
-
-
-class Streams:
-    """In place of torch's streams: one of the emulator's, or its default stream."""
-
-    handle = 0
-
-    def current(self, *arenas: Tensor | None) -> int:
-        return self.handle
-
-
-_BINDING = threading.Lock()
-
-
 class EmulatedCuda(CudaBackend):
     """The cuda backend on CPU tensors."""
 
@@ -150,21 +118,5 @@ class EmulatedCuda(CudaBackend):
             return f"it runs on cpu tensors, not on {device.type}"
         return None if COMPILER else "needs a C++ compiler: g++ or clang++"
 
-    def bind(self, plan: Plan) -> CudaOperations:
-        zeros = torch.zeros
-
-        def without_pinning(*shape: object, pin_memory: bool = False, **options: object) -> Tensor:
-            return zeros(*shape, **options)  # type: ignore[call-overload]
-
-        # Only what this backend sees is replaced, in one thread at a time: the memory watch of a
-        # meter in another thread needs the real core.
-        with (
-            _BINDING,
-            mock.patch.object(
-                cuda, "native", types.SimpleNamespace(core=module(), address=native.address)
-            ),
-            mock.patch("torch.zeros", without_pinning),
-        ):
-            operations = CudaOperations(GpuPlan(plan))  # type: ignore[arg-type]
-        operations._streams = Streams()  # type: ignore[assignment]
-        return operations
+    def core(self) -> ModuleType:
+        return module()

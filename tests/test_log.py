@@ -181,7 +181,7 @@ def train(scheduler: AutoDrop, count: int) -> None:
 
 
 def test_a_header_has_what_the_meter_was_given(tmp_path: pathlib.Path) -> None:
-    given = {"sample": 0.5, "seed": 3, "snapshots": 1, "per_tensor": True}
+    given = {"buckets": 8192, "snapshots": 1, "per_tensor": True}
     _, run = trained(tmp_path, **given)
     assert {name: run.settings[name] for name in given} == given
     assert "cooldown" not in run.settings

@@ -54,14 +54,13 @@ def groups_of(named: dict[str, nn.Parameter], *, of: int | None = None) -> list[
     return groups if of is None else [groups[of]]
 
 
-@pytest.mark.parametrize("form", ["sum", "delta"])
-def test_angles_of_tensors_are_those_of_separate_meters(form: Any) -> None:
+def test_angles_of_tensors_are_those_of_separate_meters() -> None:
     named = parameters()
     optimizer = Moved(groups_of(named))
-    together = AngularVelocity(optimizer, 3, per_tensor=True, form=form)
-    alone = {n: AngularVelocity([(n, p)], 3, form=form) for n, p in named.items()}
+    together = AngularVelocity(optimizer, 3, per_tensor=True)
+    alone = {n: AngularVelocity([(n, p)], 3) for n, p in named.items()}
     pairs = [groups_of(named, of=g)[0]["params"] for g in range(2)]
-    of_group = [AngularVelocity(p, 3, form=form) for p in pairs]
+    of_group = [AngularVelocity(p, 3) for p in pairs]
     count = 0
     for _ in range(30):
         optimizer.step()
@@ -92,28 +91,10 @@ def test_readings_without_parts_have_none() -> None:
         reading, other = plain.observe(), grouped.observe()
     assert reading is not None and reading.per_tensor is None and reading.per_group is None
     assert other is not None and other.per_tensor is None and len(other.per_group or ()) == 2
-    assert (reading.angle, reading.norm) == (other.angle, other.norm)  # to the bit
+    # Float64 sums in another order.
+    assert reading.angle == pytest.approx(other.angle, abs=1e-9)
+    assert reading.norm == pytest.approx(other.norm, rel=1e-12)
     assert "per_tensor" not in reading.as_dict()
-
-
-def test_sampled_tensors_have_their_errors() -> None:
-    named = {"wide": torch.randn(300_000), "narrow": torch.randn(2_000)}
-    exact = AngularVelocity(list(named.items()), 2, per_tensor=True)
-    sampled = AngularVelocity(list(named.items()), 2, per_tensor=True, sample=1 / 16)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(16):
-        for x in named.values():
-            x += 0.01 * (x.sign() + torch.randn(x.shape, generator=generator))
-        true, found = exact.observe(), sampled.observe()
-    assert true is not None and found is not None
-    parts, wanted = found.per_tensor, true.per_tensor
-    assert parts is not None and wanted is not None
-    assert parts["narrow"].standard_error == 0.0
-    assert parts["narrow"].angle == pytest.approx(wanted["narrow"].angle, abs=1e-3)  # float32 sums
-    error = parts["wide"].standard_error
-    assert error > 0
-    # Five standard errors: 19 chunks give Student's t with few degrees of freedom.
-    assert abs((parts["wide"].angle or 0) - (wanted["wide"].angle or 0)) < 5 * error
 
 
 def sparse_and_dense() -> tuple[torch.optim.Optimizer, Any]:
@@ -135,45 +116,36 @@ def sparse_and_dense() -> tuple[torch.optim.Optimizer, Any]:
     return optimizer, step
 
 
-def test_a_part_whose_error_is_not_known_says_so() -> None:
-    """The embedding makes so little of the motion that the angle of the model is known."""
+def test_a_group_with_few_moving_rows_has_an_angle() -> None:
+    """Every row is read, so that its angle is that of float64 and it decides like the others."""
     optimizer, step = sparse_and_dense()
-    meter = AngularVelocity(optimizer, 2, sample=1 / 8, per_tensor=True)
+    parameters = [g["params"] for g in optimizer.param_groups]
+    meter = AngularVelocity(optimizer, 2, per_group=True, buckets=4096)
+    exact = [AngularVelocity(p, 2, buckets=None) for p in parameters]
     seen = 0
-    for _ in range(30):
+    for _ in range(20):
         step()
-        reading = meter.observe()
-        if reading is None or reading.angle is None:
+        reading, wanted = meter.observe(), [one.observe() for one in exact]
+        if reading is None:
             continue
-        assert reading.per_tensor is not None and reading.per_group is not None
-        assert reading.standard_error > 0
-        for part in (reading.per_tensor["embedding"], reading.per_group[0]):
-            assert math.isnan(part.standard_error)
-        for part in (reading.per_tensor["dense"], reading.per_group[1]):
-            assert part.standard_error > 0
+        assert reading.per_group is not None
+        for part, one in zip(reading.per_group, wanted, strict=True):
+            assert part.angle is not None and one is not None and one.angle is not None
+            assert part.standard_error > 0.3
+            # Rows of 64 meet as a whole: the error has a kurtosis of 6 (60 windows of 6 hashes).
+            assert abs(part.angle - one.angle) < 6 * part.standard_error
         seen += 1
-    assert seen == 12
+    assert seen == 8
 
 
-def test_a_group_whose_error_is_not_known_decides_nothing() -> None:
-    optimizer, step = sparse_and_dense()
-    scheduler = AutoDrop(optimizer, 2, sample=1 / 8, per_group=True, factor=0.5, threshold=5.0)
-    for _ in range(120):
-        step()
-        scheduler.step()
-    angles = [d.group_angles for d in scheduler.history if d.angle is not None]
-    assert len(angles) > 50
-    assert all(embedding is None and dense is not None for embedding, dense in angles)
-    assert scheduler.group_drops[0] == 0 < scheduler.group_drops[1]
-    assert optimizer.param_groups[0]["lr"] == 1.0
-
-
-@pytest.mark.parametrize("sample", [None, 1 / 4])
-def test_groups_that_decide_for_themselves_equal_separate_schedulers(sample: float | None) -> None:
+@pytest.mark.parametrize("buckets", [2**18, None])
+def test_groups_that_decide_for_themselves_equal_separate_schedulers(
+    buckets: int | None,
+) -> None:
     steps, window = 240, 3
     named = parameters()
     optimizer = Moved(groups_of(named))
-    together = AutoDrop(optimizer, window, per_group=True, sample=sample, **SETTINGS)
+    together = AutoDrop(optimizer, window, per_group=True, buckets=buckets, **SETTINGS)
     for _ in range(steps):
         optimizer.step()
         together.step()
@@ -184,17 +156,16 @@ def test_groups_that_decide_for_themselves_equal_separate_schedulers(sample: flo
         other = Moved(groups_of(again))  # both groups move, one is watched and dropped
         other.param_groups[1 - g]["lr"] = 0.0
         mine = list(groups_of(again, of=g)[0]["params"])
-        watched = AutoDrop(other, window, params=mine, sample=sample, **SETTINGS)
+        watched = AutoDrop(other, window, params=mine, buckets=buckets, **SETTINGS)
         for _ in range(steps):
             other.step()
             watched.step()
         rates = [decision.lr[g] for decision in watched.history]
         assert [decision.lr[g] for decision in together.history] == rates
         assert together.group_drops[g] == watched.num_drops
-        if sample is None:
-            angles = [decision.group_angles[g] for decision in together.history]
-            # The forms of the sums may differ, which moves an angle by up to 0.02 degrees.
-            assert angles == pytest.approx([d.angle for d in watched.history], abs=0.02)
+        angles = [decision.group_angles[g] for decision in together.history]
+        # Exact angles are float64 sums in another order.
+        assert angles == pytest.approx([d.angle for d in watched.history], abs=1e-9)
         drops.append(watched.num_drops)
     assert min(drops) >= 3 and drops[0] != drops[1]
     dropped = [g for decision in together.history for g in decision.dropped_groups]
@@ -255,8 +226,8 @@ def test_states_from_before_groups_could_decide_are_loaded() -> None:
         optimizer.step()
         scheduler.step()
     state = scheduler.state_dict()
-    del state["groups"], state["settings"]["per_group"]
-    for column in ("margin", "dropped_groups", "group_angles", "group_smoothed", "group_rises"):
+    del state["groups"], state["per_group"]
+    for column in ("dropped_groups", "group_angles", "group_smoothed", "group_rises"):
         del state["history"][column]
     again = AutoDrop(Moved(groups_of(parameters())), 3, **SETTINGS)
     again.load_state_dict(state)
@@ -277,7 +248,7 @@ def test_added_groups_get_a_detector() -> None:
         optimizer.generators[p] = torch.Generator().manual_seed(50 + i)
         optimizer.drifts[p] = torch.randn(p.shape, generator=optimizer.generators[p])
     optimizer.add_param_group({"params": [("second", new[0]), ("one", new[1])]})
-    with pytest.warns(RuntimeWarning, match="were moved, replaced, added"):
+    with pytest.warns(RuntimeWarning, match="were replaced, added"):
         for _ in range(40):
             optimizer.step()
             scheduler.step()
@@ -307,9 +278,7 @@ def test_given_parameters_must_come_in_the_optimizers_groups() -> None:
 def test_parts_fit_the_log_and_scalars(tmp_path: pathlib.Path) -> None:
     optimizer = Moved(groups_of(parameters()))
     log = JsonLinesLog(tmp_path / "run.jsonl")
-    scheduler = AutoDrop(
-        optimizer, 2, per_group=True, per_tensor=True, sample=1 / 4, on_reading=log, **SETTINGS
-    )
+    scheduler = AutoDrop(optimizer, 2, per_group=True, per_tensor=True, on_reading=log, **SETTINGS)
     for _ in range(30):
         optimizer.step()
         scheduler.step()
@@ -320,7 +289,7 @@ def test_parts_fit_the_log_and_scalars(tmp_path: pathlib.Path) -> None:
     assert readings[-1] == json.loads(json.dumps({"event": "reading", **last.as_dict()}))
     assert readings[-1]["per_tensor"]["second"]["angle"] == last.per_tensor["second"].angle
     assert readings[-1]["group_angles"] == list(last.group_angles)
-    assert readings[-1]["standard_error"] == last.standard_error > 0
+    assert readings[-1]["standard_error"] == last.standard_error == 0.0
     scalars = to_scalars(last)
     assert all(isinstance(value, float) for value in scalars.values())
     assert scalars["standard_error"] == last.standard_error

@@ -8,12 +8,14 @@ import pickle
 import subprocess
 import sys
 import textwrap
+import warnings
 from typing import Any
 
 import pytest
 import torch
 
-from autodrop_ext import AngularVelocity, AutoDrop
+from autodrop_ext import AngularVelocity, AnytimeAutoDrop, AutoDrop
+from autodrop_ext.settings import ANYTIME
 
 STEPS, SAVED_AT = 120, 47  # 47 is not at the end of a window of 4
 
@@ -79,21 +81,28 @@ def test_resume_is_bit_exact(optimizer: str, saved_at: int) -> None:
     assert resumed.scheduler.num_drops == whole.scheduler.num_drops
 
 
-@pytest.mark.parametrize("form", ["sum", "delta"])
-def test_resume_is_bit_exact_in_both_forms(form: Any) -> None:
-    x = torch.randn(100, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"buckets": None}, {"buckets": 4096}, {"buckets": 4096, "per_group": True}],
+    ids=str,
+)
+@pytest.mark.parametrize("saved_at", [33, 34, 35])
+def test_a_meter_resumes_bit_exactly(settings: dict[str, Any], saved_at: int) -> None:
+    """In the middle of a window and at its end, exact and hashed."""
+    x = torch.randn(5_000, generator=torch.Generator().manual_seed(0))
     noise = torch.Generator().manual_seed(1)
-    whole = AngularVelocity([x], 5, form=form)
+    groups = [{"params": [x[:2_000]]}, {"params": [x[2_000:]]}]
+    whole = AngularVelocity(groups, 5, **settings)
     resumed = None
     for step in range(60):
-        x += 0.01 * torch.randn(100, generator=noise)
-        if step == 33:
-            resumed = AngularVelocity([x], 5, form=form)
+        x += 0.01 * torch.randn(5_000, generator=noise)
+        if step == saved_at:
+            resumed = AngularVelocity(groups, 5, **settings)
             resumed.load_state_dict(whole.state_dict())
         reading = whole.observe()
         if resumed is not None:
             assert resumed.observe() == reading
-    assert resumed is not None and len(resumed.history) == 6
+    assert resumed is not None and len(resumed.history) == 12 - saved_at // 5
 
 
 def test_a_killed_process_resumes_bit_exactly(tmp_path: pathlib.Path) -> None:
@@ -203,16 +212,17 @@ def test_settings_of_the_checkpoint_win_and_it_is_said() -> None:
     assert other.scheduler.factor == 0.5
 
 
-def test_a_state_without_arenas_warms_up_again() -> None:
+def test_a_state_without_tables_warms_up_again() -> None:
     run = Run()
     run.train(SAVED_AT)
     state = run.scheduler.state_dict()
-    state["meter"]["arenas"] = {}
+    for name in ("running", "mean", "displacement"):
+        state["meter"]["tables"][name] = None
     other = Run()
     other.optimizer.load_state_dict(run.optimizer.state_dict())
     other.scheduler.load_state_dict(state)
     readings = len(other.scheduler.history)
-    with pytest.warns(RuntimeWarning, match="saved without the arenas.*warms up again"):
+    with pytest.warns(RuntimeWarning, match="saved without the tables.*warms up again"):
         other.train(11)
     assert [d.angle for d in other.scheduler.history[readings:]] == [None, None]
     other.train(1)
@@ -220,21 +230,86 @@ def test_a_state_without_arenas_warms_up_again() -> None:
     assert other.scheduler.num_drops == run.scheduler.num_drops
 
 
-def test_other_parameters_warm_up_again() -> None:
+def as_version_1(state: dict[str, Any]) -> dict[str, Any]:
+    """A meter's state as an earlier release wrote it, with sums in 4 bytes a parameter."""
+    kept = ("window", "steps", "windows", "position", "usable", "still")
+    arenas = dict.fromkeys(("running", "previous", "before"), torch.zeros(4))
+    others = {"fresh": False, "variances": [], "form": "sum", "sample": None}
+    return {"version": 1} | {k: state[k] for k in kept} | others | {"arenas": {"w": arenas}}
+
+
+def test_a_state_of_version_1_gives_its_counts_and_warms_up_again() -> None:
+    run = Run()
+    run.train(SAVED_AT)
+    state = run.scheduler.state_dict()
+    state["meter"] = as_version_1(state["meter"])
+    other = Run()
+    other.optimizer.load_state_dict(run.optimizer.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # an error then comes when everything is loaded
+        with pytest.raises(RuntimeWarning, match=r"of an earlier release.*warms up again"):
+            other.scheduler.load_state_dict(state)
+    meter = other.scheduler.meter
+    assert (meter.steps, meter.windows, meter.window) == (SAVED_AT, SAVED_AT // 4, 4)
+    assert other.scheduler.history == run.scheduler.history
+    assert other.scheduler.get_last_lr() == run.scheduler.get_last_lr()
+    other.train(40)  # without another warning
+    readings = other.scheduler.history[len(run.scheduler.history) :]
+    assert [d.angle is None for d in readings] == [True] * 2 + [False] * (len(readings) - 2)
+    assert meter.steps == SAVED_AT + 40
+
+
+@pytest.mark.parametrize("saved_at", [4, 5])
+def test_other_parameters_warm_up_again(saved_at: int) -> None:
     x, y = torch.randn(10), torch.randn(11)
     meter = AngularVelocity([x], 2)
-    meter.observe()
-    for tensors, message in (
-        ([y], r"params\[0\] was \(10,\), now it is \(11,\)"),
-        ([("z", x)], "z is not in"),
-    ):
+    for _ in range(saved_at):
+        meter.observe()
+    reason = "saved for other parameters, or with other buckets"
+    for tensors in ([y], [("z", x)], [x, y], [x.double()]):
         other = AngularVelocity(tensors, 2)
         other.load_state_dict(meter.state_dict())
-        with pytest.warns(RuntimeWarning, match=message):
-            other.observe()
+        with pytest.warns(RuntimeWarning, match=reason) as caught:
+            readings = [other.observe() for _ in range(6)]
+        assert len([w for w in caught if reason in str(w.message)]) == 1
+        assert all(r is None or r.angle is None for r in readings)
     other = AngularVelocity([x], 3)
     other.load_state_dict(meter.state_dict())
     assert other.window == 2
+
+
+def test_other_buckets_warm_up_again() -> None:
+    x = torch.randn(5_000)
+    meter = AngularVelocity([x], 1, buckets=4096)
+    for _ in range(5):
+        meter.observe()
+    for buckets in (8192, None):
+        other = AngularVelocity([x], 1, buckets=buckets)
+        other.load_state_dict(meter.state_dict())
+        with pytest.warns(RuntimeWarning, match="other buckets.*warms up again"):
+            other.observe()
+        assert other.steps == 6
+
+
+def test_a_bfloat16_model_does_not_continue_the_tables_of_a_float32_one() -> None:
+    """The jump to rounded parameters would be taken for a displacement."""
+    x = torch.randn(100)
+    meter = AngularVelocity([x], 1)
+    for _ in range(5):
+        x += 0.1 * torch.randn(100)
+        meter.observe()
+    rounded = x.bfloat16()
+    other = AngularVelocity([rounded], 1)
+    other.load_state_dict(meter.state_dict())
+    with pytest.warns(RuntimeWarning, match="warms up again and the next angle comes after 3"):
+        angles = []
+        for _ in range(3):
+            rounded += (0.1 * torch.randn(100)).bfloat16()
+            reading = other.observe()
+            assert reading is not None
+            angles.append(reading.angle)
+    assert angles[:2] == [None, None] and angles[2] is not None
+    assert other.windows == 8
 
 
 @pytest.mark.parametrize(
@@ -276,8 +351,9 @@ def test_a_broken_meter_state_changes_nothing() -> None:
     for key, value, expected in (
         ("position", "3", "expected an int, got '3'"),
         ("position", 4, "expected less than window=4"),
-        ("arenas", None, "expected a dict, got NoneType"),
-        ("variances", 0.0, "expected a list, got 0.0"),
+        ("tables", None, "expected a dict, got NoneType"),
+        ("usable", -1, "expected at least 0, got -1"),
+        ("spoiled", 1, "expected a bool, got 1"),
     ):
         state = run.scheduler.state_dict()
         state["meter"][key] = value
@@ -304,22 +380,59 @@ def test_pickled_schedulers_go_on() -> None:
 
 
 @pytest.mark.parametrize(
-    "arenas",
+    ("entry", "value", "message"),
     [
-        3,
-        {"params[0]": 5},
-        {"params[0]": {}},
-        {"params[0]": {"running": 1.0, "previous": 1.0, "before": 1.0}},
-        {"params[0]": dict.fromkeys(("running", "previous", "before"), torch.ones(4).to("meta"))},
-        {"params[0]": dict.fromkeys(("running", "previous", "before"), torch.ones(4).double())},
+        ("running", 5, "expected None or a dense float64 vector, got 5"),
+        ("mean", torch.ones(4), "expected None or a dense float64 vector"),
+        ("mean", torch.ones(2, 2).double(), "expected None or a dense float64 vector"),
+        ("displacement", torch.ones(4).double().to("meta"), "expected None or a dense float64"),
+        ("displacement", torch.eye(2).double().to_sparse(), "expected None or a dense float64"),
+        ("mean", torch.full((4,), torch.nan).double(), "expected finite numbers, got NaN"),
+        ("displacement", torch.full((4,), torch.inf).double(), "expected finite numbers"),
+        ("layout", 3, "expected a string, got 3"),
+        ("norms", 3, "expected a list, got 3"),
+        ("norms", [-1.0], "expected a finite number of at least 0, got -1.0"),
+        ("norms", [torch.nan], "expected a finite number of at least 0, got nan"),
     ],
 )
-def test_damaged_arenas_are_refused(arenas: object) -> None:
-    meter = AngularVelocity([torch.zeros(4)], window=2)
-    state = {"form": "sum", "steps": 0, "arenas": arenas}
-    with pytest.raises(ValueError, match="arenas"):
-        meter.arena_state.load_state_dict(state)
-    assert meter.observe() is None
+def test_damaged_tables_are_refused(entry: str, value: object, message: str) -> None:
+    x = torch.zeros(4)
+    meter, twin = AngularVelocity([x], 2), AngularVelocity([x], 2)
+    for t in range(5):
+        x += torch.randn(4)
+        assert meter.observe() == twin.observe(), t
+    state = meter.state_dict()
+    state["tables"][entry] = value
+    with pytest.raises(ValueError, match=rf"^state_dict\['tables'\]\['{entry}'\].*{message}"):
+        meter.load_state_dict(state)
+    x += torch.randn(4)
+    reading = meter.observe()
+    assert reading == twin.observe() and reading is not None and reading.angle is not None
+
+
+@pytest.mark.parametrize("missing", ["layout", "norms", "running", "mean", "displacement"])
+def test_a_state_whose_tables_lack_an_entry_is_refused(missing: str) -> None:
+    meter = AngularVelocity([torch.zeros(4)], 2)
+    state = meter.state_dict()
+    del state["tables"][missing]
+    with pytest.raises(ValueError, match=rf"^state_dict\['tables'\]: no entry '{missing}'$"):
+        meter.load_state_dict(state)
+
+
+@pytest.mark.parametrize("name", ["running", "mean", "displacement"])
+def test_tables_of_another_size_are_not_continued(name: str) -> None:
+    x = torch.zeros(4)
+    meter = AngularVelocity([x], 1)
+    for _ in range(4):
+        x += torch.randn(4)
+        meter.observe()
+    state = meter.state_dict()
+    state["tables"][name] = torch.zeros(5, dtype=torch.float64)
+    other = AngularVelocity([x], 1)
+    other.load_state_dict(state)
+    with pytest.warns(RuntimeWarning, match="its tables have another size.*warms up again"):
+        reading = other.observe()
+    assert reading is not None and reading.angle is None
 
 
 def test_param_groups_that_cannot_decide_for_themselves_are_not_loaded() -> None:
@@ -335,3 +448,37 @@ def test_param_groups_that_cannot_decide_for_themselves_are_not_loaded() -> None
     with pytest.raises(ValueError, match=r"per_group.*expected False, because params= has 1"):
         other.load_state_dict(state)
     assert not other.per_group
+
+
+def test_a_state_of_version_1_had_the_number_of_cosines_under_another_name() -> None:
+    def made() -> AnytimeAutoDrop:
+        torch.manual_seed(0)
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.randn(40))], lr=0.1)
+        return AnytimeAutoDrop(optimizer, min_window=2, windows=2, cosines=5)
+
+    def train(scheduler: AnytimeAutoDrop, steps: int) -> None:
+        (parameter,) = scheduler.optimizer.param_groups[0]["params"]
+        for _ in range(steps):
+            parameter.grad = torch.randn(40)
+            scheduler.optimizer.step()
+            scheduler.step()
+
+    scheduler = made()
+    train(scheduler, 30)
+    state = scheduler.state_dict()
+    names = [s.name for s in ANYTIME if s.saved and s.name != "cosines"]
+    settings = {name: state.pop(name) for name in names} | {"average": 8}
+    del state["cosines"], state["mean"]
+    state |= {"version": 1, "settings": settings, "meter": as_version_1(state["meter"])}
+    other = made()
+    other.optimizer.load_state_dict(scheduler.optimizer.state_dict())
+    with pytest.warns(RuntimeWarning) as caught:
+        other.load_state_dict(state)
+    said = [str(w.message) for w in caught]
+    assert sum("the meter warms up again" in message for message in said) == 1
+    assert sum("the average over the run starts over" in message for message in said) == 1
+    assert other.cosines == 8 and other.average is True
+    assert (other.window, other.meter.steps) == (scheduler.window, 30)
+    assert repr(other.history) == repr(scheduler.history)  # NaN does not equal itself
+    train(other, 66)  # windows of 8 steps, and the first of 16 after a doubling
+    assert any(d.angle is not None for d in other.history[len(scheduler.history) :])

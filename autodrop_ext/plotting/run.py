@@ -89,7 +89,8 @@ def _by_group(readings: Sequence[Record]) -> list[list[Record]]:
 def _draw_angle(axes: Axes, readings: Sequence[Record], groups: Sequence[Sequence[Record]]) -> None:
     name_panel(axes, "Angular velocity", "degrees")
     steps, angles = column(readings, "step"), column(readings, "angle")
-    _draw_band(axes, steps, angles, column(readings, "margin"), "95 % interval (sampled)")
+    errors = [2 * error for error in column(readings, "standard_error")]
+    _draw_band(axes, steps, angles, errors, "two standard errors")
     label = "each window, whole model" if groups else "each window"
     axes.plot(steps, angles, ".", color=RAW, markersize=3, label=label)
     for g, records in enumerate(groups or [readings]):
@@ -101,8 +102,10 @@ def _draw_angle(axes: Axes, readings: Sequence[Record], groups: Sequence[Sequenc
 def _draw_band(
     axes: Axes, x: Sequence[float], middle: Sequence[float], half: Sequence[float], label: str
 ) -> None:
-    """Draw a band of half this width on both sides of the values, if any width is above zero."""
-    if any(h > 0 for h in half):
+    """Draw a band of half this width on both sides of the values, unless it is too thin to see."""
+    finite = [m for m in middle if math.isfinite(m)]
+    # A panel is about 100 pixels high: a band of a hundredth of it is a line.
+    if any(200 * h > max(finite) - min(finite) for h in half if h > 0 and finite):
         low = [m - h for m, h in zip(middle, half, strict=True)]
         high = [m + h for m, h in zip(middle, half, strict=True)]
         axes.fill_between(x, low, high, color=RAW, alpha=0.3, linewidth=0, label=label)

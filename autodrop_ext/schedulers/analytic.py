@@ -13,7 +13,7 @@ from .. import checks
 from ..ranks import check_group, find_group
 from ..saved import Form
 from ..settings import ANALYTIC, check_arguments
-from .base import Outcome, StepScheduler, as_floats, check_optimizer, in_precision_of
+from .base import NOTHING, Outcome, StepScheduler, as_floats, check_optimizer, in_precision_of
 from .velocity_model import Phase, RateSequence, VelocityModel, learning_rate
 
 if TYPE_CHECKING:
@@ -121,17 +121,17 @@ class AnalyticAutoDrop(StepScheduler):
 
     # ---- deciding ---------------------------------------------------------------------------
 
-    def _compare_ranks(self) -> None:
-        if not self._compared:
-            find_group(self._process_group, (), type(self).__name__).compare(self._facts())
-            self._compared = True
-
     def _facts(self) -> dict[str, Any]:
         """What drops depend on; equal on all ranks."""
         facts = {**self._saved_settings(), "num_drops": self.num_drops}
         return {**facts, "lr": as_floats(self.base_lrs)}
 
-    def _decide_step(self) -> Outcome:
+    def _decide_step(self, *, warming_up: bool) -> Outcome:
+        if not self._compared:
+            find_group(self._process_group, (), type(self).__name__).compare(self._facts())
+            self._compared = True
+        if warming_up:
+            return NOTHING
         since = self._since_drop + 1
         if self._gap is None or since < self._gap:
             return Outcome(None, (), {"_since_drop": since})

@@ -220,6 +220,7 @@ class AnytimeAutoDrop(MeteredScheduler):
             "_mean_cosine": mean,
             "_factor": self._factor * (factor or 1.0),
             "_next_window": 2 * w if doubles else w,
+            "_decided": reading.window,
         }
         return Outcome(decision, lrs, state)
 
@@ -259,6 +260,15 @@ class AnytimeAutoDrop(MeteredScheduler):
         return plot_anytime(records, critical=self.critical, **options)
 
     # ---- state ------------------------------------------------------------------------------
+
+    def _read(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        settings = state.get("settings") if isinstance(state, Mapping) else None
+        if isinstance(settings, Mapping) and "average" in settings and "cosines" not in settings:
+            # The name of then, when there was no average of parameters to choose.
+            settings = {**settings, "cosines": settings["average"]}
+            del settings["average"]
+            state = {**state, "settings": settings}
+        return super()._read(state)
 
     def _restored(self, loaded: Mapping[str, Any]) -> dict[str, Any]:
         newest = loaded["newest_cosines"][-loaded["cosines"] :]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch.optim import Optimizer
@@ -11,10 +11,10 @@ from torch.optim import Optimizer
 from .. import checks
 from ..messages import Warnings
 from ..reading import Decision, Reading
-from ..saved import Form, inside, list_of
+from ..saved import Form, Later, inside, list_of
 from ..settings import AUTODROP, USE_BUCKETS, check_arguments, removed
 from .auto_window import LEAST_WINDOW, window_for
-from .base import Outcome, as_floats, replaced
+from .base import Outcome, as_floats, check_drops, replaced
 from .metered import MeteredScheduler
 from .saturation import SEEN, Kernel, SaturationDetector, Seen, Verdict
 
@@ -86,9 +86,12 @@ class AutoDrop(MeteredScheduler):
     _settings = AUTODROP
     _gathered: ClassVar[Form] = {
         "detector": inside(SEEN),
-        "groups": inside(
-            {name: list_of(check) for name, check in SEEN.items()}
-            | {"drops": list_of(checks.at_least(0))}
+        "groups": Later(
+            inside(
+                {name: list_of(check) for name, check in SEEN.items()}
+                | {"drops": list_of(checks.at_least(0))}
+            ),
+            {"drops": []} | dict.fromkeys(SEEN, ()),
         ),
     }
 
@@ -192,8 +195,13 @@ class AutoDrop(MeteredScheduler):
             threshold=self.threshold,
             **of_groups,
         )
-        state = {"num_drops": self.num_drops + decision.dropped, "group_drops": drops}
-        return Outcome(decision, lrs, {**state, "_seen": seen})
+        state = {
+            "num_drops": self.num_drops + decision.dropped,
+            "group_drops": drops,
+            "_seen": seen,
+            "_decided": reading.window,
+        }
+        return Outcome(decision, lrs, state)
 
     @staticmethod
     def _detector(settings: Mapping[str, Any]) -> SaturationDetector:
@@ -277,13 +285,10 @@ class AutoDrop(MeteredScheduler):
                     f"got {len(column)}"
                 )
         for number in drops:
-            self._check_drops(loaded, "groups", number)
+            check_drops(loaded, "groups", number)
         rows = [{key: columns[key][g] for key in SEEN} for g in range(len(drops))]
         seen = [detector.check_seen(row, name) for row in rows] or seen
         return {"_seen": seen, "group_drops": drops}
-
-    def _possible_windows(self, loaded: Mapping[str, Any]) -> Sequence[int]:
-        return [loaded["window"]]
 
     def _take_over(self, loaded: dict[str, Any]) -> None:
         super()._take_over(loaded)

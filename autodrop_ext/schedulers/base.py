@@ -14,7 +14,7 @@ from .. import checks
 from ..messages import Warnings
 from ..reading import HISTORY, from_columns, remember, to_columns
 from ..saved import Form, Later, exactly, inside, list_of, load
-from ..settings import Settings, form_of
+from ..settings import Settings, check_together, form_of
 from ..sharding import unwrap_optimizer
 from .step_hook import StepHook
 
@@ -122,20 +122,18 @@ class StepScheduler(LRScheduler):
         outcome = NOTHING
         if self._hook.consume():
             self._optimizer_steps += 1
-            self._compare_ranks()
+            outcome = self._decide_step(warming_up=self._optimizer_steps <= self.warmup_steps)
             if self._optimizer_steps < self.warmup_steps:
                 self._set_lrs(self._warmed(self.base_lrs))
-            elif self._optimizer_steps > self.warmup_steps:
-                outcome = self._decide_step()
         self._commit(outcome)
         return outcome
 
-    def _compare_ranks(self) -> None:
-        """Compare settings between ranks, once; called at every real step."""
-        raise NotImplementedError
+    def _decide_step(self, *, warming_up: bool) -> Outcome:
+        """Return what follows from the optimizer step that has just been taken.
 
-    def _decide_step(self) -> Outcome:
-        """Return what follows from the optimizer step that has just been taken."""
+        Args:
+            warming_up: whether it belongs to the warm-up, in which nothing is decided.
+        """
         raise NotImplementedError
 
     def _report(self, record: Any) -> None:
@@ -160,7 +158,7 @@ class StepScheduler(LRScheduler):
             return
         self._set_lrs(outcome.lrs)
         self._last_lr = self._lrs()
-        if not self._is_remembered(outcome.record):
+        if outcome.record not in self.history[-1:]:
             remember(self.history, outcome.record, HISTORY)
         self._unwritten = None
 
@@ -170,9 +168,6 @@ class StepScheduler(LRScheduler):
             self._set_lrs(self._warmed(self.base_lrs))
         self._carry_out()
         self._last_whole = None
-
-    def _is_remembered(self, record: Any) -> bool:
-        return bool(self.history) and self.history[-1] is record
 
     # ---- wrong wirings ----------------------------------------------------------------------
 
@@ -316,7 +311,7 @@ class StepScheduler(LRScheduler):
         lrs, last_lr, history = as_floats(self._rates()), as_floats(self._last_lr), self.history
         if unwritten is not None:
             lrs = last_lr = replaced(lrs, unwritten.lrs)
-            if not self._is_remembered(unwritten.record):
+            if unwritten.record not in history[-1:]:
                 history = [*history, unwritten.record]
         return {
             "version": 2,
@@ -340,8 +335,6 @@ class StepScheduler(LRScheduler):
         """
         loaded = self._read(state_dict)
         before = self._saved_settings()
-        self._load_meter(state_dict, loaded)
-        self._warnings.hold()  # a warning may be an error, and must not leave this half done
         self._take_over(loaded)
         changed = {k: v for k, v in self._saved_settings().items() if before[k] != v}
         if changed:
@@ -349,7 +342,6 @@ class StepScheduler(LRScheduler):
                 "the checkpoint's settings replace those given: "
                 + ", ".join(f"{k}={v!r} (was {before[k]!r})" for k, v in changed.items())
             )
-        self._warnings.release()
 
     def _read(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """Return the checked entries of a state, the settings first; change nothing."""
@@ -364,7 +356,8 @@ class StepScheduler(LRScheduler):
             state = {**state, **load(state, form)["settings"]}
         loaded = load(state, {**form_of(self._settings), **_COUNTS, **self._gathered})
         loaded |= load(state, {"history": from_columns(self._record_type)})
-        self._check_drops(loaded, "num_drops", loaded["num_drops"])
+        check_together(self._settings, loaded, "state_dict[{!r}]")
+        check_drops(loaded, "num_drops", loaded["num_drops"])
         loaded["attributes"] = self._restored(loaded)
         return loaded
 
@@ -372,19 +365,8 @@ class StepScheduler(LRScheduler):
         """Return attributes from what was gathered; raise ValueError if settings forbid it."""
         return {f"_{name}": loaded[name] for name in self._gathered}
 
-    def _check_drops(self, loaded: Mapping[str, Any], name: str, drops: int) -> None:
-        """Raise ValueError unless each drop had an optimizer step at least."""
-        steps = loaded["optimizer_steps"]
-        if drops > steps:
-            raise ValueError(
-                f"state_dict[{name!r}]: expected at most optimizer_steps={steps}, got {drops}"
-            )
-
-    def _load_meter(self, state: Mapping[str, Any], loaded: Mapping[str, Any]) -> None:
-        """Load what a state holds for a meter, the last thing that can fail."""
-
     def _take_over(self, loaded: dict[str, Any]) -> None:
-        """Make the entries of a state this scheduler's; nothing here can fail."""
+        """Make the entries of a state this scheduler's."""
         settings = {s.name: loaded[s.name] for s in self._settings if s.saved}
         vars(self).update(
             settings,
@@ -436,6 +418,15 @@ def check_optimizer(optimizer: Any) -> Optimizer:
         if "lr" not in group:
             raise ValueError(f"optimizer: param_groups[{i}] has no 'lr' to change")
     return optimizer
+
+
+def check_drops(loaded: Mapping[str, Any], name: str, drops: int) -> None:
+    """Raise ValueError unless each drop in the entry ``name`` had an optimizer step at least."""
+    steps = loaded["optimizer_steps"]
+    if drops > steps:
+        raise ValueError(
+            f"state_dict[{name!r}]: expected at most optimizer_steps={steps}, got {drops}"
+        )
 
 
 def in_precision_of(lr: float | Tensor, value: float) -> float:

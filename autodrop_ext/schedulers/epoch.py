@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -162,14 +162,6 @@ class EpochAutoDrop(MeteredScheduler):
         """``theta``, degrees."""
         return self._current_threshold
 
-    def _check_together(self, settings: Mapping[str, Any], where: str) -> None:
-        least, most = settings["threshold"], settings["max_threshold"]
-        if most < least:
-            raise ValueError(
-                f"{where.format('max_threshold')}: expected a finite number of degrees, at least "
-                f"threshold={least!r}, got {most!r}"
-            )
-
     # ---- deciding ---------------------------------------------------------------------------
 
     def _make_before_step(self) -> Callable[[], None]:
@@ -183,8 +175,8 @@ class EpochAutoDrop(MeteredScheduler):
 
         return measure_from_here
 
-    def _decide_step(self) -> Outcome:
-        reading = self.meter.observe(calls=self._step_count, facts=self._facts)
+    def _observe(self) -> Reading:
+        reading = super()._observe()
         if reading is None:  # the first epoch, or the parameters are others than at its start
             reading = Reading(0, 0, None, None, math.nan, math.nan)
         elif not self.meter.started and self._waited is not None:
@@ -195,11 +187,8 @@ class EpochAutoDrop(MeteredScheduler):
             self._waited += 1
             if self.average:
                 self._add_to_average(self._waited)
-        if self._cooldown is not None:
-            self._cool(self._cooldown)  # first, so that a decision holds the rates after this epoch
-        return self._decide(
-            dataclasses.replace(reading, step=self._hook.real_steps, window=self._optimizer_steps)
-        )
+        steps, epoch = self._hook.real_steps, self._optimizer_steps
+        return dataclasses.replace(reading, step=steps, window=epoch)
 
     def _add_to_average(self, n: int) -> None:
         """Take the parameters into the average, with the weight ``n`` of the n-th epoch."""
@@ -264,11 +253,11 @@ class EpochAutoDrop(MeteredScheduler):
             super()._report(record)
 
     def _make_whole(self) -> None:
-        super()._make_whole()
+        # How much of an epoch the average has seen is not known: nothing more is decided.
+        self._carry_out()
+        self._last_whole = None
+        self.meter.discard()
         self._start_over()
-
-    def _decide_missed(self) -> None:
-        """Decide nothing: how much of an epoch the average has seen is not known."""
 
     def _start_over(self) -> None:
         """Make the epoch that begins now the first one."""
@@ -332,9 +321,6 @@ class EpochAutoDrop(MeteredScheduler):
         if waited is not None and waited > delay:
             raise ValueError(f"state_dict['waited']: expected at most delay={delay}, got {waited}")
         return super()._restored(loaded)
-
-    def _possible_windows(self, loaded: Mapping[str, Any]) -> Sequence[int]:
-        return [1]
 
     def _take_over(self, loaded: dict[str, Any]) -> None:
         super()._take_over(loaded)

@@ -53,7 +53,6 @@ class MeteredScheduler(StepScheduler):
     def __init__(self, optimizer: Optimizer, arguments: Mapping[str, Any], **meter: Any) -> None:
         optimizer = check_optimizer(optimizer)
         settings = check_arguments(self._settings, arguments)
-        self._check_together(settings, "{}")
         settings["min_lr"] = _one_for_each(settings["min_lr"], len(optimizer.param_groups))
         checks.callback("on_reading", arguments["on_reading"])
         checks.callback("on_drop", arguments["on_drop"])
@@ -77,20 +76,25 @@ class MeteredScheduler(StepScheduler):
 
     # ---- a step -----------------------------------------------------------------------------
 
-    def _compare_ranks(self) -> None:
+    def _decide_step(self, *, warming_up: bool) -> Outcome:
         # At the first step of all, where every rank is: one with another warm-up would not come.
         self.meter.compare(self._facts)
         if self._optimizer_steps == 1:
             self._begin_log()
+        if warming_up:
+            return NOTHING
+        reading = self._observe()
+        if self._cooldown is not None:
+            self._cool(self._cooldown)  # first, so that a decision holds the rates after this step
+        return NOTHING if reading is None else self._decide(reading)
 
-    def _decide_step(self) -> Outcome:
+    def _observe(self) -> Reading | None:
+        """Let the meter take the parameters, and return a reading if there is one to decide on."""
         if self._mean is not None and self._mean.in_block:
             raise RuntimeError("step: expected parameters of a training step, got averaged ones")
         reading = self.meter.observe(calls=self._step_count, facts=self._facts)
         self._update_average()
-        if self._cooldown is not None:
-            self._cool(self._cooldown)  # first, so that a decision holds the rates after this step
-        return NOTHING if reading is None else self._decide_once(reading)
+        return reading
 
     def _update_average(self) -> None:
         """Move the average where the meter has read the parameters, but not too often.
@@ -107,11 +111,8 @@ class MeteredScheduler(StepScheduler):
             if problem is not None:
                 self._warnings.once("average", problem)
 
-    def _decide_once(self, reading: Reading) -> Outcome:
-        outcome = self._decide(reading)
-        return outcome._replace(state={**outcome.state, "_decided": reading.window})
-
     def _decide(self, reading: Reading) -> Outcome:
+        """Return what follows from a reading; its window is ``_decided`` in the new state."""
         raise NotImplementedError
 
     def _report(self, record: Any) -> None:
@@ -121,15 +122,11 @@ class MeteredScheduler(StepScheduler):
             self.on_drop(record)
 
     def _make_whole(self) -> None:
-        self._decide_missed()
-        super()._make_whole()
-        self.meter.discard()
-
-    def _decide_missed(self) -> None:
-        """Decide on a reading that an interrupted step had: other ranks may have decided on it."""
         newest = self.meter.history[-1] if self.meter.history else None
         if newest is not None and newest.window != self._decided:
-            self._commit(self._decide_once(newest))
+            self._commit(self._decide(newest))  # other ranks may have decided on it
+        super()._make_whole()
+        self.meter.discard()
 
     def _facts(self) -> dict[str, Any]:
         """Return what decisions depend on; equal on all ranks."""
@@ -317,24 +314,15 @@ class MeteredScheduler(StepScheduler):
         super().load_state_dict(state_dict)
         self._begin_log()
 
-    def _check_together(self, settings: Mapping[str, Any], where: str) -> None:
-        """Check settings that depend on each other, each of them checked by itself.
-
-        Args:
-            settings: by name.
-            where: how messages call one of them, with "{}" in place of its name.
-        """
-
     def _read(self, state: Mapping[str, Any]) -> dict[str, Any]:
         loaded = super()._read(state)
-        self._check_together(loaded, "state_dict['{}']")
         lows, groups = loaded["min_lr"], len(self.min_lr)
         if not isinstance(lows, list) or len(lows) != groups:
             raise ValueError(
                 f"state_dict['min_lr']: expected a value for each of the {groups} param groups "
                 f"that this scheduler was made for, got {lows!r}"
             )
-        form: dict[str, Any] = {"cooldown": Later(inside(_COOLDOWN), None), "meter": inside({})}
+        form: dict[str, Any] = {"cooldown": Later(inside(_COOLDOWN), None)}
         if self._averages_run and loaded["average"]:
             form["mean"] = Later(checked_average, None)
         loaded |= load(state, form)
@@ -348,21 +336,20 @@ class MeteredScheduler(StepScheduler):
                     "state_dict['cooldown']['begin']: expected at most "
                     f"optimizer_steps={steps}, got {cooldown['begin']}"
                 )
-        return loaded
-
-    def _load_meter(self, state: Mapping[str, Any], loaded: Mapping[str, Any]) -> None:
+        # All of the meter's state is checked by the meter, which loads it or changes nothing.
+        loaded["meter"] = load(state, {"meter": lambda name, value: value})["meter"]
         name, possible = "state_dict['meter']", self._possible_windows(loaded)
-        window = load(state["meter"], {"window": checks.at_least(1)}, name)["window"]
+        window = load(loaded["meter"], {"window": checks.at_least(1)}, name)["window"]
         if window not in possible:
             raise ValueError(
                 f"{name}['window']: expected this scheduler's window="
                 f"{' or '.join(map(str, possible))}{self._window_follows_from}, got {window}"
             )
-        self.meter.load_state_dict(state["meter"], name=name)
+        return loaded
 
     def _possible_windows(self, loaded: Mapping[str, Any]) -> Sequence[int]:
         """Return the windows that the meter of a saved state may have."""
-        raise NotImplementedError
+        return [loaded.get("window", 1)]
 
     def _take_over_average(self, saved: Mapping[str, Any] | None) -> None:
         if not self.average:
@@ -374,6 +361,7 @@ class MeteredScheduler(StepScheduler):
             self._warnings.once("average", f"the average over the run starts over ({problem})")
 
     def _take_over(self, loaded: dict[str, Any]) -> None:
+        self.meter.load_state_dict(loaded["meter"], name="state_dict['meter']")
         super()._take_over(loaded)
         self._cooldown = loaded["cooldown"]
         if self._averages_run:

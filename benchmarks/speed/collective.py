@@ -3,13 +3,14 @@
     python benchmarks/speed/collective.py [--ranks 2 4 8] [--windows 200] [--json FILE]
 
 First table: gloo between processes of this machine, where latency is that of its scheduler and not
-of a network. ``gather`` is the one collective of a window, ``agree`` what every rank then computes
-from the rows; medians over windows of the slowest rank.
+of a network. ``gather`` is the first collective of a window, ``agree`` what every rank then
+computes from the rows, ``add up`` the second collective, which adds up a table of 2^18 float64;
+medians over windows of the slowest rank.
 
 Second table: bytes on paper, and ``agree`` measured on synthetic rows. Every rank receives the rows
-of all others, ``(ranks - 1) * bytes of a row``; how many messages carry them is the library's
-choice. Rows are those of replicas (DDP), of shards (FSDP: every rank holds something else), and of
-shards in 16 pipeline stages.
+of all others, ``(ranks - 1) * bytes of a row``, and, whatever the number of ranks, about twice the
+bytes of a table; how many messages carry them is the library's choice. Rows are those of replicas
+(DDP), of shards (FSDP: every rank holds something else), and of shards in 16 pipeline stages.
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from autodrop_ext.distributed.agreement import Row, agree, facts_differ
-from autodrop_ext.distributed.group import find_group
+from autodrop_ext.agreement import Row, agree, facts_differ
+from autodrop_ext.ranks import find_group
 
 ROW_BYTES = 8 * len(Row._fields)  # float64
+BUCKETS = 2**18  # the default
+TABLE_BYTES = 8 * BUCKETS
 STEPS_PER_WINDOW = 64  # the default window
 MANY = (8, 64, 512, 1024, 4096, 10_000)
 WARM_UP = 20  # windows, until gloo's connections are made
@@ -57,46 +60,44 @@ def row(rank: int, ranks: int, stages: int, held: int) -> Row:
         calls=640.0,
         windows_since_restart=3.0,
         restart=0.0,
+        incomplete=0.0,
+        not_finite=0.0,
         settings=float(2**45),  # equal on all ranks, as the rates are
         rates=float(2**44),
         layout=float(2**47 + stage),  # as long as a real hash
         held=float(2**46 + held),
         stage=float(stage),
         num_stages=float(stages),
-        numbers=0.0,
         elements=2.0**33 / stages / members,
-        concentration=0.0,
         model_elements=2.0**33 / stages,
-        replicated=0.0,
-        dot=0.123456789 / ranks,
-        norm=1.23456789 / ranks,
-        previous_norm=2.3456789 / ranks,
-        mean_norm=3456.789 / ranks,
+        checksum=3456.789 / ranks,
     )
 
 
-def judge(rows: list[list[float]]) -> None:
+def judge(rows: list[Row]) -> None:
     """What every rank does with the rows of all ranks."""
-    named = [Row(*values) for values in rows]
-    agree(named)
-    if facts_differ(named):
+    agree(rows)
+    if facts_differ(rows):
         raise SystemExit("the benchmark's ranks have different settings")
 
 
 def exchange(rank: int, ranks: int, windows: int, store: str, output: str) -> None:
-    """One process: time both parts of every window, and let rank 0 write all ranks' times."""
+    """One process: time the parts of every window, and let rank 0 write all ranks' times."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     group = find_group(None, [])
     mine = row(rank, ranks, 1, held=rank)
-    times: list[tuple[float, float]] = []
+    table = torch.ones(BUCKETS, dtype=torch.float64)
+    times: list[tuple[float, float, float]] = []
     for _ in range(WARM_UP + windows):
         dist.barrier()  # so that a late rank's delay is not taken for the collective's time
         begin = time.perf_counter()
         rows = group.gather(mine)
         gathered = time.perf_counter()
         judge(rows)
-        times.append((gathered - begin, time.perf_counter() - gathered))
+        judged = time.perf_counter()
+        group.add_up(table)
+        times.append((gathered - begin, judged - gathered, time.perf_counter() - judged))
     everyone: list[Any] = [None] * ranks
     dist.all_gather_object(everyone, times[WARM_UP:])
     if rank == 0:
@@ -111,12 +112,13 @@ def measure_exchange(ranks: int, windows: int) -> dict[str, float]:
         arguments = (ranks, windows, str(pathlib.Path(folder, "store")), str(output))
         mp.spawn(exchange, args=arguments, nprocs=ranks)
         times = torch.tensor(json.loads(output.read_text()), dtype=torch.float64)
-    gather, verdict = times.amax(dim=0).quantile(0.5, dim=0).tolist()  # [ranks, windows, 2]
+    gather, verdict, add_up = times.amax(dim=0).quantile(0.5, dim=0).tolist()  # [ranks, windows, 3]
     return {
         "ranks": ranks,
         "received_bytes": (ranks - 1) * ROW_BYTES,
         "gather_s": gather,
         "agree_s": verdict,
+        "add_up_s": add_up,
     }
 
 
@@ -128,7 +130,7 @@ def measure_agree(ranks: int) -> dict[str, float]:
         times = []
         for _ in range(REPEATS):
             begin = time.perf_counter()
-            judge(rows.tolist())
+            judge([Row(*values) for values in rows.tolist()])
             times.append(time.perf_counter() - begin)
         result[f"agree_{layout}_s"] = statistics.median(times)
     return result
@@ -143,20 +145,23 @@ def main() -> None:
     arguments = parser.parse_args()
 
     cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
-    print(f"A row has {len(Row._fields)} float64, {ROW_BYTES} bytes; one collective a window.\n")
+    print(
+        f"A row has {len(Row._fields)} float64, {ROW_BYTES} bytes, a table {TABLE_BYTES:,} bytes; "
+        "one collective of each a window.\n"
+    )
     print(
         f"Measured with gloo on one machine of {cores} cores (load {load:.1f} before), torch "
         f"{torch.__version__}, Python {platform.python_version()}:\n"
     )
-    print("| ranks | received by each, bytes | gather, ms | agree, ms |")
-    print("|--:|--:|--:|--:|")
+    print("| ranks | rows received by each, bytes | gather, ms | agree, ms | add up, ms |")
+    print("|--:|--:|--:|--:|--:|")
     exchanged = []
     for ranks in arguments.ranks:
         result = measure_exchange(ranks, arguments.windows)
         exchanged.append(result)
         print(
             f"| {ranks} | {result['received_bytes']:,.0f} | {result['gather_s'] * 1e3:.2f} "
-            f"| {result['agree_s'] * 1e3:.3f} |",
+            f"| {result['agree_s'] * 1e3:.3f} | {result['add_up_s'] * 1e3:.2f} |",
             flush=True,
         )
     print(
@@ -179,6 +184,7 @@ def main() -> None:
         machine = {"cores": cores, "load": load, "processor": platform.machine()}
         versions = {"torch": torch.__version__, "python": platform.python_version()}
         data = {"backend": "gloo on one machine", "row_bytes": ROW_BYTES, **machine, **versions}
+        data["table_bytes"] = TABLE_BYTES
         tables = {"measured": exchanged, "extrapolated": computed}
         arguments.json.write_text(json.dumps(data | tables, indent=1))
 

@@ -61,8 +61,6 @@ def main() -> None:
     change, kinds, moments = sys.argv[1:]
     torch.set_num_threads(1)
     warnings.simplefilter("error")
-    # A sample of a dozen chunks knows no error, whatever the defaults are.
-    warnings.filterwarnings("ignore", message="AutoDrop: the standard error of the last")
     wrong = []
     for when in moments.split(","):
         for kind in kinds.split(","):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,9 +13,6 @@ from torch import Tensor
 
 LARGE = os.environ.get("AUTODROP_ATTACKS", "0") not in ("", "0")
 """Whether the attacks run in large, as ``.ci/run`` does: ``AUTODROP_ATTACKS=1``."""
-
-SLACK = 1e-9
-"""Degrees. The oracle's own error: means of 64-bit mantissas, displacements of 1e-7 of them."""
 
 
 def count(small: int, large: int) -> int:
@@ -30,6 +28,18 @@ def flat(tensors: Sequence[Tensor]) -> np.ndarray:
         x = torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
         parts.append(x.reshape(-1).double().numpy().astype(np.longdouble))
     return np.concatenate(parts)
+
+
+class Truth(NamedTuple):
+    """An angle, and how far float64 arithmetic may be from it.
+
+    Attributes:
+        angle: degrees.
+        rounding: degrees. What float64 sums of a window, their difference and an arc cosine lose.
+    """
+
+    angle: float
+    rounding: float
 
 
 def angle(first: np.ndarray, second: np.ndarray) -> float | None:
@@ -60,7 +70,7 @@ class Witness:
         tensors = self._watched()
         self.seen.append((tuple(map(id, tensors)), flat(tensors)))
 
-    def angle(self, window: int, without: Sequence[int] = ()) -> float | None:
+    def angle(self, window: int, without: Sequence[int] = ()) -> Truth | None:
         """True angle of the last three windows; None where there are not three of one kind.
 
         Args:
@@ -74,11 +84,36 @@ class Witness:
             np.stack([x for _, x in last[i * window : (i + 1) * window]]).sum(axis=0) / window
             for i in range(3)
         ]
-        return angle(means[2] - means[1], means[1] - means[0])
+        s, before = means[2] - means[1], means[1] - means[0]
+        true = angle(s, before)
+        return None if true is None else Truth(true, _rounding(window, means, (s, before), true))
 
 
-def is_right(reading: Any, truth: float | None) -> bool:
+def _rounding(
+    window: int, means: Sequence[np.ndarray], displacements: Sequence[np.ndarray], true: float
+) -> float:
+    """Degrees. Each addition, the division and the difference round to 2^-53 of the mean."""
+    unit = 2.0**-53
+    longest = max(float(np.sqrt((m * m).sum())) for m in means)
+    shortest = min(float(np.sqrt((s * s).sum())) for s in displacements)
+    turned = 2 * (window + 3) * unit * longest / shortest
+    # The cosine has some units of its own, which the arc cosine stretches near 0 and 180 degrees.
+    lost = 8 * unit
+    steep = lost / max(math.sin(math.radians(true)), math.sqrt(lost))
+    return math.degrees(turned + 2 * steep)
+
+
+SIGMAS = 5.0
+"""Standard errors of a hashed table that are allowed: one angle in a million has more."""
+
+
+def allowed(reading: Any, truth: Truth) -> float:
+    """Degrees that a reading may be away from the truth."""
+    return truth.rounding + SIGMAS * float(reading.standard_error)
+
+
+def is_right(reading: Any, truth: Truth | None) -> bool:
     """Whether a reading's angle is within the error that it reports; no angle is never wrong."""
     if reading.angle is None:
         return True
-    return truth is not None and abs(reading.angle - truth) <= reading.rounding_error + SLACK
+    return truth is not None and abs(reading.angle - truth.angle) <= allowed(reading, truth)

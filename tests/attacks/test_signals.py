@@ -14,7 +14,7 @@ FOLDER = pathlib.Path(__file__).parent
 
 def test_real_signals_inside_calls() -> None:
     """No false angle, no dead meter, one warning at most, a checkpoint that is right."""
-    each = count(7, 60)  # of six kinds
+    each = count(8, 60)  # of five kinds
     done = subprocess.run(
         [sys.executable, str(FOLDER / "signalled.py"), str(each), "0"],
         capture_output=True,

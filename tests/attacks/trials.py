@@ -13,14 +13,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from oracle import SLACK, Witness
+from oracle import Witness, allowed
 from torch import nn
 
 from autodrop_ext import AnalyticAutoDrop, AngularVelocity, AutoDrop, EpochAutoDrop
 
 WINDOW = 3
 FACTOR = 0.9
-KINDS = ("meter", "meter in sum form", "AutoDrop", "per_group", "sampled", "EpochAutoDrop")
+KINDS = ("meter", "AutoDrop", "per_group", "hashed", "EpochAutoDrop")
 DROPS = {"threshold": 1000.0, "buffer_size": 2, "min_samples": 1, "factor": FACTOR}
 
 
@@ -42,11 +42,9 @@ class Trial:
         self.call = -1
         self.interrupted: list[int] = []
         self.reported: dict[int, Any] = {}
-        # The same values in each chunk, so that a sample of chunks gives the angle of them all.
-        tiles = 12 if kind == "sampled" else 1
-        shapes = (1024,) if kind == "sampled" else shapes
+        # More elements than buckets, of few different values, so that windows turn by other angles.
+        self.tiles = tiles = -(-9000 // sum(shapes)) if kind == "hashed" else 1
         generator = torch.Generator().manual_seed(seed)
-        self.tiles = tiles
         self.parameters = [
             nn.Parameter(torch.randn(n, generator=generator).repeat(tiles)) for n in shapes
         ]
@@ -64,16 +62,14 @@ class Trial:
         """A meter or scheduler of this kind, over this run's parameters."""
         if self.kind == "meter":
             return AngularVelocity(self.parameters, WINDOW)
-        if self.kind == "meter in sum form":
-            return AngularVelocity(self.parameters, WINDOW, form="sum")
         if self.kind == "EpochAutoDrop":
             options: dict[str, Any] = {"threshold": 1e-9, "delay": 3}  # measures and never averages
             return EpochAutoDrop(self.optimizer, **options)
         if self.kind == "AnalyticAutoDrop":
             return AnalyticAutoDrop(self.optimizer, 4.0, 0.1, 0.05)
-        sample = {"sample": 0.5} if self.kind == "sampled" else {}
+        buckets = 4096 if self.kind == "hashed" else 2**18
         per_group = self.kind == "per_group"
-        return AutoDrop(self.optimizer, WINDOW, per_group=per_group, **DROPS, **sample)
+        return AutoDrop(self.optimizer, WINDOW, per_group=per_group, buckets=buckets, **DROPS)
 
     @property
     def history(self) -> list[Any]:
@@ -103,7 +99,7 @@ class Trial:
 
     def measured(self) -> None:
         """The call that may be interrupted."""
-        self.measure.observe() if "meter" in self.kind else self.measure.step()
+        self.measure.observe() if self.kind == "meter" else self.measure.step()
 
     def note(self) -> None:
         """Keep what the call has reported; after an interrupt too."""
@@ -132,11 +128,8 @@ class Trial:
             truths = [until.angle(self.window)]
             for gone in self.interrupted:
                 truths.append(until.angle(self.window, [first + gone]))
-            error = reading.rounding_error + SLACK
-            if self.kind == "sampled":
-                error += 0.01  # tiles move alike, but for the rounding of sums and of weights
             true = [t for t in truths if t is not None]
-            if not any(abs(reading.angle - t) <= error for t in true):
+            if not any(abs(reading.angle - t.angle) <= allowed(reading, t) for t in true):
                 yield f"call {call}: {reading.angle:.4f} where {true} are true"
 
     def resumed(self) -> Trial:
@@ -164,12 +157,8 @@ def through_bytes(state: Any) -> Any:
 
 
 def calls_until_right(trial: Trial) -> int:
-    """Calls after an interrupt within which readings must be right again.
-
-    The window that was interrupted, three more, and for a sample the windows of its survey.
-    """
-    windows = 4 + (9 if trial.kind == "sampled" else 0)
-    return windows * trial.window + 1
+    """Calls after an interrupt within which readings must be right again: four windows."""
+    return 4 * trial.window + 1
 
 
 def aftermath(trial: Trial, said: list[str]) -> list[str]:
@@ -198,8 +187,6 @@ def aftermath(trial: Trial, said: list[str]) -> list[str]:
             if not name:
                 of_this = len(caught)
     ours = said + [str(w.message) for w in caught[:of_this]]
-    # A sample of a dozen chunks says, with or without an interrupt, that it knows no error.
-    ours = [message for message in ours if "the standard error of the last" not in message]
     if len(ours) > len(trial.interrupted):
         wrong.append(f"{len(ours)} warnings: {ours}")
     return wrong
@@ -207,7 +194,7 @@ def aftermath(trial: Trial, said: list[str]) -> list[str]:
 
 def half_dropped(trial: Trial) -> str | None:
     """A drop that was carried out in part, or is not counted."""
-    if "meter" in trial.kind or trial.kind == "EpochAutoDrop":
+    if trial.kind in ("meter", "EpochAutoDrop"):
         return None
     if trial.kind != "per_group" and len(set(trial.rates)) > 1:
         return f"groups that began at one rate have {trial.rates}"

@@ -1,14 +1,15 @@
-"""The benchmark of the one collective: its rows are such as ranks send, its tables are whole."""
+"""The benchmark of a window's collectives: rows such as ranks send, and whole tables."""
 
 from __future__ import annotations
 
 import json
+import math
 import pathlib
 
 import collective
 import pytest
 
-from autodrop_ext.distributed.agreement import agree, facts_differ
+from autodrop_ext.agreement import agree, facts_differ
 
 
 @pytest.mark.parametrize("layout", collective.LAYOUTS)
@@ -18,7 +19,9 @@ def test_synthetic_rows_agree(layout: str, ranks: int) -> None:
     rows = collective.LAYOUTS[layout](ranks, min(collective.STAGES, ranks))
     verdict = agree(rows)
     assert not verdict.restart and not verdict.not_finite and not facts_differ(rows)
-    assert verdict.elements == pytest.approx(2**33, rel=1e-12)  # one rounding a rank
+    assert not verdict.incomplete
+    count = math.fsum(row.elements for row in rows)
+    assert count == pytest.approx(2**33, rel=1e-12)  # one rounding a rank
     assert len({row.held for row in rows}) == (1 if layout == "replicas" else ranks)
 
 
@@ -42,7 +45,7 @@ def test_the_tables(
     assert data["backend"] == "gloo on one machine"
     (measured,) = data["measured"]
     assert (measured["ranks"], measured["received_bytes"]) == (2, collective.ROW_BYTES)
-    assert measured["gather_s"] > 0 and measured["agree_s"] > 0
+    assert min(measured["gather_s"], measured["agree_s"], measured["add_up_s"]) > 0
     assert f"| 2 | {collective.ROW_BYTES} | {measured['gather_s'] * 1e3:.2f} |" in printed
     assert [row["ranks"] for row in data["extrapolated"]] == [8, 16]
-    assert "| 16 | 2,520 | 39 | 40,320 |" in printed
+    assert "| 16 | 2,040 | 32 | 32,640 |" in printed

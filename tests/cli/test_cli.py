@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from autodrop_ext.ops.architectures import name_architectures
 from click.testing import CliRunner
 
 import autodrop_ext
@@ -16,7 +17,6 @@ from autodrop_ext import AngularVelocity
 from autodrop_ext.cli import doctor as doctor_module
 from autodrop_ext.cli.app import autodrop
 from autodrop_ext.cli.doctor import LIMIT, largest_error
-from autodrop_ext.ops.architectures import name_architectures
 
 
 def run(*arguments):
@@ -28,8 +28,6 @@ def one_line_error(result):
     assert isinstance(result.exception, SystemExit), result.exception
     (line,) = [line for line in result.output.splitlines() if line.startswith("Error: ")]
     return line
-
-
 
 
 def test_doctor_passes_and_says_what_is_here():

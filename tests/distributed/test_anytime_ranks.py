@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 import pathlib
 import warnings
@@ -22,7 +23,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from autodrop_ext import AngularVelocity, AnytimeAutoDrop
+from autodrop_ext import AnytimeAutoDrop
 from autodrop_ext.schedulers.base import as_floats
 
 # Windows of 4 steps, of 8 from step 32 on, of 16 from step 64 on, of 32 from step 128 on. A cosine
@@ -153,50 +154,74 @@ def test_ranks_are_one_process(engine: str, world: int, one_process: Seen) -> No
 
 
 def state_of(model: nn.Module, scheduler: AnytimeAutoDrop) -> dict[str, Any]:
-    return {
-        "model": get_model_state_dict(model),
-        "scheduler": scheduler,
-        "arenas": scheduler.arena_state,
-    }
+    return {"model": get_model_state_dict(model), "scheduler": scheduler}
 
 
-def scheduler_in(form: Any, model: nn.Module) -> AnytimeAutoDrop:
-    """One whose sums stay in a form."""
-    scheduler = AnytimeAutoDrop(optimizer_of(model), **SETTINGS)
-    scheduler.meter = AngularVelocity(scheduler.optimizer, 4, snapshots=4, form=form)
-    return scheduler
-
-
-def saves(rank: int, folder: str, form: str, at: int) -> Seen:
+def saves(rank: int, folder: str, at: int) -> bytes:
+    """Save with ``torch.distributed.checkpoint``, and return what ``torch.save`` writes."""
     model = wrapped("FSDP2")
-    scheduler = scheduler_in(form, model)
+    scheduler = AnytimeAutoDrop(optimizer_of(model), **SETTINGS)
     train(model, scheduler, 0, at)
     dcp.save(state_of(model, scheduler), checkpoint_id=folder)
-    return train(model, scheduler, at)
+    buffer = io.BytesIO()
+    torch.save(scheduler.state_dict(), buffer)
+    return buffer.getvalue()
 
 
-def resumes(rank: int, folder: str, form: str, at: int) -> Seen:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="AnytimeAutoDrop|AngularVelocity")
+def resumes(rank: int, folder: str, at: int, saved: bytes | None) -> tuple[Seen, list[str]]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         model = wrapped("FSDP2")
-        scheduler = scheduler_in(form, model)
+        scheduler = AnytimeAutoDrop(optimizer_of(model), **SETTINGS)
         state = state_of(model, scheduler)
+        if saved is not None:
+            del state["scheduler"]
         dcp.load(state, checkpoint_id=folder)
         set_model_state_dict(model, state["model"])
+        if saved is not None:
+            scheduler.load_state_dict(torch.load(io.BytesIO(saved), weights_only=True))
         # torch's helper for the optimizer's state would restore the rates too.
         for group, lr in zip(
             scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True
         ):
             group["lr"] = lr
-        return train(model, scheduler, at)
+        ended = train(model, scheduler, at)
+    return ended, [str(w.message) for w in caught if "AutoDrop" in str(w.message)]
 
 
-@pytest.mark.parametrize("form", ["sum", "delta"])
+def without_the_open_window(at: int) -> Seen:
+    """One process that does at a step what a resume of sharded parameters does."""
+    model = Driven()
+    scheduler = AnytimeAutoDrop(optimizer_of(model), **SETTINGS)
+    train(model, scheduler, 0, at)
+    state = scheduler.state_dict()
+    state["meter"]["tables"]["whole"] = False
+    scheduler.load_state_dict(state)
+    return train(model, scheduler, at)
+
+
 @pytest.mark.parametrize("at", [31, 32, 33, 45, 64, 66, 128, 131])
-def test_resharding_around_a_doubling(form: str, at: int, tmp_path: pathlib.Path) -> None:
+def test_resharding_around_a_doubling(at: int, one_process: Seen, tmp_path: pathlib.Path) -> None:
     """Right before, at and after one, and in the middle of a window between two."""
-    expected = run(2, saves, str(tmp_path), form, at)[0]
-    assert_same(run(3, resumes, str(tmp_path), form, at), expected)
+    run(2, saves, str(tmp_path), at)
+    results = run(3, resumes, str(tmp_path), at, None)
+    assert [messages for _, messages in results] == [[]] * 3
+    expected = without_the_open_window(at)
+    assert_same([ended for ended, _ in results], expected)
+    if at in (32, 64, 128):
+        assert (expected.steps, expected.lrs) == (one_process.steps, one_process.lrs)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_the_state_of_rank_zero_alone(world: int, tmp_path: pathlib.Path) -> None:
+    """Everything but the average, of which each rank has a part."""
+    at = 66
+    saved, _ = run(2, saves, str(tmp_path), at)
+    expected = without_the_open_window(at)
+    for ended, messages in run(world, resumes, str(tmp_path), at, saved):
+        (message,) = messages
+        assert "the average over the run starts over (" in message
+        assert_same([ended], expected._replace(average=ended.average))
 
 
 # ---- the average --------------------------------------------------------------------------------

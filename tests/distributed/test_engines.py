@@ -16,8 +16,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from autodrop_ext import AngularVelocity, AutoDrop
-from autodrop_ext.distributed import deepspeed as zero
 from autodrop_ext.schedulers.step_hook import StepHook
+from autodrop_ext.sharding import zero_optimizer_of
 
 
 def needs(name: str) -> pytest.MarkDecorator:
@@ -52,10 +52,11 @@ def two_groups(model: Driven) -> torch.optim.SGD:
 def zero_run(rank: int, stage: int, given: str) -> Seen:
     model = Driven()
     optimizer = two_groups(model)
-    scheduler = AutoDrop(optimizer, **SETTINGS) if given == "before" else None
+    settings = SETTINGS | {"buckets": None}  # flat partitions are hashed otherwise
+    scheduler = AutoDrop(optimizer, **settings) if given == "before" else None
     engine, wrapped, _, _ = start_deepspeed(model, optimizer, stage)
     if scheduler is None:
-        scheduler = AutoDrop(wrapped if given == "wrapped" else optimizer, **SETTINGS)
+        scheduler = AutoDrop(wrapped if given == "wrapped" else optimizer, **settings)
     for t in range(STEPS):
         engine.backward(engine(t))
         engine.step()
@@ -86,7 +87,10 @@ def test_zero_given_the_optimizer_that_it_wraps(stage: int, given: str) -> None:
 def zero_steps_the_scheduler(rank: int) -> Seen:
     model = Driven()
     engine, _, _, scheduler = start_deepspeed(
-        model, optimizer_of(model), 2, lr_scheduler=lambda inner: AutoDrop(inner, **SETTINGS)
+        model,
+        optimizer_of(model),
+        2,
+        lr_scheduler=lambda inner: AutoDrop(inner, buckets=None, **SETTINGS),
     )
     for t in range(STEPS):
         engine.backward(engine(t))
@@ -210,7 +214,7 @@ def test_an_overflow_leaves_the_window_unchanged(fused: bool) -> None:
 
 def test_without_deepspeed_there_is_no_engine() -> None:
     model = Driven()
-    assert zero.zero_optimizer_of(optimizer_of(model)) is None
+    assert zero_optimizer_of(optimizer_of(model)) is None
 
 
 def test_groups_that_are_stepped_one_by_one_are_one_step() -> None:

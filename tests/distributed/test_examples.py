@@ -132,8 +132,8 @@ def test_deepspeed_zero2(tmp_path: pathlib.Path) -> None:
     assert after.steps == 152
     assert after.drops >= run.drops
     assert after.lr == pytest.approx(0.04 * 0.8**after.drops, rel=1e-12)
-    # Flat partitions cannot be taken over: it is said once by each rank.
-    assert after.output.count("the meter warms up again") == 2
+    # Rank 0's state is good for both ranks, because there are as many as before.
+    assert "the meter warms up again" not in after.output
 
 
 def test_the_table_names_every_example() -> None:

@@ -12,15 +12,14 @@ import launch
 import pytest
 import torch
 import torch.distributed as dist
-from driven import SETTINGS, WINDOW, Driven, Seen, drive, optimizer_of, seen
+from driven import SETTINGS, WINDOW, Driven, Seen, alone, drive, optimizer_of, seen
 from launch import run
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial
 
-from autodrop_ext import AngularVelocity, AutoDrop
-from autodrop_ext.distributed import DisagreementError
+from autodrop_ext import AngularVelocity, AutoDrop, DisagreementError
 
 START_LR = 2.0**-5
 
@@ -180,13 +179,13 @@ def test_undeclared_pipeline_stages() -> None:
         assert kind == DisagreementError.__name__
         assert "expected the same parameters on all ranks" in message
         assert "process_group=PipelineStages(stage, num_stages)" in message
-        assert "240 elements" in message
+        assert "4,736 elements" in message and "103 elements" in message
 
 
 def test_undeclared_stages_of_the_same_shape() -> None:
     for kind, message, _ in run(2, undeclared_stages, True):
         assert kind == DisagreementError.__name__
-        assert "hold copies of the same parameters, but their parameters differ" in message
+        assert "hold copies of the same parameters, but the sums over their param" in message
         assert "PipelineStages" in message
 
 
@@ -206,84 +205,108 @@ def test_partial_placement() -> None:
         assert "Partial" in message
 
 
-def one_changes(rank: int) -> tuple[Seen, list[str]]:
-    """A parameter moves in memory on one rank: all start over together."""
+def one_discards(rank: int) -> tuple[Seen, list[str]]:
+    """An observation is interrupted on one rank: all start over together."""
     replica = Run()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         replica.steps(4 * WINDOW + 1)
         if rank == 1:
-            replica.model.first.data = replica.model.first.data.clone()
+            replica.scheduler.meter.discard()
         replica.steps(6 * WINDOW - 1)
     return seen(replica.scheduler), [str(w.message) for w in caught]
 
 
-def test_parameters_that_move_on_one_rank() -> None:
-    (first, quiet), (second, told) = run(2, one_changes)
+def test_a_window_that_one_rank_discards() -> None:
+    (first, quiet), (second, loud) = run(2, one_discards)
     assert str(first) == str(second)  # where NaN equals itself
     # Window 4 is discarded on both; the next angle comes with the third window after it.
     assert first.steps == [WINDOW * n for n in (3, 4, 6, 7, 8, 9, 10)]
     assert [c is None for c in first.cosines] == [False] * 2 + [True] * 2 + [False] * 3
     assert quiet == []
-    assert ["the watched parameters were moved" in message for message in told] == [True]
+    assert ["the last observation was interrupted" in message for message in loud] == [True]
 
 
-def moves_between_windows(rank: int) -> Seen:
+def one_is_replaced(rank: int) -> tuple[Seen, list[str]]:
+    """A parameter gets another dtype on one rank, between two windows and for one of them."""
     replica = Run()
-    replica.steps(4 * WINDOW)
-    if rank == 1:
-        replica.model.first.data = replica.model.first.data.clone()
-    replica.steps(6 * WINDOW)
-    return seen(replica.scheduler)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        replica.steps(4 * WINDOW)
+        if rank == 1:
+            replica.model.first.data = replica.model.first.data.t().contiguous().t()
+        replica.steps(6 * WINDOW)
+    return seen(replica.scheduler), [str(w.message) for w in caught]
 
 
-def test_parameters_that_move_between_two_windows() -> None:
-    first, second = run(2, moves_between_windows)
-    assert first.cosines == second.cosines
-    assert first.lrs == second.lrs
-    assert first.cosines.count(None) == 2
+def test_a_parameter_that_changes_its_form_on_one_rank() -> None:
+    """Another order in memory is another form; the ranks' layouts differ then."""
+    with pytest.raises(launch.RankFailedError, match="expected the same parameters on all ranks"):
+        run(2, one_is_replaced)
 
 
-def counted(rank: int, sharded: bool) -> tuple[list[int], int]:
-    """Collectives of the scheduler after each step, and windows."""
+def moves(rank: int, at: int) -> tuple[Seen, list[str]]:
+    replica = Run()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        replica.steps(at)
+        if rank == 1:
+            replica.model.first.data = replica.model.first.data.clone()
+        replica.steps(10 * WINDOW - at)
+    return seen(replica.scheduler), [str(w.message) for w in caught]
+
+
+@pytest.mark.parametrize("at", [4 * WINDOW, 4 * WINDOW + 1])
+def test_memory_that_moves_on_one_rank_costs_nothing(at: int) -> None:
+    expected = alone(10 * WINDOW)
+    for ended, messages in run(2, moves, at):
+        assert messages == []
+        assert ended.lrs == expected.lrs
+        # Sums in another order.
+        assert ended.cosines == pytest.approx(expected.cosines, abs=1e-12)
+
+
+def counted(rank: int, kind: str) -> tuple[list[list[str]], int]:
+    """Collectives of the scheduler in each step, and windows."""
     model = Driven()
-    if sharded:
+    if kind != "replicas":
         fully_shard(model)
     optimizer = optimizer_of(model)
-    scheduler = AutoDrop(optimizer, **SETTINGS)
-    calls, after = 0, []
-    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
-    gather = getattr(dist, name)
-
-    def count(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        return gather(*args, **kwargs)
-
+    buckets = None if kind == "own tables" else 2**18
+    scheduler = AutoDrop(optimizer, **SETTINGS, buckets=buckets)
+    steps: list[list[str]] = []
     starts = ("all_", "reduce", "broadcast", "gather", "scatter", "send", "barrier")
     collectives = {n: getattr(dist, n) for n in dir(dist) if n.startswith(starts)}
+
+    def counting(name: str) -> Any:
+        def count(*args: Any, **kwargs: Any) -> Any:
+            steps[-1].append(name)
+            return collectives[name](*args, **kwargs)
+
+        return count
+
     for t in range(10 * WINDOW):
         model(t).backward()
         optimizer.step()
         optimizer.zero_grad()
+        steps.append([])
         for n in collectives:
-            setattr(dist, n, count if n == name else _refuse)
+            setattr(dist, n, counting(n))
         scheduler.step()
+        scheduler.state_dict()
         for n, function in collectives.items():
             setattr(dist, n, function)
-        after.append(calls)
-    return after, scheduler.meter.windows
+    return steps, scheduler.meter.windows
 
 
-def _refuse(*args: Any, **kwargs: Any) -> None:
-    raise AssertionError("no other collective was expected")
-
-
-def test_one_collective_a_window_and_none_a_step() -> None:
-    """And two at the first step, which compare settings: lengths of the texts, then the texts."""
-    expected = [2 + t // WINDOW for t in range(1, 10 * WINDOW + 1)]
-    for sharded in (False, True):
-        assert run(2, counted, sharded) == [(expected, 10)] * 2
+@pytest.mark.parametrize("kind", ["replicas", "sharded", "own tables"])
+def test_two_collectives_a_window_and_none_a_step(kind: str) -> None:
+    """And one at the first step, which compares settings; none in ``state_dict()``."""
+    gather = "all_gather_single" if hasattr(dist, "all_gather_single") else ""
+    window = [[]] * (WINDOW - 1) + [[gather or "all_gather_into_tensor", "all_reduce"]]
+    expected = window * 10
+    expected[0] = ["all_gather_object"]
+    assert run(2, counted, kind) == [(expected, 10)] * 2
 
 
 def nothing_here(rank: int) -> tuple[str, list[float | None]]:
@@ -309,17 +332,20 @@ def test_a_rank_without_elements() -> None:
 
 
 def warned_as_error(rank: int) -> tuple[int, list[str], int]:
-    """Parameters move on one rank, and there the warning is an error."""
+    """A parameter is not finite on one rank, and there the warning is an error."""
     model = Driven()
     optimizer = optimizer_of(nn.parallel.DistributedDataParallel(model))
     scheduler = AutoDrop(optimizer, **SETTINGS)
     said = []
     for t in range(30):
-        if rank == 1 and t == 9:
-            model.share_memory()
         model(t).backward()
         optimizer.step()
         optimizer.zero_grad()
+        if t == 9:
+            good = model.second.data.clone()
+            model.second.data[0, 0] = torch.nan if rank == 1 else 0.0
+        elif t == 10:
+            model.second.data.copy_(good)
         with warnings.catch_warnings():
             warnings.simplefilter("error" if rank == 1 else "ignore")
             try:
@@ -332,30 +358,60 @@ def warned_as_error(rank: int) -> tuple[int, list[str], int]:
 def test_a_warning_that_is_an_error_on_one_rank_leaves_no_rank_waiting() -> None:
     (windows, _, readings), (same, said, as_many) = run(2, warned_as_error)
     assert windows == same >= 5 and readings == as_many > 0
-    assert len(said) == 1 and "parameters were moved" in said[0]
+    assert len(said) == 1 and "on rank 1 held NaN or infinity" in said[0]
 
 
-def loaded_alone(rank: int) -> tuple[str, int]:
-    """One rank loads a state in the middle of training."""
+def loaded_alone(rank: int, back: int, engine: str) -> tuple[str, int, float | None]:
+    """One rank loads a state in the middle of training, that of so many steps ago."""
     model = Driven()
-    optimizer = optimizer_of(nn.parallel.DistributedDataParallel(model))
+    if engine == "FSDP2":
+        fully_shard(model)
+    optimizer = optimizer_of(model)
     scheduler = AutoDrop(optimizer, **SETTINGS)
     for t in range(40):
-        model(t).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        if t == 18 - back:
+            state = scheduler.state_dict()
+        if t == 18 and rank == 1:
+            scheduler.load_state_dict(state)
+        if engine == "alone":
+            for name in model.names:
+                getattr(model, name).grad = drive(name, t)
+        else:
+            model(t).backward()
         try:
+            optimizer.step()
             scheduler.step()
-        except DisagreementError as error:
-            return str(error), t
-        if t == 17 and rank == 1:
-            scheduler.load_state_dict(scheduler.state_dict())
-    return "", -1
+        except RuntimeError as error:
+            return f"{type(error).__name__}: {error}", t, scheduler.history[-1].cosine
+        optimizer.zero_grad()
+    return "", -1, scheduler.history[-1].cosine
 
 
 def test_a_rank_that_loads_a_state_alone_keeps_its_place() -> None:
-    """A state of the same step changes nothing, so that the ranks still agree."""
-    assert run(2, loaded_alone) == [("", -1)] * 2
+    """A state of replicas of the same step changes nothing, so that the ranks still agree."""
+    (said, at, cosine), other = run(2, loaded_alone, 0, "alone")
+    assert (said, at) == ("", -1) and cosine is not None
+    assert other == (said, at, cosine)
+
+
+@pytest.mark.parametrize(
+    ("back", "message"),
+    [
+        # Counts and calls are loaded too, so that this rank's twentieth step comes a step later.
+        (1, "ranks 0, 1 hold copies of the same parameters, but the sums over their parameters"),
+        (5, "expected all ranks to end the same window; did one start late or load another check"),
+    ],
+)
+def test_a_rank_that_loads_another_state_alone_stops_all(back: int, message: str) -> None:
+    for said, _, _ in run(2, loaded_alone, back, "alone"):
+        assert said.startswith(f"DisagreementError: {message}")
+
+
+def test_a_rank_that_loads_a_sharded_state_alone_keeps_its_place() -> None:
+    """It has lost the table of the open window, which all leave out then."""
+    (said, at, cosine), other = run(2, loaded_alone, 0, "FSDP2")
+    assert (said, at) == ("", -1) and cosine is not None
+    assert other == (said, at, cosine)
 
 
 def test_ranks_that_do_not_meet_are_started_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,7 @@ ROW = Row(
     calls=13,
     windows_since_restart=3,
     restart=0,
+    incomplete=0,
     not_finite=0,
     settings=15,
     rates=16,
@@ -50,7 +51,7 @@ ROW = Row(
 
 
 def test_ranks_that_agree() -> None:
-    assert agree([ROW, ROW]) == Agreement(restart=False, not_finite=[])
+    assert agree([ROW, ROW]) == Agreement(restart=False, incomplete=False, not_finite=[])
 
 
 @pytest.mark.parametrize(
@@ -102,10 +103,18 @@ def test_one_that_starts_over_makes_all_start_over() -> None:
     assert agree([ROW._replace(restart=1)] * 2).restart
 
 
+def test_a_window_that_one_rank_has_not_read_is_left_out_by_all() -> None:
+    late = ROW._replace(incomplete=1, checksum=1.0)
+    assert agree([ROW, late]) == Agreement(restart=False, incomplete=True, not_finite=[])
+    assert agree([ROW._replace(restart=1), late]).restart
+
+
 def test_a_rank_that_is_not_finite_is_named() -> None:
     bad = ROW._replace(not_finite=1, checksum=math.nan)
-    assert agree([ROW, ROW, bad]) == Agreement(restart=False, not_finite=[2])
-    assert agree([bad, ROW._replace(restart=1)]) == Agreement(restart=True, not_finite=[0])
+    assert agree([ROW, ROW, bad]) == Agreement(restart=False, incomplete=False, not_finite=[2])
+    assert agree([bad, ROW._replace(restart=1)]) == Agreement(
+        restart=True, incomplete=False, not_finite=[0]
+    )
 
 
 def test_thousands_of_ranks_are_not_all_listed() -> None:
@@ -199,7 +208,7 @@ def test_a_process_alone_has_no_collectives() -> None:
     ranks.add_up(table)
     assert table.tolist() == [0, 1, 2]
     alone = ROW._replace(elements=10)
-    assert ranks.agree(alone, {}) == Agreement(restart=False, not_finite=[])
+    assert ranks.agree(alone, {}) == Agreement(restart=False, incomplete=False, not_finite=[])
 
 
 def test_layouts_tell_names_groups_and_parts_apart() -> None:

@@ -1,9 +1,11 @@
-"""Checkpoints of sharded runs, taken in the middle of a window."""
+"""Checkpoints of distributed runs: any rank's state resumes on any number of ranks."""
 
 from __future__ import annotations
 
+import datetime
 import io
 import pathlib
+import shutil
 import warnings
 from typing import Any
 
@@ -24,7 +26,7 @@ from driven import (
     seen,
     start,
 )
-from launch import run
+from launch import TIMEOUT, run
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -34,29 +36,28 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
-from autodrop_ext import AngularVelocity, AutoDrop
-from autodrop_ext.distributed import PipelineStages
+from autodrop_ext import AutoDrop, PipelineStages
 
-SAVED_AT = 6 * WINDOW + 3  # in the middle of a window, after drops
+AT_AN_END = 6 * WINDOW  # of a window, after drops
+SAVED_AT = AT_AN_END + 3  # in the middle of a window
 
 
-def about_sums(caught: list[warnings.WarningMessage]) -> list[str]:
-    """Warnings of AutoDrop, but for those of rates: these tests load no state of an optimizer."""
+def of_ours(caught: list[warnings.WarningMessage]) -> list[str]:
+    """Warnings of AutoDrop, but for those of rates: some tests load no state of an optimizer."""
     messages = [str(w.message) for w in caught]
     return [m for m in messages if "AutoDrop" in m and "the learning rates are" not in m]
 
 
 class Run:
-    """FSDP2 with AutoDrop, saved and loaded as torch documents it."""
+    """A model with AutoDrop; sharded by FSDP2 unless ``shape`` is None."""
 
-    def __init__(self, shape: tuple[int, ...] = ()) -> None:
+    def __init__(self, shape: tuple[int, ...] | None, **settings: Any) -> None:
         self.model = Driven()
-        shape = shape or (dist.get_world_size(),)
-        names = ("replicate", "shard")[-len(shape) :]
-        mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
-        fully_shard(self.model, mesh=mesh)
+        if shape is not None:
+            names = ("replicate", "shard")[-len(shape) :]
+            fully_shard(self.model, mesh=init_device_mesh("cpu", shape, mesh_dim_names=names))
         self.optimizer = optimizer_of(self.model)
-        self.scheduler = AutoDrop(self.optimizer, **SETTINGS)
+        self.scheduler = AutoDrop(self.optimizer, **(SETTINGS | settings))
 
     def train(self, begin: int, end: int) -> None:
         for t in range(begin, end):
@@ -65,176 +66,182 @@ class Run:
             self.optimizer.zero_grad()
             self.scheduler.step()
 
-    def hold(self, form: Any) -> None:
-        """Let a meter decide whose sums stay in one form."""
-        self.scheduler.meter = AngularVelocity(self.optimizer, WINDOW, form=form)
-
     def state(self) -> dict[str, Any]:
         return {
             "model": get_model_state_dict(self.model),
             "optimizer": get_optimizer_state_dict(self.model, self.optimizer),
             "scheduler": self.scheduler,
-            "arenas": self.scheduler.arena_state,
         }
 
-    def load(self, folder: str) -> None:
+    def load(self, folder: str, scheduler: bytes | None) -> None:
+        """Load everything, but for a scheduler that was saved with ``torch.save``."""
         state = self.state()
+        if scheduler is not None:
+            del state["scheduler"]
         dcp.load(state, checkpoint_id=folder)
         set_model_state_dict(self.model, state["model"])
         set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
+        if scheduler is not None:
+            saved = torch.load(io.BytesIO(scheduler), weights_only=True)
+            self.scheduler.load_state_dict(saved)
 
 
-def save(rank: int, folder: str, form: str) -> None:
-    replica = Run()
-    replica.hold(form)
-    replica.train(0, SAVED_AT)
-    # Helpers that run a step at rate zero in the middle of a window move nothing.
-    get_optimizer_state_dict(replica.model, replica.optimizer)
-    dcp.save(replica.state(), checkpoint_id=folder)
+def world_of(shape: tuple[int, ...]) -> int:
+    return int(torch.tensor(shape).prod())
 
 
-def resume(rank: int, folder: str, form: str, shape: tuple[int, ...]) -> Seen:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="AutoDrop|AngularVelocity")
-        replica = Run(shape)
-        replica.hold(form)
-        replica.load(folder)
-        replica.train(SAVED_AT, STEPS)
-    return seen(replica.scheduler)
-
-
-def uninterrupted(rank: int, form: str) -> Seen:
-    replica = Run()
-    replica.hold(form)
-    replica.train(0, STEPS)
-    return seen(replica.scheduler)
-
-
-@pytest.mark.parametrize("form", ["delta", "sum"])
-def test_resharding_in_the_middle_of_a_window(form: str, tmp_path: pathlib.Path) -> None:
-    """From two ranks to one, two, three, and to a mesh of another shape."""
-    expected = run(2, uninterrupted, form)[0]
-    run(2, save, str(tmp_path), form)
-    for world, shape in ((1, (1,)), (2, (2,)), (3, (3,)), (4, (2, 2))):
-        assert_same(run(world, resume, str(tmp_path), form, shape), expected)
-
-
-def rank_zero_saves(rank: int) -> bytes:
-    replica = Run()
-    replica.train(0, SAVED_AT)
+def as_bytes(scheduler: AutoDrop) -> bytes:
     buffer = io.BytesIO()
-    torch.save(replica.scheduler.state_dict(), buffer)
+    torch.save(scheduler.state_dict(), buffer)
     return buffer.getvalue()
 
 
-def every_rank_loads(rank: int, saved: bytes) -> tuple[Seen, list[str]]:
-    replica = Run()
-    replica.scheduler.load_state_dict(torch.load(io.BytesIO(saved), weights_only=True))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        replica.train(SAVED_AT, STEPS)
-    return seen(replica.scheduler), [str(w.message) for w in caught]
+def save(rank: int, folder: str, at: int, sharded: bool) -> bytes:
+    """Save with ``torch.distributed.checkpoint``, and return what ``torch.save`` writes."""
+    replica = Run((dist.get_world_size(),) if sharded else None)
+    replica.train(0, at)
+    # Helpers that run a step at rate zero in the middle of a window move nothing.
+    get_optimizer_state_dict(replica.model, replica.optimizer)
+    dcp.save(replica.state(), checkpoint_id=folder)
+    return as_bytes(replica.scheduler)
 
 
-def test_rank_zero_saves_and_every_rank_loads() -> None:
-    """The local arenas of rank 0 are no rank's but its own: they are not in the file."""
-    saved = run(2, rank_zero_saves)[0]
-    assert torch.load(io.BytesIO(saved), weights_only=True)["meter"]["arenas"] == {}
-    (first, said), (second, also_said) = run(2, every_rank_loads, saved)
-    assert first.cosines == second.cosines
-    assert first.lrs == second.lrs
-    for messages in (said, also_said):
-        (message,) = (m for m in messages if "warms up again" in m)
-        assert "saved without the arenas, which arena_state would hold" in message
-    # Windows 0 to 5 were known. The one that was open is given up, and angles need three more.
-    known = SAVED_AT // WINDOW - 2
-    assert None not in first.cosines[:known]
-    assert [c is None for c in first.cosines[known:]] == [True] * 2 + [False] * 6
+def resume(
+    rank: int, folder: str, at: int, shape: tuple[int, ...] | None, scheduler: bytes | None
+) -> Seen:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="AutoDrop|AngularVelocity")
+        replica = Run(shape)
+        replica.load(folder, scheduler)
+        replica.train(at, STEPS)
+    return seen(replica.scheduler)
 
 
-def flat_shards(rank: int, folder: str, resumed: bool) -> list[str]:
-    model = FullyShardedDataParallel(Driven(), device_id=torch.device("cpu"))
+def without_the_open_window(at: int) -> Seen:
+    """One process that does at a step what a resume of sharded parameters does."""
+    replica = Run(None)
+    replica.train(0, at)
+    state = replica.scheduler.state_dict()
+    state["meter"]["tables"]["whole"] = False
+    replica.scheduler.load_state_dict(state)
+    replica.train(at, STEPS)
+    return seen(replica.scheduler)
+
+
+@pytest.mark.parametrize("at", [AT_AN_END, SAVED_AT])
+def test_sharded_parameters(at: int, tmp_path: pathlib.Path) -> None:
+    """From two ranks to one, two, three, and to a mesh of another shape."""
+    expected = without_the_open_window(at)
+    if at == AT_AN_END:
+        assert_same([expected], alone())
+    else:
+        assert expected.steps == [step for step in alone().steps if step != AT_AN_END + WINDOW]
+        assert None not in expected.cosines
+    first, second = run(2, save, str(tmp_path), at, True)
+    assert len(first) == len(second)  # the same entries and tables
+    for scheduler in (first, second, None):
+        shapes: list[tuple[int, ...]] = [(1,), (2,), (3,), (2, 2)]
+        for shape in shapes if scheduler is not second else shapes[:1]:
+            arguments = (str(tmp_path), at, shape, scheduler)
+            assert_same(run(world_of(shape), resume, *arguments), expected)
+
+
+def test_replicas_resume_in_the_middle_of_a_window(tmp_path: pathlib.Path) -> None:
+    first, _ = run(2, save, str(tmp_path), SAVED_AT, False)
+    expected = alone()
+    for scheduler in (first, None):
+        for world in (1, 2, 3):
+            ranks = run(world, resume, str(tmp_path), SAVED_AT, None, scheduler)
+            assert_same(ranks, expected)
+    # Tables of replicas are those of the whole model: sharded ranks go on with them as well.
+    ranks = run(2, resume, str(tmp_path), SAVED_AT, (2,), None)
+    assert_same(ranks, without_the_open_window(SAVED_AT))
+
+
+def test_one_process_goes_on_with_a_sharded_checkpoint(tmp_path: pathlib.Path) -> None:
+    run(2, save, str(tmp_path), SAVED_AT, True)
+    ranks = run(1, resume, str(tmp_path), SAVED_AT, None, None)
+    assert_same(ranks, without_the_open_window(SAVED_AT))
+
+
+# ---- what cannot be continued -------------------------------------------------------------------
+
+
+def flat_shards(
+    rank: int, folder: str, use_orig_params: bool, resumed: bool
+) -> tuple[list[str], list[bool]]:
+    """Train up to SAVED_AT, or from there; return warnings, and where angles are unknown."""
+    model = FullyShardedDataParallel(
+        Driven(), use_orig_params=use_orig_params, device_id=torch.device("cpu")
+    )
     optimizer = optimizer_of(model)
     scheduler = AutoDrop(optimizer, **SETTINGS)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         if resumed:
-            state = {"scheduler": scheduler, "arenas": scheduler.arena_state}
-            dcp.load(state, checkpoint_id=folder)
-        for t in range(SAVED_AT):
+            dcp.load({"scheduler": scheduler}, checkpoint_id=folder)
+        for t in range(SAVED_AT if resumed else 0, STEPS if resumed else SAVED_AT):
             model(t).backward()
             optimizer.step()
             optimizer.zero_grad()
             scheduler.step()
     if not resumed:
-        state = {"scheduler": scheduler, "arenas": scheduler.arena_state}
-        dcp.save(state, checkpoint_id=folder)
-    assert len(scheduler.history) == (2 if resumed else 1) * (SAVED_AT // WINDOW) - 2
-    return about_sums(caught)
+        dcp.save({"scheduler": scheduler}, checkpoint_id=folder)
+    return of_ours(caught), [d.angle is None for d in scheduler.history]
 
 
-def test_flat_shards_warm_up_again(tmp_path: pathlib.Path) -> None:
-    assert run(2, flat_shards, str(tmp_path), False) == [[], []]
-    for messages in run(3, flat_shards, str(tmp_path), True):
-        assert len(messages) == 1
-        assert "the meter warms up again" in messages[0]
+@pytest.mark.parametrize("use_orig_params", [False, True])
+def test_flat_shards_go_on_with_as_many_ranks_only(
+    use_orig_params: bool, tmp_path: pathlib.Path
+) -> None:
+    known = SAVED_AT // WINDOW - 2
+    saved = run(2, flat_shards, str(tmp_path), use_orig_params, False)
+    assert saved == [([], [False] * known)] * 2
+    again = (STEPS - SAVED_AT) // WINDOW
+    for messages, unknown in run(2, flat_shards, str(tmp_path), use_orig_params, True):
+        # The parameters are those of a new run, but the displacements are measured.
+        assert messages == []
+        assert unknown == [False] * (known + again)
+    for messages, unknown in run(3, flat_shards, str(tmp_path), use_orig_params, True):
+        (message,) = messages
+        assert "cannot be continued (it was saved for other parameters" in message
+        assert "the meter warms up again" in message
+        # Three windows before the next angle, of which the first is the third of the meter.
+        assert unknown == [False] * known + [True] * 2 + [False] * (again - 2)
 
 
-def other_step(rank: int, folder: str) -> list[str]:
-    replica = Run()
-    replica.train(0, WINDOW + 1)
-    dcp.save({"arenas": replica.scheduler.arena_state}, checkpoint_id=folder)
-    replica.train(WINDOW + 1, SAVED_AT)
-    saved = replica.scheduler.state_dict()
-    other = Run()
-    dcp.load({"arenas": other.scheduler.arena_state}, checkpoint_id=folder)
-    other.scheduler.load_state_dict(saved)
+def own_tables(rank: int, folder: str, at: int, resumed: bool) -> tuple[list[str], Seen]:
+    replica = Run((dist.get_world_size(),), buckets=None)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        other.train(SAVED_AT, STEPS)
-    return about_sums(caught)
+        if resumed:
+            replica.load(folder, None)
+            assert replica.scheduler.num_drops
+        replica.train(at if resumed else 0, STEPS if resumed else at)
+    if not resumed:
+        assert replica.scheduler.state_dict()["meter"]["tables"]["mean"] is None
+        dcp.save(replica.state(), checkpoint_id=folder)
+    return of_ours(caught), seen(replica.scheduler)
 
 
-def test_arenas_of_another_step_are_refused(tmp_path: pathlib.Path) -> None:
-    for messages in run(2, other_step, str(tmp_path)):
-        assert len(messages) == 1
-        assert f"its arenas are of step {WINDOW + 1}, its counts of step {SAVED_AT}" in messages[0]
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_tables_of_a_rank_are_not_saved(world: int, tmp_path: pathlib.Path) -> None:
+    """``buckets=None`` on sharded parameters: counts and decisions go on, angles come later."""
+    for messages, saved in run(2, own_tables, str(tmp_path), AT_AN_END, False):
+        assert messages == [] and None not in saved.cosines
+    results = run(world, own_tables, str(tmp_path), AT_AN_END, True)
+    expected = alone()
+    known = AT_AN_END // WINDOW - 2
+    for messages, again in results:
+        (message,) = messages
+        assert "it was saved without the tables: with buckets=None each rank has its" in message
+        assert again.cosines[:known] == pytest.approx(expected.cosines[:known], abs=1e-12)
+        assert again.cosines[known : known + 2] == [None] * 2
+        assert None not in again.cosines[known + 2 :]
+        assert again.cosines[known + 2 :] == results[0][1].cosines[known + 2 :]
 
 
-def replicas(rank: int, folder: str) -> None:
-    """Unsharded parameters: also with torch.distributed.checkpoint, on another number of ranks."""
-    model = Driven()
-    optimizer = optimizer_of(model)
-    scheduler = AutoDrop(optimizer, **SETTINGS)
-    for t in range(SAVED_AT):
-        model(t).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        scheduler.step()
-    state = {"model": model, "scheduler": scheduler, "arenas": scheduler.arena_state}
-    state["optimizer"] = get_optimizer_state_dict(model, optimizer)
-    dcp.save(state, checkpoint_id=folder)
-
-
-def go_on(rank: int, folder: str) -> Seen:
-    model = Driven()
-    optimizer = optimizer_of(model)
-    scheduler = AutoDrop(optimizer, **SETTINGS)
-    state = {"model": model, "scheduler": scheduler, "arenas": scheduler.arena_state}
-    state["optimizer"] = get_optimizer_state_dict(model, optimizer)
-    dcp.load(state, checkpoint_id=folder)
-    set_optimizer_state_dict(model, optimizer, state["optimizer"])
-    for t in range(SAVED_AT, STEPS):
-        model(t).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        scheduler.step()
-    return seen(scheduler)
-
-
-def test_replicas_go_on_elsewhere(tmp_path: pathlib.Path) -> None:
-    run(2, replicas, str(tmp_path))
-    assert_same(run(3, go_on, str(tmp_path)), alone())
+# ---- pipelines ----------------------------------------------------------------------------------
 
 
 class Stage:
@@ -254,34 +261,38 @@ class Stage:
             self.scheduler.step()
 
 
-def stages(rank: int, folder: str) -> tuple[Seen, Seen]:
-    whole, saved, other = Stage(rank), Stage(rank), Stage(rank)
+def stages(rank: int, folder: str) -> tuple[Seen, Seen, Seen]:
+    whole, saved, other, third = (Stage(rank) for _ in range(4))
     whole.train(0, STEPS)
-    uninterrupted = seen(whole.scheduler)
-    saved.train(0, SAVED_AT)
-    state = {"scheduler": saved.scheduler, "arenas": saved.scheduler.arena_state}
-    dcp.save(state, checkpoint_id=folder)
-    dcp.load(
-        {"scheduler": other.scheduler, "arenas": other.scheduler.arena_state}, checkpoint_id=folder
-    )
-    other.optimizer.load_state_dict(saved.optimizer.state_dict())
-    other.parameter.data.copy_(saved.parameter.data)
-    other.train(SAVED_AT, STEPS)
-    return uninterrupted, seen(other.scheduler)
+    saved.train(0, AT_AN_END)
+    dcp.save({"scheduler": saved.scheduler}, checkpoint_id=folder)
+    dcp.load({"scheduler": other.scheduler}, checkpoint_id=folder)
+    of_rank_zero: list[Any] = [as_bytes(saved.scheduler)]
+    dist.broadcast_object_list(of_rank_zero)
+    state = torch.load(io.BytesIO(of_rank_zero[0]), weights_only=True)
+    third.scheduler.load_state_dict(state)
+    for resumed in (other, third):
+        resumed.optimizer.load_state_dict(saved.optimizer.state_dict())
+        resumed.parameter.data.copy_(saved.parameter.data)
+        resumed.train(AT_AN_END, STEPS)
+    return seen(whole.scheduler), seen(other.scheduler), seen(third.scheduler)
 
 
-def test_stages_with_equal_names_keep_their_own_sums(tmp_path: pathlib.Path) -> None:
-    """Plain tensors under one key would be taken for copies, and all but one be lost."""
-    for whole, resumed in run(2, stages, str(tmp_path)):
-        assert whole.drops >= 3
-        assert resumed == whole
+def test_stages_with_equal_names(tmp_path: pathlib.Path) -> None:
+    for whole, *resumed in run(2, stages, str(tmp_path)):
+        assert whole.drops >= 3 and None not in whole.cosines
+        assert resumed == [whole, whole]
+
+
+# ---- saving and loading ------------------------------------------------------------------------
 
 
 def nothing_before_a_step(rank: int) -> tuple[int, int]:
     """The first forward may re-pad shards: tables made before it would point astray."""
-    replica = Run()
+    replica = Run((dist.get_world_size(),))
     meter = replica.scheduler.meter
     replica.model(0).backward()
+    replica.scheduler.state_dict()
     before = meter.device_bytes
     replica.optimizer.step()
     replica.scheduler.step()
@@ -292,3 +303,80 @@ def test_nothing_is_built_before_the_first_optimizer_step() -> None:
     for before, after in run(2, nothing_before_a_step):
         assert before == 0
         assert after > 0
+
+
+def saved_while_training(rank: int, folder: str) -> tuple[Seen, Seen]:
+    """Continue from an asynchronous checkpoint, while whose writing the run goes on."""
+    shape = (dist.get_world_size(),)
+    whole, resumed = Run(shape), Run(shape)
+    whole.train(0, AT_AN_END)
+    saving = dcp.async_save(whole.state(), checkpoint_id=folder, process_group=dist.new_group())
+    whole.train(AT_AN_END, STEPS)
+    saving.result()
+    resumed.load(folder, None)
+    resumed.train(AT_AN_END, STEPS)
+    return seen(whole.scheduler), seen(resumed.scheduler)
+
+
+def test_an_asynchronous_checkpoint(tmp_path: pathlib.Path) -> None:
+    for whole, resumed in run(2, saved_while_training, str(tmp_path)):
+        assert whole == resumed and None not in whole.cosines
+
+
+def half_a_checkpoint(rank: int, folder: str, broken: str) -> Seen:
+    """A save was interrupted: its files are there, but for the one that is written last."""
+    replica = Run((dist.get_world_size(),))
+    replica.train(0, SAVED_AT)
+    dcp.save(replica.state(), checkpoint_id=folder)
+    if rank == 0:
+        shutil.copytree(folder, broken)
+        (pathlib.Path(broken) / ".metadata").unlink()
+    dist.barrier()
+    with pytest.raises(BaseException, match=r"metadata"):  # torch's is no Exception
+        dcp.load(replica.state(), checkpoint_id=broken)
+    replica.train(SAVED_AT, STEPS)
+    return seen(replica.scheduler)
+
+
+def test_half_a_checkpoint_changes_nothing(tmp_path: pathlib.Path) -> None:
+    ranks = run(2, half_a_checkpoint, str(tmp_path / "whole"), str(tmp_path / "broken"))
+    assert_same(ranks, alone())
+
+
+# ---- process groups -----------------------------------------------------------------------------
+
+
+def groups_made_again(rank: int, folder: str, worlds: tuple[int, ...]) -> tuple[Seen, list[str]]:
+    """The default group is destroyed and made again in the middle of training."""
+    model = Driven()
+    optimizer = optimizer_of(model)
+    scheduler = AutoDrop(optimizer, **SETTINGS)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for t in range(STEPS):
+            if t and t % AT_AN_END == 0:
+                dist.destroy_process_group()
+                world = worlds[t // AT_AN_END - 1]
+                if rank >= world:
+                    break
+                dist.init_process_group(
+                    "gloo",
+                    init_method=f"file://{folder}/store{t}",
+                    rank=rank,
+                    world_size=world,
+                    timeout=datetime.timedelta(seconds=TIMEOUT),
+                )
+            for name in model.names:
+                getattr(model, name).grad = drive(name, t)
+            optimizer.step()
+            scheduler.step()
+    return seen(scheduler), of_ours(caught)
+
+
+@pytest.mark.parametrize("worlds", [(3, 3), (2, 1), (3, 2)])
+def test_a_process_group_that_is_made_again(
+    worlds: tuple[int, ...], tmp_path: pathlib.Path
+) -> None:
+    results = run(3, groups_made_again, str(tmp_path), worlds)
+    assert [messages for _, messages in results] == [[]] * 3
+    assert_same([ended for ended, _ in results[: worlds[-1]]], alone())

@@ -1,6 +1,6 @@
-"""What nvcc makes of csrc/cuda/kernels.cu: registers and spills by ptxas, accesses by nvdisasm.
+"""What nvcc makes of csrc/cuda/table.cu: registers and spills by ptxas, instructions by nvdisasm.
 
-Run as a program, it prints a table: ``python tests/ops/machine_code.py [--csrc FOLDER] [90 ...]``.
+Run as a program, it prints tables: ``python tests/ops/machine_code.py [--csrc FOLDER] [90 ...]``.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ CSRC = pathlib.Path(__file__).parents[2] / "csrc"
 # As csrc/CMakeLists.txt has them.
 FLAGS = ("-std=c++17", "-O3", "--fmad=false", "-Xptxas=-v")
 
-_NAMES = re.compile(
-    r"\d(accumulate|close_sum|close_delta|row|tensor|total|write_back|nothing)_kernel"
-    r"(?:ILb(\d)ELb(\d)ELb(\d)E)?"
-)
+_NAMES = re.compile(r"\d(accumulate|add_partials|accumulate_exact|close|nothing)_kernel")
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][A-Z0-9_.]*)")
 _WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
-_FLOAT64 = re.compile(r"D(ADD|MUL|FMA|SETP)|F2F\.F(32\.F)?64|I2F\.F64|F2I\S*\.F64|MUFU\.RCP64H")
+_FLOAT64 = re.compile(r"D(ADD|MUL|FMA|SETP)|MUFU\.RCP64H")
+_CONVERSION = re.compile(r"F2F|I2F\.F64|F2I\S*\.F64")
+THREADS = 256
+REGISTERS = 65_536  # of a multiprocessor
 
 
 @dataclasses.dataclass
@@ -60,9 +60,62 @@ def in_flight(block: list[str]) -> list[int]:
     return [width(name) for name in block[:first] if name.startswith("LDG")]
 
 
-def float64(block: list[str]) -> int:
-    """Instructions for the float64 unit, conversions included."""
-    return sum(bool(_FLOAT64.match(i)) for i in block)
+def count(block: list[str], pattern: re.Pattern[str]) -> int:
+    return sum(bool(pattern.match(i)) for i in block)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """A pass over whole pieces of one dtype, the same for every exclusive or.
+
+    Attributes:
+        elements: of a thread.
+        bytes_in_flight: of a thread, loaded before the first arithmetic.
+        instructions: the most of all exclusive ors.
+        float64: additions and multiplications of float64.
+        conversions: to float64.
+    """
+
+    elements: int
+    bytes_in_flight: int
+    instructions: int
+    float64: int
+    conversions: int
+
+    @property
+    def an_element(self) -> float:
+        return self.instructions / self.elements
+
+
+# Elements of a thread in the largest pass of a dtype, and bytes of an element.
+PASSES = {"float32": (32, 4), "float64": (16, 8), "float16": (64, 2), "bfloat16": (64, 2)}
+
+
+def passes(accumulate: Kernel) -> dict[str, Pass]:
+    """The largest pass of each dtype, found by its loads and its arithmetic.
+
+    Conversions of float16 to float32 (``HADD2.F32``) tell it from bfloat16.
+    """
+    found: dict[str, list[Pass]] = {name: [] for name in PASSES}
+    for block in accumulate.blocks:
+        loaded = in_flight(block)
+        added = count(block, re.compile("DFMA"))
+        if not loaded or set(loaded) != {16}:
+            continue
+        halves = count(block, re.compile(r"HADD2\.F32"))
+        for name, (elements, itemsize) in PASSES.items():
+            is_half = name == "float16"
+            right = added == elements and sum(loaded) == elements * itemsize
+            if right and bool(halves) == is_half:
+                issued = [i for i in block if i != "NOP"]  # sm_120 fills waits for float64
+                doubles, conversions = count(block, _FLOAT64), count(block, _CONVERSION)
+                found[name].append(Pass(elements, sum(loaded), len(issued), doubles, conversions))
+    return {name: max(each, key=lambda p: p.instructions) for name, each in found.items() if each}
+
+
+def blocks_at_once(kernel: Kernel) -> int:
+    """Blocks of a kernel that the registers of a multiprocessor hold; given by the 8."""
+    return REGISTERS // (THREADS * -(-kernel.registers // 8) * 8)
 
 
 def tools() -> tuple[str | None, str | None]:
@@ -77,7 +130,7 @@ def tools() -> tuple[str | None, str | None]:
 
 
 def kernels(architecture: int, csrc: pathlib.Path = CSRC) -> dict[str, Kernel]:
-    """Every kernel by name; those of accumulate as "accumulate DELTA FIRST WEIGHTED" in 0 and 1.
+    """Every kernel by name, without "_kernel".
 
     Raises:
         RuntimeError: a tool failed, with what it said.
@@ -85,7 +138,7 @@ def kernels(architecture: int, csrc: pathlib.Path = CSRC) -> dict[str, Kernel]:
     nvcc, nvdisasm = tools()
     assert nvcc is not None and nvdisasm is not None, "checked by the caller"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        source = csrc / "cuda" / "kernels.cu"
+        source = csrc / "cuda" / "table.cu"
         compiler = (nvcc, *FLAGS, "-cubin", f"-arch=sm_{architecture}", f"-I{csrc}", str(source))
         report = _run(*compiler, "-o", cubin.name)
         assembly = _run(nvdisasm, "-c", cubin.name)
@@ -115,7 +168,7 @@ def kernels(architecture: int, csrc: pathlib.Path = CSRC) -> dict[str, Kernel]:
 def _name(mangled: str) -> str:
     match = _NAMES.search(mangled)
     assert match is not None, mangled
-    return " ".join(group for group in match.groups() if group is not None)
+    return match[1]
 
 
 def _run(*command: str) -> str:
@@ -131,12 +184,22 @@ def main() -> None:
     parser.add_argument("--csrc", type=pathlib.Path, default=CSRC)
     arguments = parser.parse_args()
     for architecture in arguments.architectures:
-        print(f"\n| sm_{architecture} | registers | spilled | most bytes in flight | float64 |")
+        found = kernels(architecture, arguments.csrc)
+        print(f"\n| sm_{architecture} | registers | spilled | blocks | most bytes in flight |")
         print("|:--|--:|--:|--:|--:|")
-        for name, kernel in kernels(architecture, arguments.csrc).items():
+        for name, kernel in found.items():
             most = max((sum(in_flight(b)) for b in kernel.blocks), default=0)
-            doubles = sum(map(float64, kernel.blocks))
-            print(f"| {name} | {kernel.registers} | {kernel.spilled} | {most} | {doubles} |")
+            blocks = blocks_at_once(kernel)
+            print(f"| {name} | {kernel.registers} | {kernel.spilled} | {blocks} | {most} |")
+        print(f"\n| sm_{architecture} | in flight, KiB | instructions | float64 | conversions |")
+        print("|:--|--:|--:|--:|--:|")
+        blocks = blocks_at_once(found["accumulate"])
+        for name, p in passes(found["accumulate"]).items():
+            kib = p.bytes_in_flight * THREADS * blocks // 1024
+            print(
+                f"| {name} | {kib} | {p.an_element:.1f} "
+                f"| {p.float64 / p.elements:.1f} | {p.conversions / p.elements:.1f} |"
+            )
 
 
 if __name__ == "__main__":

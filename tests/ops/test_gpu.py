@@ -1,236 +1,175 @@
-"""The CUDA and Triton backends on a GPU: bits of the reference, streams, graphs, determinism.
+"""The table's CUDA and Triton kernels on a GPU: cases, streams, graphs, launches, large tensors.
 
-What of this needs no GPU runs without one as well: the case table in Triton's interpreter and in
-the emulator of the CUDA kernels, and captures, errors and threads in ``test_emulated.py``.
+What of this needs no GPU runs without one as well: the cases in Triton's interpreter and in the
+emulator of the CUDA kernels (``test_table_kernels.py``), launches in ``test_emulated.py``.
 """
 
 from __future__ import annotations
 
 import subprocess
 import sys
-import threading
+from types import ModuleType
 
+import numpy as np
 import pytest
+import table_model
 import torch
-from autodrop_ext.ops.device_sums import DeviceSums
-from cases import CASES, make
-from torch import Tensor
+from table_cases import (
+    CASES,
+    CLOSES,
+    CudaKernels,
+    Kernels,
+    TritonKernels,
+    case,
+    check_accumulate,
+    check_close,
+    to_device,
+)
+from table_model import LANES
 
-from autodrop_ext import AngularVelocity
-from autodrop_ext.ops import BACKENDS
-from autodrop_ext.ops.plan import Plan
-
-WINDOW = 3
-every_gpu_backend = pytest.mark.parametrize("backend", ["cuda", "triton"])
-
-
-def on_device(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
-    """Copies with the same strides and the same misalignment: storages move, views follow."""
-    storages: dict[int, Tensor] = {}
-    moved = []
-    for t in tensors:
-        key = t.untyped_storage().data_ptr()
-        whole = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage())  # type: ignore[call-overload]
-        if key not in storages or storages[key].dtype != t.dtype:
-            storages[key] = whole.to(device)
-        view = storages[key].as_strided(t.shape, t.stride(), t.storage_offset())
-        moved.append(view.conj() if t.is_conj() else view)
-    return moved
+BLOCK = np.array([[0, LANES]], np.int64)
 
 
-def move(tensors: list[Tensor], step: int) -> None:
-    for i, tensor in enumerate(tensors):
-        tensor.mul_(1 + 0.0078125 * ((i + step) % 3) - 0.00390625 * step)
+def core() -> ModuleType:
+    from autodrop_ext import _C
+
+    assert _C.cuda_built, _C.cuda_reason
+    return _C
 
 
-def run(tensors: list[Tensor], backend: str, form: str) -> tuple[list[Tensor], list[list[float]]]:
-    """Arenas (on the CPU) and sums after four windows."""
-    named = [(f"t{i}", t) for i, t in enumerate(tensors)]
-    device = tensors[0].device
-    plan = Plan(named, device, chunk_elements=8192)
-    arenas = DeviceSums(plan, BACKENDS[backend])
-    sums = []
-    for window in range(4):
-        for step in range(WINDOW):
-            move(tensors, step + window)
-            if window == 0 and step == 0:
-                arenas.begin(form)  # type: ignore[arg-type]
-            else:
-                arenas.add(first=step == 0)
-        sums.append(list(arenas.close(WINDOW)))
-    return [arena.cpu() for arena in (arenas.running, arenas.previous, arenas.before)], sums
+@pytest.fixture(params=["cuda", "triton"])
+def kernels(request: pytest.FixtureRequest, gpu: torch.device) -> Kernels:
+    return CudaKernels(gpu, core()) if request.param == "cuda" else TritonKernels(gpu)
 
 
-def require(backend: str) -> None:
-    reason = BACKENDS[backend].missing(torch.device("cuda"))
-    assert reason is None, reason
+@pytest.fixture
+def cuda(gpu: torch.device) -> CudaKernels:
+    return CudaKernels(gpu, core())
 
 
-@every_gpu_backend
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("form", ["sum", "delta"])
-def test_arenas_have_the_bits_of_the_reference(
-    gpu: torch.device, backend: str, case: str, form: str
-) -> None:
-    require(backend)
-    got, sums = run(on_device(make(case), gpu), backend, form)
-    # The reference on the same GPU, so that the parameters themselves move by the same roundings.
-    wanted, wanted_sums = run(on_device(make(case), gpu), "reference", form)
-    for a, b in zip(got, wanted, strict=True):
-        assert torch.equal(a.view(torch.int32), b.view(torch.int32))
-    for a, b in zip(sums, wanted_sums, strict=True):
-        assert a == pytest.approx(b, rel=1e-10, abs=1e-300)  # float64 sums in another order
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("splits", [1, 3])
+def test_accumulate(kernels: Kernels, name: str, splits: int) -> None:
+    check_accumulate(kernels, case(name), splits)
 
 
-@every_gpu_backend
-def test_the_gpu_agrees_with_the_cpu_to_1e_9_degrees(gpu: torch.device, backend: str) -> None:
-    require(backend)
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(300, 70), (1000,), (64,), (3,)]
-    host = [torch.randn(s, generator=generator) for s in shapes]
-    device = [t.to(gpu) for t in host]
-    meters = AngularVelocity(host, 4), AngularVelocity(device, 4, backend=backend)
-    for _ in range(40):
-        for a, b in zip(host, device, strict=True):
-            a += 0.01 * torch.randn(a.shape, generator=generator)
-            b.copy_(a)
-        on_host, on_gpu = (meter.observe() for meter in meters)
-    assert on_host is not None
-    assert on_gpu is not None
-    assert on_gpu.angle == pytest.approx(on_host.angle, abs=1e-9)
+@pytest.mark.parametrize("name", CLOSES)
+def test_close(kernels: Kernels, name: str) -> None:
+    check_close(kernels, CLOSES[name])
 
 
-@every_gpu_backend
-def test_ten_runs_give_the_same_bits(gpu: torch.device, backend: str) -> None:
-    require(backend)
-    results = [run(on_device(make("threads"), gpu), backend, "sum") for _ in range(10)]
-    for arenas, sums in results[1:]:
-        assert sums == results[0][1]
-        assert all(torch.equal(a, b) for a, b in zip(arenas, results[0][0], strict=True))
+def test_ten_runs_give_the_same_bits(kernels: Kernels) -> None:
+    work = kernels.prepare(case("dtypes, weights and groups"), 2, 3, 3)
+    work.run()
+    first = work.table.clone()
+    assert first.any()
+    for _ in range(9):
+        work.table.zero_()
+        work.run()
+        assert torch.equal(work.table, first)
 
 
-@every_gpu_backend
-def test_the_current_stream_is_used(gpu: torch.device, backend: str) -> None:
-    """Work queued behind a slow kernel on a side stream sees that kernel's result."""
-    require(backend)
-    x = torch.zeros(1_000_000, device=gpu)
-    arenas = DeviceSums(Plan([("x", x)], gpu), BACKENDS[backend])
-    arenas.begin("sum")
-    side = torch.cuda.Stream(gpu)
-    with torch.cuda.stream(side):
-        torch.cuda._sleep(100_000_000)
-        x.fill_(3.0)
-        arenas.add(first=True)
-        assert arenas.close(1).mean_norm == 9e6
+def test_the_bits_are_those_of_the_emulator(cuda: CudaKernels) -> None:
+    """The same additions in the same order, on the CPU."""
+    emulated = pytest.importorskip("emulated")
+    if not emulated.COMPILER:
+        pytest.skip("needs g++ or clang++")
+    there = CudaKernels(torch.device("cpu"), emulated.module())
+    for name in CASES:
+        if name != "not finite":
+            tables = [k.accumulate(case(name), 2, 3, 3) for k in (cuda, there)]
+            assert np.array_equal(*tables), name
 
 
-def test_accumulate_can_be_captured_and_replayed_over_windows(gpu: torch.device) -> None:
-    """One graph per phase of the ring of arenas, first step and other steps: six in sum form."""
-    require("cuda")
-    x = torch.randn(100_000, device=gpu)
-    named = [("x", x)]
-    captured, plain = (DeviceSums(Plan(named, gpu), BACKENDS["cuda"]) for _ in range(2))
-    for arenas in (captured, plain):
-        arenas.begin("sum")
-    graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
-    for step in range(1, 24):
-        x.add_(0.1)
-        first = step % WINDOW == 0
-        phase = (captured.running.data_ptr(), first)
-        if phase not in graphs:
-            graphs[phase] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graphs[phase]):
-                captured.add(first=first)
-        graphs[phase].replay()
-        plain.add(first=first)
-        if step % WINDOW == WINDOW - 1:
-            assert captured.close(WINDOW) == plain.close(WINDOW)
-    assert len(graphs) == 6
-
-
-def test_a_step_is_one_launch(gpu: torch.device) -> None:
-    require("cuda")
-    tensors = [torch.randn(64, device=gpu, dtype=d) for d in (torch.float32, torch.bfloat16)] * 50
-    arenas = DeviceSums(Plan([(f"t{i}", t) for i, t in enumerate(tensors)], gpu), BACKENDS["cuda"])
-    arenas.begin("sum")
+def test_a_step_is_two_launches(cuda: CudaKernels) -> None:
+    work = cuda.prepare(case("dtypes, weights and groups"), 2, 3, 3)
+    work.run()
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        arenas.add(first=False)
+        work.run()
         torch.cuda.synchronize()
-    kernels = [e for e in profile.events() if "accumulate_kernel" in e.name]
-    assert len(kernels) == 1
+    names = [e.name for e in profile.events() if "_kernel" in e.name]
+    assert len(names) == 2, names
 
 
-@every_gpu_backend
-@pytest.mark.parametrize("form", ["sum", "delta"])
-def test_more_than_2_to_the_31_elements(gpu: torch.device, backend: str, form: str) -> None:
-    require(backend)
-    if torch.cuda.mem_get_info(gpu)[0] < 34 * 2**30:
-        pytest.skip("needs 34 GiB of free GPU memory")
+def test_a_step_can_be_captured_and_replayed(gpu: torch.device) -> None:
+    stream = torch.cuda.Stream(gpu)
+    cuda = CudaKernels(gpu, core(), stream.cuda_stream)
+    cuda.core.cuda_probe(gpu.index)
+    captured, plain = (cuda.prepare(case("shards, float32"), 2, 1, 3) for _ in range(2))
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    tables = [torch.zeros(LANES, dtype=torch.float64, device=gpu) for _ in range(3)]
+    blocks, sums = to_device(BLOCK, gpu), torch.zeros(1, 2, dtype=torch.float64, device=gpu)
+    with torch.cuda.graph(graph, stream=stream):
+        captured.run()
+        with pytest.raises(RuntimeError, match="close: cudaErrorStreamCaptureUnsupported"):
+            cuda.launch_close(tables, 1.0, blocks, sums)
+        captured.run()
+    assert not captured.table.any()
+    graph.replay()
+    torch.cuda.synchronize()
+    plain.run()
+    plain.run()
+    torch.cuda.synchronize()
+    assert torch.equal(captured.table, plain.table)
+
+
+def test_the_given_stream_is_used(gpu: torch.device) -> None:
+    """Work queued behind a slow kernel on a side stream sees that kernel's result."""
+    side = torch.cuda.Stream(gpu)
+    cuda = CudaKernels(gpu, core(), side.cuda_stream)
+    work = cuda.prepare([table_model.Tensor.of(np.zeros(1_000_000))], 4, 1, 2)
+    memory = work.kept[3][0]  # type: ignore[index]
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(100_000_000)
+        memory.view(torch.float32).fill_(3.0)
+        work.run()
+    side.synchronize()
+    assert work.table.abs().sum().item() == 3_000_000
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_more_than_2_to_the_31_elements(
+    kernels: Kernels, gpu: torch.device, dtype: torch.dtype
+) -> None:
     n = 2**31 + 100
-    x = torch.ones(n, dtype=torch.bfloat16, device=gpu)
-    x[-1] = 3.0
-    arenas = DeviceSums(Plan([("x", x)], gpu), BACKENDS[backend])
-    arenas.begin(form)  # type: ignore[arg-type]
-    x.mul_(2)
-    arenas.add(first=False)
-    # In delta form the first iterate stands in for the mean: what was added is the difference.
-    assert arenas.running[n - 1].item() == (9.0 if form == "sum" else 3.0)
-    assert arenas.running[2**31 - 1].item() == (3.0 if form == "sum" else 1.0)
-    sums = arenas.close(2)
-    assert sums.mean_norm == (n - 1) * 1.5**2 + 4.5**2
-    assert sums.norm == (sums.mean_norm if form == "sum" else (n - 1) * 0.5**2 + 1.5**2)
-    newest = arenas.previous if form == "sum" else arenas.before
-    BACKENDS[backend].bind(arenas.plan).write_back(newest, None, 0.5 if form == "sum" else 1.0)
-    assert x[-1].item() == 4.5
-    assert x[2**31 - 1].item() == x[0].item() == 1.5
-    del arenas, x, newest
+    if torch.cuda.mem_get_info(gpu)[0] < 1.2 * n * dtype.itemsize:
+        pytest.skip("needs 10 GiB of free GPU memory")
+    x = torch.zeros(n, dtype=dtype, device=gpu)
+    x[-1], x[2**31 - 1] = 3.0, 5.0
+    code = table_model.BFLOAT16 if dtype == torch.bfloat16 else table_model.FLOAT32
+    nothing = np.zeros(64, np.uint8)
+    # Two stretches that end with the last element and with number 2^31 - 1.
+    ends = (n, 2**31)
+    parts = [table_model.Tensor(nothing, 0, code, 300, first=end - 300, key=7) for end in ends]
+    pieces, runs = table_model.pieces_of(parts, 1)
+    pieces["offset"] += np.array([end - 300 for end in ends])[pieces["tensor"]] * dtype.itemsize
+    pieces["tensor"] = 0
+    spans = table_model.spans_of(parts, [0, 300])
+    spans["offset"] += np.array([end - 300 for end in ends])[spans["tensor"]] * dtype.itemsize
+    spans["tensor"] = 0
+    bases = torch.tensor([x.data_ptr()], device=gpu)
+    tables = [torch.zeros(LANES, dtype=torch.float64, device=gpu) for _ in range(2)]
+    there, runs_there, spans_there = (to_device(a, gpu) for a in (pieces, runs, spans))
+    if isinstance(kernels, CudaKernels):
+        at = [t.data_ptr() for t in (there, runs_there, bases, tables[0])]
+        kernels.core.cuda_accumulate(gpu.index, *at[:2], 1, 1, at[2], 0, at[3], False, 0)
+        kernels.core.cuda_accumulate_exact(
+            gpu.index, spans_there.data_ptr(), len(spans), at[2], tables[1].data_ptr(), 0
+        )
+    else:
+        from triton_kernels import launches
+
+        partials = torch.zeros(8, LANES, dtype=torch.float64, device=gpu)
+        launches.accumulate(there, runs_there, bases, partials, tables[0], {code})
+        launches.accumulate_exact(spans_there, bases, tables[1], {code})
+    assert sorted(tables[0][tables[0] != 0].abs().tolist()) == [3.0, 5.0]
+    assert tables[1][299].item() == 3.0
+    assert tables[1][599].item() == 5.0
+    del x
     torch.cuda.empty_cache()
-
-
-@every_gpu_backend
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("delta", [False, True])
-def test_weighted_steps_have_the_bits_of_the_reference(
-    gpu: torch.device, backend: str, case: str, delta: bool
-) -> None:
-    require(backend)
-    results = []
-    for name in (backend, "reference"):
-        tensors = on_device(make(case), gpu)
-        named = [(f"t{i}", t) for i, t in enumerate(tensors)]
-        arenas = DeviceSums(Plan(named, gpu), BACKENDS[name])
-        mean = arenas.before if delta else None
-        operations = BACKENDS[name].bind(arenas.plan)
-        if delta:
-            operations.accumulate(arenas.before, None, first=True)
-            move(tensors, 1)
-        operations.accumulate(arenas.running, mean, first=True, weight=3.0)
-        move(tensors, 2)
-        operations.accumulate(arenas.running, mean, first=False, weight=0.1)
-        results.append(arenas.running.view(torch.int32).cpu())
-    assert torch.equal(*results)
-
-
-@every_gpu_backend
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("with_mean", [False, True])
-def test_write_back_has_the_bits_of_the_reference(
-    gpu: torch.device, backend: str, case: str, with_mean: bool
-) -> None:
-    require(backend)
-    results = []
-    for name in (backend, "reference"):
-        tensors = on_device(make(case), gpu)
-        named = [(f"t{i}", t) for i, t in enumerate(tensors)]
-        arenas = DeviceSums(Plan(named, gpu), BACKENDS[name])
-        arenas.begin("sum")
-        arenas.before.copy_(arenas.running * 0.25)
-        mean = arenas.before if with_mean else None
-        BACKENDS[name].bind(arenas.plan).write_back(arenas.running, mean, 0.3)
-        results.append([t.cpu() for t in tensors])
-    for got, wanted in zip(*results, strict=True):
-        torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.fixture
@@ -241,26 +180,22 @@ def second_gpu(gpu: torch.device) -> torch.device:
     return torch.device("cuda", (torch.cuda.current_device() + 1) % torch.cuda.device_count())
 
 
-@every_gpu_backend
-@pytest.mark.parametrize("form", ["sum", "delta"])
 def test_a_second_device_while_another_is_current(
-    gpu: torch.device, second_gpu: torch.device, backend: str, form: str
-) -> None:
-    require(backend)
-    here, sums = run(on_device(make("mixed dtypes"), gpu), backend, form)
-    there, other_sums = run(on_device(make("mixed dtypes"), second_gpu), backend, form)
-    assert torch.cuda.current_device() == gpu.index
-    assert sums == other_sums
-    assert all(torch.equal(a, b) for a, b in zip(here, there, strict=True))
-
-
-def test_a_probe_makes_a_context_on_its_own_device_only(
     gpu: torch.device, second_gpu: torch.device
 ) -> None:
-    """In a process of its own, because this one has touched both."""
+    tensors = case("dtypes, weights and groups")
+    here, there = (CudaKernels(d, core()).accumulate(tensors, 2, 3, 2) for d in (gpu, second_gpu))
+    assert torch.cuda.current_device() == gpu.index
+    assert np.array_equal(here, there)
+
+
+def test_a_probe_makes_a_context_on_one_device_only(
+    gpu: torch.device, second_gpu: torch.device
+) -> None:
+    """In another process, because this one has touched both."""
     program = (
-        "import torch; from autodrop_ext.ops import select; "
-        f"select('auto', torch.device('cuda', {second_gpu.index})); "
+        f"import torch; torch.cuda.set_device({second_gpu.index}); from autodrop_ext import _C; "
+        f"_C.cuda_probe({second_gpu.index}); "
         "print([torch._C._cuda_hasPrimaryContext(i) for i in range(torch.cuda.device_count())])"
     )
     done = subprocess.run(
@@ -269,103 +204,3 @@ def test_a_probe_makes_a_context_on_its_own_device_only(
     assert done.returncode == 0, done.stderr
     wanted = [i == second_gpu.index for i in range(torch.cuda.device_count())]
     assert done.stdout.strip() == str(wanted)
-
-
-@every_gpu_backend
-def test_memory_freed_under_a_waiting_kernel_is_not_given_away(
-    gpu: torch.device, backend: str
-) -> None:
-    require(backend)
-    n = 5_000_000
-    x = torch.ones(n, device=gpu)
-    arenas = DeviceSums(Plan([("x", x)], gpu), BACKENDS[backend])
-    arenas.begin("sum")
-    torch.cuda.synchronize(gpu)
-    side = torch.cuda.Stream(gpu)
-    with torch.cuda.stream(side):
-        torch.cuda._sleep(400_000_000)  # a fifth of a second or so
-        arenas.add(first=False)
-    address = arenas.running.data_ptr()
-    size = len(arenas.running)
-    del arenas
-    fresh = [torch.zeros(size, device=gpu) for _ in range(8)]
-    assert address not in [t.data_ptr() for t in fresh]
-    torch.cuda.synchronize(gpu)
-    assert all(t.count_nonzero().item() == 0 for t in fresh)
-
-
-def test_a_close_inside_a_capture_is_refused_and_the_next_step_is_good(gpu: torch.device) -> None:
-    """The capture is this plan's first use of the kernels: a probe has loaded them all."""
-    require("cuda")
-    x = torch.ones(100_000, device=gpu)
-    arenas = DeviceSums(Plan([("x", x)], gpu), BACKENDS["cuda"])
-    arenas.begin("sum")
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        arenas.add(first=False)
-        with pytest.raises(RuntimeError, match="cudaErrorStreamCaptureUnsupported"):
-            arenas.close(2)
-    graph.replay()
-    arenas.add(first=False)
-    assert arenas.close(3).mean_norm == 100_000.0
-
-
-@every_gpu_backend
-def test_two_meters_in_two_threads(gpu: torch.device, backend: str) -> None:
-    require(backend)
-    results: dict[tuple[str, int], list[float]] = {}
-
-    def measure(where: str, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        device = gpu if where == "gpu" else torch.device("cpu")
-        host = torch.randn(200_000, generator=generator)
-        x = host.to(device)
-        meter = AngularVelocity([x], 3, backend=backend if where == "gpu" else "auto")
-        angles = results[where, seed] = []
-        with torch.cuda.stream(torch.cuda.Stream(gpu)):
-            for _ in range(30):
-                host += 0.01 * torch.randn(host.shape, generator=generator)
-                x.copy_(host)
-                reading = meter.observe()
-                if reading is not None:
-                    angles.append(reading.angle or 0.0)
-
-    threads = [threading.Thread(target=measure, args=("gpu", seed)) for seed in (1, 2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for seed in (1, 2):
-        measure("cpu", seed)
-        assert len(results["cpu", seed]) == 8
-        assert results["gpu", seed] == pytest.approx(results["cpu", seed], abs=1e-9)
-
-
-@every_gpu_backend
-def test_sampled_readings_are_those_of_the_cpu(backend: str, gpu: torch.device) -> None:
-    """Until the survey is over: its float32 sums may end otherwise, and draw other chunks."""
-    require(backend)
-    generator = torch.Generator().manual_seed(0)
-    here = [torch.randn(n, generator=generator) for n in (300_000, 70_001, 5)]
-    there = [t.to(gpu) for t in here]
-    meters = [
-        AngularVelocity(here, 2, sample=1 / 8, per_tensor=True),
-        AngularVelocity(there, 2, sample=1 / 8, per_tensor=True, backend=backend),
-        AngularVelocity(there, 2, backend=backend),
-    ]
-    readings = []
-    for step in range(20):
-        for x, y in zip(here, there, strict=True):
-            x += 0.01 * (torch.randn(x.shape, generator=generator) + x.sign())
-            y.copy_(x)
-        readings.append([meter.observe() for meter in meters])
-        if step == 5:
-            on_cpu, on_gpu, _ = readings[-1]
-            assert on_cpu is not None and on_gpu is not None
-            assert on_gpu.angle == pytest.approx(on_cpu.angle, abs=1e-9)
-            assert on_gpu.standard_error == pytest.approx(on_cpu.standard_error, rel=1e-6)
-    _, sampled, exact = readings[-1]
-    assert sampled is not None and exact is not None and sampled.standard_error > 0
-    # 370 chunks of alike elements: five standard errors.
-    assert abs((sampled.angle or 0) - (exact.angle or 0)) < 5 * sampled.standard_error

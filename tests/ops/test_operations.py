@@ -10,9 +10,10 @@ import torch
 from cases import BACKENDS, every_backend, every_case, make
 from torch import Tensor
 
+from autodrop_ext.memory import is_dense
 from autodrop_ext.ops.backends import Accumulation
 from autodrop_ext.ops.plan import LANES, Plan, Runs, Source
-from autodrop_ext.sharding import as_real, is_dense
+from autodrop_ext.sharding import as_real
 
 CPU = torch.device("cpu")
 BUCKETS = 4 * LANES

@@ -1,193 +1,230 @@
-"""Tables and views: every element once, whatever the tensors look like."""
+"""Plans: every element once, in the bucket that the specification gives it."""
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pytest
+import table_model as model
 import torch
-from autodrop_ext.ops.cpu import CpuBackend
-from cases import every_case, make
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autodrop_ext.ops import reference
+from autodrop_ext.ops.backends import CpuBackend, close_blocks
 from autodrop_ext.ops.plan import (
-    ALIGN_ELEMENTS,
-    CHUNK_ELEMENTS,
+    DTYPES,
+    LANES,
+    PIECE,
+    SPAN,
+    SPAN_ELEMENTS,
+    SWAPS,
     Plan,
-    chunk_tables,
-    is_dense,
-    tile_table,
+    Runs,
+    Source,
+    key_of,
+    place,
 )
 
 CPU = torch.device("cpu")
 
 
-def plan_of(*tensors: torch.Tensor) -> Plan:
-    return Plan([(f"t{i}", t) for i, t in enumerate(tensors)], CPU)
+def source(
+    numel: int, dtype: torch.dtype = torch.float32, *, name: str = "t", **options: object
+) -> Source:
+    """A tensor that no plan may look at while it is made."""
+
+    def current() -> torch.Tensor:
+        raise AssertionError("a plan needs no tensor")
+
+    return Source(name, current, numel, dtype, **options)  # type: ignore[arg-type]
 
 
-@given(
-    st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 3)), max_size=40),
-    st.sampled_from([32, 64, 1024]),
-)
-def test_chunks_cover_every_element_once(shapes: list[tuple[int, int]], size: int) -> None:
-    lengths = [n for n, _ in shapes]
-    dtypes = [d for _, d in shapes]
-    addresses = [10_000_000 * (i + 1) for i in range(len(shapes))]
-    tables = chunk_tables(addresses, lengths, dtypes, size)
-    assert tables.arena_elements % ALIGN_ELEMENTS == 0
-    arena_end = 0
-    for t, (n, d) in enumerate(shapes):
-        rows = tables.chunks[tables.tensor_chunks[t] : tables.tensor_chunks[t + 1]]
-        assert rows[:, 2].sum() == n
-        assert (rows[:, 2] > 0).all() and (rows[:, 2] <= size).all()
-        starts = np.cumsum(rows[:, 2]) - rows[:, 2]
-        assert (rows[:, 0] == addresses[t] + starts * reference.DTYPES[d].itemsize).all()
-        assert (rows[:, 1] == tables.offsets[t] + starts).all()
-        assert (rows[:, 3] == d).all()
-        assert tables.offsets[t] % ALIGN_ELEMENTS == 0 and tables.offsets[t] >= arena_end
-        arena_end = tables.offsets[t] + n
-    assert tables.tensor_chunks[-1] == len(tables.chunks)
+def runs_of(*runs: tuple[int, int, int]) -> Runs:
+    return Runs(*np.array(runs, np.int64).reshape(-1, 3).T)
 
 
-@given(st.lists(st.sampled_from([1, 64, 1024, 1025, 8192]), max_size=120))
-def test_tiles_hold_every_chunk_once(lengths: list[int]) -> None:
-    tiles = tile_table(np.array(lengths, np.int64))
-    held = [list(range(first, first + count)) for first, count in tiles]
-    assert [c for tile in held for c in tile] == list(range(len(lengths)))
-    for tile in held:
-        assert len(tile) == 1 or all(lengths[c] <= 1024 for c in tile)
-        assert len(tile) <= 16
-    # Small neighbours are not scattered over more tiles than they need.
-    runs = [list(g) for small, g in itertools.groupby(lengths, lambda n: n <= 1024) if small]
-    small_tiles = sum(lengths[tile[0]] <= 1024 for tile in held)
-    assert small_tiles == sum(-(-len(run) // 16) for run in runs)
+def elements(plan: Plan, of: int) -> np.ndarray:
+    """Local elements of a tensor that the plan reads, in the order of their places there."""
+    rows = plan.table[plan.table["tensor"] == of]
+    size = plan.sources[of].dtype.itemsize
+    first = rows["offset"] // size
+    parts = [np.arange(a, a + n) for a, n in zip(first, rows["length"].astype(int), strict=True)]
+    return np.sort(np.concatenate([np.zeros(0, int), *parts]))
+
+
+sizes = st.lists(st.tuples(st.integers(0, 3 * LANES), st.integers(0, 3)), max_size=12)
+
+
+@given(sizes, st.sampled_from([1, 2, 16]), st.booleans())
+def test_every_element_is_read_once(shapes: list[tuple[int, int]], rows: int, exact: bool) -> None:
+    sources = [source(n, DTYPES[d], name=f"t{i}") for i, (n, d) in enumerate(shapes)]
+    plan = Plan(sources, CPU, buckets=None if exact else rows * LANES)
+    for i, (n, d) in enumerate(shapes):
+        assert elements(plan, i).tolist() == list(range(n))
+        assert (plan.table["dtype"][plan.table["tensor"] == i] == d).all()
+    assert plan.num_rows == (0 if exact else rows)
+    assert not plan.weighted
+
+
+@settings(deadline=None)  # the model goes piece by piece
+@given(sizes, st.sampled_from([1, 3, 64]), st.integers(1, 3))
+def test_pieces_are_those_of_the_model(
+    shapes: list[tuple[int, int]], rows: int, groups: int
+) -> None:
+    sources, tensors = [], []
+    for i, (n, d) in enumerate(shapes):
+        weight, group = 1 / (1 + i % 2), i % groups
+        sources.append(source(n, DTYPES[d], name=f"t{i}", weight=weight, group=group))
+        empty = np.zeros(0, np.uint8)
+        tensors.append(model.Tensor(empty, 0, d, n, 0, weight, group, key_of(f"t{i}")))
+    plan = Plan(sources, CPU, buckets=rows * LANES, num_tables=groups)
+    pieces, runs = model.pieces_of(tensors, rows, groups)
+    assert plan.table.dtype == PIECE == model.PIECE
+    assert plan.table.tolist() == pieces.tolist()
+    assert plan.runs.tolist() == runs.tolist()
+    assert plan.num_buckets == rows * groups * LANES
+    assert plan.weighted == (len(shapes) > 1)
+
+
+@given(st.integers(1, 4 * LANES), st.lists(st.integers(0, 4 * LANES), max_size=5))
+def test_pieces_of_shards_are_parts_of_those_of_the_whole(n: int, cuts: list[int]) -> None:
+    edges = [0, *sorted(min(cut, n) for cut in cuts), n]
+    buckets = 16 * LANES
+    whole = Plan([source(n)], CPU, buckets=buckets)
+    of_chunk = {
+        int(p["offset"]) // 4 // LANES: tuple(p[["hash", "packet", "swap"]].item())
+        for p in whole.table
+    }
+    for begin, end in zip(edges, edges[1:], strict=False):
+        runs = runs_of((0, begin, end - begin))
+        shard = Plan([source(end - begin, runs=runs)], CPU, buckets=buckets)
+        assert elements(shard, 0).tolist() == list(range(end - begin))
+        for piece in shard.table:
+            index = begin + int(piece["offset"]) // 4
+            chunk, start = divmod(index, LANES)
+            assert int(piece["start"]) == start
+            assert start + int(piece["length"]) <= LANES
+            assert tuple(piece[["hash", "packet", "swap"]].item()) == of_chunk[chunk]
+
+
+def test_a_shard_of_many_runs() -> None:
+    """Columns 3 to 5 of 2,000 rows of 10: stretches of two elements, some cut by a chunk's end."""
+    runs = Runs(
+        np.arange(2000) * 2, np.arange(2000, dtype=np.int64) * 10 + 3, np.full(2000, 2, np.int64)
+    )
+    for buckets in (4 * LANES, None):
+        plan = Plan([source(4000, runs=runs)], CPU, buckets=buckets, num_buckets=20_000)
+        assert elements(plan, 0).tolist() == list(range(4000))
+    first = plan.table["bucket"]
+    assert set(first % 10) <= {3, 4} and plan.table["length"].sum() == 4000
+
+
+@given(sizes)
+def test_spans_are_sorted_and_never_overlap(shapes: list[tuple[int, int]]) -> None:
+    firsts = np.cumsum([0, *(n for n, _ in shapes)])
+    order = np.random.default_rng(len(shapes)).permutation(len(shapes))
+    sources = [source(shapes[i][0], DTYPES[shapes[i][1]], bucket=int(firsts[i])) for i in order]
+    plan = Plan(sources, CPU, buckets=None, num_buckets=int(firsts[-1]))
+    begin = plan.table["bucket"]
+    end = begin + plan.table["length"]
+    assert plan.table.dtype == SPAN == model.SPAN
+    assert (plan.table["length"] <= SPAN_ELEMENTS).all()
+    assert (end[:-1] == begin[1:]).all()  # in this order without gaps: one bucket an element
+    assert (plan.table["length"].sum(), plan.num_buckets) == (firsts[-1], firsts[-1])
+
+
+def test_a_weight_makes_a_plan_weighted() -> None:
+    for buckets in (LANES, None):
+        assert not Plan([source(3)], CPU, buckets=buckets).weighted
+        plan = Plan([source(3), source(3, weight=0.5)], CPU, buckets=buckets, num_buckets=6)
+        assert plan.weighted
+        assert sorted(plan.table["weight"]) == [0.5, 1.0]
+
+
+def test_a_plan_of_nothing() -> None:
+    hashed = Plan([], CPU, buckets=2 * LANES)
+    assert len(hashed.table) == 0 and hashed.runs.tolist() == [0] * (2 * SWAPS + 1)
+    exact = Plan([source(0)], CPU, buckets=None)
+    assert len(exact.table) == 0 and exact.num_buckets == 0
+
+
+def test_chunks_spread_over_rows_lanes_and_signs() -> None:
+    n, rows = 200_000, 64
+    keys = np.full(n, key_of("layers.0.weight"), np.uint64)
+    of = place(keys, np.arange(n), rows)
+    # Counts of random choices scatter by the root of their mean; five of these.
+    for values, kinds in ((of.row, rows), (of.packet, LANES // SWAPS), (of.swap, SWAPS)):
+        counts = np.bincount(values, minlength=kinds)
+        assert np.abs(counts - n / kinds).max() < 5 * (n / kinds) ** 0.5
+    bits = np.unpackbits(of.hash.view(np.uint8)).reshape(n, 32).mean(axis=0)
+    assert np.abs(bits - 0.5).max() < 5 * 0.5 / n**0.5
+    # Neighbours, and the same chunk of another parameter, have nothing in common.
+    other = place(np.full(n, key_of("layers.1.weight"), np.uint64), np.arange(n), rows)
+    for a, b in ((of.row[1:], of.row[:-1]), (of.row, other.row)):
+        assert np.mean(a == b) == pytest.approx(1 / rows, abs=5 * (1 / rows / n) ** 0.5)
+
+
+def test_the_hash_of_a_name_is_the_same_everywhere() -> None:
+    """Checkpoints hold tables: these numbers are for ever."""
+    assert key_of("layers.0.weight") == 0x3E163D53ECC2C30C
+    of = place(np.array([key_of("w")], np.uint64), np.array([7]), 64)
+    assert [int(value[0]) for value in of] == [46, 325, 4, 2163499734]
+
+
+def ends_of(n: int) -> Runs:
+    """The first and the last 5,000 elements."""
+    return runs_of((0, 0, 5000), (n - 5000, n - 5000, 5000))
 
 
 def test_tables_beyond_2_to_the_31_elements() -> None:
-    lengths = [5, 2**31 + 7, 2**33, 3]
-    tables = chunk_tables([2**40, 2**41, 2**45, 2**46], lengths, [0, 3, 0, 1], CHUNK_ELEMENTS)
-    assert tables.chunks.dtype == np.int64
-    assert tables.chunks[:, 2].sum() == sum(lengths)
-    last_of_second = tables.chunks[tables.tensor_chunks[2] - 1]
-    start = (2**31 + 7 - 1) // CHUNK_ELEMENTS * CHUNK_ELEMENTS
-    assert last_of_second.tolist() == [2**41 + 2 * start, 32 + start, 2**31 + 7 - start, 3]
-    assert tables.chunks[-1].tolist() == [2**46, 32 + 2**31 + 32 + 2**33, 3, 1]
-    assert tables.arena_elements == 32 + 2**31 + 32 + 2**33 + 32
-
-
-@every_case
-def test_every_segment_shows_its_tensor(case: str) -> None:
-    tensors = make(case)
-    plan = plan_of(*tensors)
-    plan.refresh()
-    arena = torch.full((plan.arena_elements,), -1.0)
-    for segment in plan.segments:
-        segment.in_arena(arena).copy_(segment.flat)
-        shaped = segment.shaped(arena)
-        assert shaped.shape == segment.alias.shape
-        torch.testing.assert_close(shaped, segment.alias.float(), rtol=0, atol=0)
-    assert sum(s.flat.numel() for s in plan.segments) == plan.num_elements
-
-
-def test_dense_tensors_are_never_copied() -> None:
-    base = torch.randn(4, 6, 5, 3)
-    dense = [
-        base.clone(),
-        base.clone().to(memory_format=torch.channels_last),
-        base.clone().permute(3, 1, 0, 2),
-        base.clone()[1:3],
-        torch.randn(5, 1, 3)[:, 0],
-        torch.tensor(1.0),
-        torch.randn(0, 3),
-        torch.randn(4, dtype=torch.cfloat),
+    lengths = [2**31 + 7, 2**33]
+    sources = [
+        source(n, dtype, name=name, bucket=first, runs=ends_of(n))
+        for n, dtype, name, first in zip(
+            lengths, (torch.bfloat16, torch.float32), "ab", (5, 5 + 2**31 + 7), strict=True
+        )
     ]
-    assert all(is_dense(t) for t in dense)
-    assert not any(s.staged for s in plan_of(*dense).segments)
-    strided = [base[:, :2], base[..., ::2], torch.randn(3, 1).expand(3, 4)]
-    assert not any(is_dense(t) for t in strided)
-    assert all(plan_of(t).segments[0].staged for t in strided)
+    for buckets in (64 * LANES, None):
+        plan = Plan(sources, CPU, buckets=buckets, num_buckets=5 + sum(lengths))
+        for i, n in enumerate(lengths):
+            assert elements(plan, i)[[0, 4999, 5000, -1]].tolist() == [0, 4999, n - 5000, n - 1]
+    last = plan.table[-1]
+    assert int(last["bucket"]) + int(last["length"]) == 5 + 2**31 + 7 + 2**33
 
 
-def test_copies_of_strided_tensors_follow_and_are_carried_back() -> None:
-    tensor = torch.arange(12.0).view(3, 4)[:, ::2]
-    plan = plan_of(tensor)
-    (segment,) = plan.segments
-    tensor += 1
-    plan.refresh()
-    assert segment.flat.tolist() == [1, 3, 5, 7, 9, 11]
-    segment.flat.zero_()
-    plan.publish()
-    assert tensor.tolist() == [[0, 0], [0, 0], [0, 0]]
-
-
-def test_tied_tensors_count_once() -> None:
-    a = torch.randn(3, 4)
-    plan = plan_of(a, a, a.view(3, 4), a.t(), a.view(-1))
-    assert [s.name for s in plan.segments] == ["t0"]
-    strided = torch.randn(6, 6)[:, ::2]
-    assert plan_of(strided, strided[:]).num_elements == 18
-
-
-def test_interleaved_views_are_separate_tensors() -> None:
-    base = torch.randn(6, 8)
-    plan = plan_of(base[:, :3], base[:, 3:], torch.randn(2))
-    assert plan.num_elements == 50
-    assert plan_of(base[:, ::2], base[:, 1::2]).num_elements == 48
-    assert plan_of(base[1, :3], base[:, 3:]).num_elements == 33
-
-
-@pytest.mark.parametrize(
-    "overlapping",
-    [
-        lambda b: (b[:4], b[3:]),
-        lambda b: (b, b[2]),
-        lambda b: (b[:, :4], b[:, 3:]),
-        lambda b: (b.view(-1)[:10], b.view(-1)[:9]),
-        lambda b: (b, b.view(torch.int32).view(torch.float32)[1:]),
-        lambda b: (b[:, ::2], b[0]),
-    ],
-)
-def test_partly_overlapping_tensors_are_refused(overlapping) -> None:  # type: ignore[no-untyped-def]
-    first, second = overlapping(torch.randn(6, 8))
-    with pytest.raises(ValueError, match="params: t1 and t2 overlap in memory without"):
-        plan_of(torch.randn(3), first, second)
-
-
-def test_chunk_size_must_keep_the_alignment() -> None:
-    with pytest.raises(
-        ValueError, match="chunk_elements: expected a positive multiple of 32, got 33"
-    ):
-        chunk_tables([], [], [], 33)
+@given(st.lists(st.integers(0, 3 * LANES), min_size=1, max_size=20))
+def test_blocks_of_a_close_cover_every_part(lengths: list[int]) -> None:
+    bounds = np.cumsum([0, *lengths])
+    blocks, part = close_blocks(bounds)
+    assert blocks.dtype == np.int64
+    assert (blocks[:, 1] - blocks[:, 0] > 0).all()
+    assert (blocks[:, 1] - blocks[:, 0] <= LANES).all()
+    for i, n in enumerate(lengths):
+        mine = blocks[part == i]
+        assert (mine[:, 1] - mine[:, 0]).sum() == n
+        if n:
+            assert (mine[0, 0], mine[-1, 1]) == (bounds[i], bounds[i + 1])
+            assert (mine[1:, 0] == mine[:-1, 1]).all()
 
 
 @pytest.mark.slow
-def test_more_than_2_to_the_31_elements_for_real() -> None:
-    """One bf16 tensor of 2^31 + 100 elements and one arena: 12 GiB."""
+@pytest.mark.parametrize("exact", [False, True])
+def test_more_than_2_to_the_31_elements_for_real(exact: bool) -> None:
+    """One bf16 tensor of 2^31 + 100 elements, 4 GiB; of the exact table only both ends are used."""
     n = 2**31 + 100
-    x = torch.ones(n, dtype=torch.bfloat16)
-    x[-1] = 3.0
-    plan = plan_of(x)
-    operations = CpuBackend().bind(plan)
-    running = torch.empty(plan.arena_elements)
-    nothing = torch.from_numpy(np.zeros(plan.arena_elements, np.float32))  # only read: no memory
-    operations.accumulate(running, None, first=True)
-    operations.accumulate(running, None, first=False)
-    assert running[n - 1].item() == 6.0
-    assert running[2**31 - 1 : 2**31 + 1].tolist() == [2.0, 2.0]
-    sums = operations.close_sum(running, nothing, nothing, 2)
-    assert sums.norm == sums.mean_norm == n - 1 + 9.0
-    operations.write_back(running, None, 0.25)
-    assert x[-1].item() == 1.5
-    assert x[2**31 - 1 : 2**31 + 1].tolist() == [0.5, 0.5]
-
-
-def test_strided_views_are_compared_under_any_default_device() -> None:
-    """Their spans meet, and they have no element in common."""
-    whole = torch.zeros(16)
-    with torch.device("meta"):
-        plan = Plan([("even", whole[::2]), ("odd", whole[1::2])], torch.device("cpu"))
-    assert len(plan.segments) == 2
+    x = torch.from_numpy(np.zeros(n, np.int16)).view(torch.bfloat16)
+    marked = {0: 1.0, 2**31 - 1: 2.0, 2**31: 3.0, n - 1: 4.0}
+    for i, value in marked.items():
+        x[i] = value
+    runs = ends_of(n) if exact else None
+    big = Source("x", lambda: x, n, x.dtype, runs=runs)
+    plan = Plan([big], CPU, buckets=None if exact else 64 * LANES, num_buckets=n)
+    table = torch.from_numpy(np.zeros(plan.num_buckets))  # memory that nobody writes to is not used
+    read = CpuBackend().bind(plan)
+    for _ in range(2):
+        read.accumulate(table, np.array([x.data_ptr()], np.int64))
+    if exact:
+        assert {i: table[i].item() / 2 for i in marked} == marked
+        assert [int(table[a:b].count_nonzero()) for a, b in ((0, 5000), (n - 5000, n))] == [1, 3]
+    else:
+        # Every one has its own bucket: two neighbours at most share a chunk.
+        assert sorted(table[table != 0].abs().tolist()) == [2.0, 4.0, 6.0, 8.0]

@@ -8,14 +8,15 @@ import pathlib
 import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from autodrop_ext.ops.cpu import CpuBackend
 
 from autodrop_ext import AngularVelocity, ops
 from autodrop_ext.ops import cuda, native
+from autodrop_ext.ops.backends import CpuBackend, table_device
 from autodrop_ext.ops.cuda import CudaBackend
-from autodrop_ext.ops.plan import Plan
+from autodrop_ext.ops.plan import Plan, Source
 from autodrop_ext.ops.triton import TritonBackend
 
 if importlib.util.find_spec("triton") is not None:
@@ -135,9 +136,11 @@ def test_what_repairs_a_missing_core(
 
 
 def test_an_unknown_instruction_set_is_refused() -> None:
-    plan = Plan([("x", torch.zeros(3))], torch.device("cpu"))
+    x = torch.zeros(3)
+    plan = Plan([Source("x", lambda: x, 3, x.dtype)], torch.device("cpu"), buckets=4096)
+    read = CpuBackend("mmx").bind(plan)
     with pytest.raises(ValueError, match="does not run 'mmx'"):
-        CpuBackend("mmx").bind(plan)
+        read.accumulate(torch.zeros(4096, dtype=torch.float64), np.array([x.data_ptr()]))
 
 
 def test_a_gpu_without_machine_code_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +149,7 @@ def test_a_gpu_without_machine_code_is_explained(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     reason = cuda.explain("probe: cudaErrorNoKernelImageForDevice (no kernel image ...)", 0)
-    assert "built for sm_80, sm_90, and" in reason
+    assert "built for the CUDA architectures 80-real 90-real, and" in reason
     assert "GPU 0 (Tesla T4) is sm_75" in reason
     assert "reinstall with CUDAARCHS=75" in reason
     other = cuda.explain("probe: cudaErrorLaunchFailure (unspecified launch failure)", 1)
@@ -168,3 +171,8 @@ def test_backends_that_need_a_gpu_say_why_they_are_absent(monkeypatch: pytest.Mo
     assert on_cpu["cpu"] is None
     with pytest.raises(RuntimeError, match="backend 'cuda' cannot be used for cpu parameters"):
         AngularVelocity([torch.zeros(3)], backend="cuda").observe()
+
+
+def test_tables_are_where_float64_is() -> None:
+    assert table_device(torch.device("mps")) == torch.device("cpu")
+    assert table_device(GPU) == GPU

@@ -1,6 +1,6 @@
 """Compiles the Triton kernels ahead of time, for GPUs that are not there.
 
-Run as a program: ``python tests/ops/triton_ahead.py [--block 1024] [--only WORDS] [--every]``
+Run as a program: ``python tests/ops/triton_ahead.py [--only WORDS]``
 prints a JSON object for each kernel and target, one a line. Triton decides at its import whether
 kernels are interpreted, so the tests, which interpret them, run this in another process.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import collections
 import inspect
-import itertools
 import json
 import os
 import pathlib
@@ -22,11 +21,11 @@ import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-POINTER_ALIGNMENT = 16  # bytes: arenas and tables come from torch's allocator
-DTYPES = {"float32": "float32", "float64": "float64", "float16": "float16", "bfloat16": "uint16"}
+POINTER_ALIGNMENT = 16  # bytes: tables come from torch's allocator
+DTYPES = {"float32": 1, "float64": 2, "float16": 4, "bfloat16": 8}  # bits of DTYPES of the kernels
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32)}
 TARGETS["gfx942"] = ("hip", "gfx942", 64)
-OF_CHUNKS = {"chunks": "*i64", "rows": "*i64"}  # arguments of kernels that touch parameters
+DEFAULT_THREADS = 128  # of a program whose launch gives no warps: four of 32; of 64, 256 threads
 
 
 class Variant(NamedTuple):
@@ -37,76 +36,69 @@ class Variant(NamedTuple):
         kernel: name of the kernel's function.
         signature: types of the arguments that exist at run time.
         constants: values of the others.
+        threads: of a program; 0 for Triton's default.
     """
 
     name: str
     kernel: str
     signature: dict[str, str]
-    constants: dict[str, Any]
+    constants: dict[str, int]
+    threads: int = 0
 
 
-def variants(block: int, every: bool = False) -> Iterator[Variant]:
-    """Those that a window of each dtype launches, or every specialisation that can be launched."""
-    for name in DTYPES:
-        for aligned in (True, False):
-            for delta, first, weighted in itertools.product((False, True), repeat=3):
-                usual = not weighted and not (delta and first) and (aligned or not (delta or first))
-                if every or usual:
-                    yield accumulate(block, name, aligned, delta, first, weighted)
-            for with_mean in (True, False):
-                if every or (aligned and with_mean):
-                    yield write_back(block, name, aligned, with_mean)
-    arenas = {"chunks": "*i64", "running": "*fp32", "previous": "*fp32"}
-    sums = {"partials": "*fp64"}
-    constants: dict[str, Any] = {"BLOCK": block}
-    yield Variant("close_sum", "close_sum_kernel", arenas | {"before": "*fp32"} | sums, constants)
+def variants() -> Iterator[Variant]:
+    """Those that :mod:`triton_kernels.launches` launches, for each dtype and for all at once."""
+    from triton_kernels import launches
+
+    pieces = {"pieces": "*i64", "runs": "*i64", "bases": "*i64", "partials": "*fp64"}
+    spans = {"spans": "*i64", "bases": "*i64", "table": "*fp64"}
+    for name, bits in (*DTYPES.items(), ("mixed", 15)):
+        yield Variant(
+            f"accumulate {name}",
+            "accumulate_kernel",
+            pieces | {"buckets": "i64"},
+            {"splits": 1, "DTYPES": bits},  # Triton compiles a 1 in
+            launches.THREADS,
+        )
+        yield Variant(
+            f"accumulate_exact {name}",
+            "accumulate_exact_kernel",
+            spans,
+            {"DTYPES": bits, "BLOCK": launches.BLOCK},
+        )
     yield Variant(
-        "close_delta",
-        "close_delta_kernel",
-        arenas | {"mean": "*fp32"} | sums | {"window": "*i64"},
-        constants,
-    )
-    yield Variant(
-        "tensor",
-        "tensor_kernel",
-        {"tensor_chunks": "*i64", "partials": "*fp64", "per_tensor": "*fp64"},
-        {"BLOCK": 256},
-    )
-
-
-def accumulate(
-    block: int, dtype: str, aligned: bool, delta: bool, first: bool, weighted: bool
-) -> Variant:
-    words = ["aligned" if aligned else "misaligned", "delta" if delta else "sum"]
-    words += ["first"] * first + ["weighted"] * weighted
-    return Variant(
-        f"accumulate {dtype} {' '.join(words)}",
+        "accumulate mixed split",
         "accumulate_kernel",
-        OF_CHUNKS | {"running": "*fp32", "mean": "*fp32", "weight": "fp32"},
-        {"DTYPE": DTYPES[dtype], "ALIGNED": aligned, "DELTA": delta, "FIRST": first}
-        | {"WEIGHTED": weighted, "BLOCK": block},
+        pieces | {"buckets": "i64", "splits": "i32"},
+        {"DTYPES": 15},
+        launches.THREADS,
     )
-
-
-def write_back(block: int, dtype: str, aligned: bool, with_mean: bool) -> Variant:
-    words = ["aligned" if aligned else "misaligned"] + ["without mean"] * (not with_mean)
-    return Variant(
-        f"write_back {dtype} {' '.join(words)}",
-        "write_back_kernel",
-        OF_CHUNKS | {"arena": "*fp32", "mean": "*fp32", "scale": "*fp64"},
-        {"DTYPE": DTYPES[dtype], "ALIGNED": aligned, "WITH_MEAN": with_mean, "BLOCK": block},
+    yield Variant(
+        "add_partials",
+        "add_partials_kernel",
+        {"partials": "*fp64", "table": "*fp64", "buckets": "i64", "count": "i32"},
+        {"BLOCK": launches.PARTIALS_BLOCK},
+    )
+    tables = {"running": "*fp64", "mean": "*fp64", "displacement": "*fp64"}
+    yield Variant(
+        "close",
+        "close_kernel",
+        tables | {"divisor_bits": "i64", "blocks": "*i64", "block_sums": "*fp64"},
+        {"BLOCK": launches.CLOSE_BLOCK},
     )
 
 
 def source(kernels: Any, variant: Variant) -> Any:
     """What triton.compile takes; its arguments were renamed after Triton 3.2."""
-    import triton.language as tl
     from triton.compiler import ASTSource
 
     function = getattr(kernels, variant.kernel)
     names = function.arg_names
-    constants = {k: getattr(tl, v) if k == "DTYPE" else v for k, v in variant.constants.items()}
-    aligned = [names.index(n) for n, t in variant.signature.items() if t.startswith("*")]
+    constants = variant.constants
+    # Buckets are a multiple of 4,096.
+    aligned = [
+        names.index(n) for n, t in variant.signature.items() if t.startswith("*") or n == "buckets"
+    ]
     if "constants" in inspect.signature(ASTSource.__init__).parameters:
         from triton.backends.compiler import AttrsDescriptor
 
@@ -119,6 +111,11 @@ def source(kernels: Any, variant: Variant) -> Any:
     places = {(names.index(n),): value for n, value in constants.items()}
     divisible = {(i,): [["tt.divisibility", POINTER_ALIGNMENT]] for i in aligned}
     return ASTSource(function, signature, constexprs=places, attrs=divisible)
+
+
+def options(variant: Variant, target: str) -> dict[str, Any]:
+    warps = {"num_warps": variant.threads // TARGETS[target][2]} if variant.threads else {}
+    return {"enable_fp_fusion": False} | warps
 
 
 def report(compiled: Any, target: str) -> dict[str, Any]:
@@ -156,9 +153,7 @@ def resources(cubin: bytes) -> tuple[int, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--block", type=int, default=1024)
     parser.add_argument("--only", default="", help="variants whose name contains this")
-    parser.add_argument("--every", action="store_true", help="not only what a window launches")
     parser.add_argument("--targets", nargs="*", choices=TARGETS, default=list(TARGETS))
     arguments = parser.parse_args()
     os.environ.pop("TRITON_INTERPRET", None)
@@ -168,9 +163,9 @@ def main() -> None:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from triton_kernels import kernels
+    from triton_kernels import table
 
-    for variant in variants(arguments.block, arguments.every):
+    for variant in variants():
         if arguments.only not in variant.name:
             continue
         for target in arguments.targets:
@@ -179,9 +174,9 @@ def main() -> None:
             start = time.perf_counter()
             try:
                 compiled = triton.compile(
-                    source(kernels, variant),
+                    source(table, variant),
                     target=GPUTarget(*TARGETS[target]),
-                    options={"enable_fp_fusion": False},
+                    options=options(variant, target),
                 )
                 row |= report(compiled, target)
             except Exception as error:  # the compiler raises what it likes; the test shows it

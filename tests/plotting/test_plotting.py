@@ -181,7 +181,7 @@ def test_a_name_with_dollars_is_no_formula(tmp_path):
 
 @pytest.mark.parametrize("value", [math.inf, -1e308, 1e308, 10**400, 1e-320, math.nan])
 def test_no_value_breaks_a_picture(value, tmp_path):
-    names = ("angle", "smoothed", "rise", "margin")
+    names = ("angle", "smoothed", "rise", "standard_error")
     run = [*readings(2), reading(60, lr=[value], **dict.fromkeys(names, value))]
     metrics = [*METRICS, {"step": 60, "loss": value}]
     plot_run(run, metrics, threshold=0.1, path=tmp_path / "a.png")

@@ -230,7 +230,7 @@ def fragments(node: ast.expr) -> list[str]:
 def test_messages_are_in_the_troubleshooting_page() -> None:
     page = " ".join((DOCS / "troubleshooting.md").read_text(encoding="utf-8").split())
     found = messages()
-    assert len(found) > 30  # the search itself works
+    assert len(found) > 20  # the search itself works
     missing = [f"{where}: {text}" for where, text in found if text not in page]
     assert not missing, "not in docs/troubleshooting.md:\n" + "\n".join(missing)
 

@@ -7,9 +7,7 @@ about the package as it is, which must be clean, and about sources into which a 
 from __future__ import annotations
 
 import ast
-import io
 import pathlib
-import tokenize
 from collections.abc import Callable, Iterator, Mapping
 
 import pytest
@@ -97,17 +95,41 @@ def checks_import_nothing(given: Sources) -> list[str]:
     return forbidden(given, "checks", lambda name: False)
 
 
-def the_meter_reaches_sampling_through_one_import(given: Sources) -> list[str]:
-    found = [
-        (module, line, name)
-        for module in given
-        if not in_room(module, "sampling")
-        for line, name in imports(module, given)
-        if in_room(name, "sampling")
-    ]
-    if [(module, name) for module, _, name in found] == [("meter", "sampling.sums")]:
-        return []
-    return [f"{module}:{line} imports {name}" for module, line, name in found] or ["no import"]
+ARROWS = {
+    "checks": "",
+    "messages": "",
+    "memory": "",
+    "global_index": "",
+    "agreement": "",
+    "windows": "",
+    "saved": "checks",
+    "settings": "checks saved",
+    "reading": "checks saved",
+    "log": "messages reading",
+    "sharding": "global_index memory",
+    "parameters": "memory sharding",
+    "average": "checks saved sharding",
+    "sketch": "ops ops.plan sharding",
+    "ranks": "agreement sharding",
+    "faults": "messages ranks sketch",
+    "meter": "agreement checks faults memory messages ops parameters ranks reading saved settings "
+    "sketch windows",
+}
+"""What each file of the meter may import: the seams between parameters, tables and ranks."""
+
+
+def files_of_the_meter_import_what_the_house_says(given: Sources) -> list[str]:
+    found = [f"no file {module}" for module in ARROWS if module not in given]
+    found += [f"no arrows of {m}" for m in given if m and "." not in m and _is_file(m, given, m)]
+    for module, allowed in ARROWS.items():
+        found += forbidden(given, module, lambda name, allowed=allowed: name in allowed.split())
+    return found
+
+
+def _is_file(module: str, given: Sources, name: str) -> bool:
+    """Return True for a file at the package's top level that has no arrows."""
+    folder = any(other.startswith(f"{module}.") for other in given)
+    return not folder and not name.startswith("__") and module not in ARROWS
 
 
 def nothing_is_imported_in_a_circle(given: Sources) -> list[str]:
@@ -134,36 +156,13 @@ def nothing_is_imported_in_a_circle(given: Sources) -> list[str]:
 
 # ---- names ------------------------------------------------------------------------------------
 
-KNOW_NOTHING_OF_SAMPLING = ("ops.plan", "ops.window_sums", "ops.device_sums")
-WORDS_OF_SAMPLING = ("sampl", "survey", "strat")
-
-
-def sums_know_nothing_of_sampling(given: Sources) -> list[str]:
-    """No name, comment or docstring; messages for users may give ``sample=`` as advice."""
-    found = []
-    for module in KNOW_NOTHING_OF_SAMPLING:
-        docstrings = set()
-        for node in ast.walk(ast.parse(given[module])):
-            # Also the strings below attributes, which stand for docstrings.
-            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-                docstrings |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
-        for token in tokenize.generate_tokens(io.StringIO(given[module]).readline):
-            text = token.string.lower()
-            is_text = token.type == tokenize.STRING and token.start[0] not in docstrings
-            if not is_text and any(word in text for word in WORDS_OF_SAMPLING):
-                found.append(f"{module}:{token.start[0]} {token.string.strip()[:60]}")
-    return found
-
-
 OTHERS_UNDERSCORES = {
     # Of Python.
     "_replace": "NamedTuple",
     "_asdict": "NamedTuple",
     "_getframe": "sys: the line of the user that a warning points to",
     # Of torch, which has no public name for them.
-    "_C": "torch's own extension: DisableTorchFunction, and functions of its C interface",
-    "_aoti": "torch._C: addresses of tensors for the compiled watch",
-    "_cdata": "Tensor: where the C++ tensor is, to find its offset once",
+    "_C": "torch's own extension: DisableTorchFunction",
     "_version": "Tensor: whether a learning rate was written to",
     "_foreach_add": "torch's multi-tensor operations",
     "_foreach_add_": "torch's multi-tensor operations",
@@ -231,7 +230,6 @@ NAMED_BY_TESTS = {
     "_schedulers": "SequentialLR's: no scheduler here may look like one",
     "_update_lr": "torch's LRScheduler",
     "_best": "the choice of backends is remembered, and a test has to forget it",
-    "_streams": "an emulated backend brings its own",
 }
 
 
@@ -275,14 +273,14 @@ def private_names_read(tests: Sources, names: set[str]) -> list[str]:
 
 def test_tests_use_public_names() -> None:
     names = private_names_of(sources()) - set(NAMED_BY_TESTS)
-    assert {"_sums", "_close_window", "_STILL_WINDOWS"} <= names
+    assert {"_sketch", "_close_window", "_STILL_WINDOWS"} <= names
     assert private_names_read(sources_of_tests(), names) == []
 
 
 @pytest.mark.parametrize(
     "line",
     [
-        "assert meter._sums is not None",
+        "assert meter._sketch is not None",
         "from autodrop_ext.messages import _warn",
         "monkeypatch.setattr(meter, '_close_window', None)",
         "monkeypatch.setattr('autodrop_ext.faults._STILL_WINDOWS', 2)",
@@ -349,7 +347,8 @@ def leaves_early(statements: list[ast.stmt], collective: str) -> list[int] | Non
     """
     lines: list[int] = []
     for statement in statements:
-        alone = isinstance(statement, ast.If) and "Alone)" in ast.unparse(statement.test)
+        test = ast.unparse(statement.test) if isinstance(statement, ast.If) else ""
+        alone = test == "self.group is None"
         narrowing = isinstance(statement, ast.Assert) and ast.unparse(statement.test).endswith(
             " is not None"
         )
@@ -369,8 +368,9 @@ def leaves_early(statements: list[ast.stmt], collective: str) -> list[int] | Non
 def nothing_leaves_before_the_collective(given: Sources) -> list[str]:
     found = []
     for module, owner, name, collective in (
-        ("meter", "AngularVelocity", "_close_window", "self._exchange.close"),
-        ("distributed.exchange", "Exchange", "close", "self.group.gather"),
+        ("meter", "AngularVelocity", "_close_window", "ranks.agree"),
+        ("ranks", "Ranks", "agree", "self.gather"),
+        ("ranks", "Ranks", "gather", "dist.all_gather_single"),
     ):
         lines = leaves_early(function_of(given[module], owner, name).body, collective)
         if lines is None:
@@ -403,14 +403,14 @@ def with_line_before(module: str, statement: str, line: str) -> Callable[[dict[s
     return write
 
 
-CLOSE = "total, numbers = self._exchange.close("
-GATHER = "row = self._row("
+AGREE = "verdict = ranks.agree("
+GATHER = "rows = self.gather("
 
 RULES: dict[Callable[[Sources], list[str]], list[Callable[[dict[str, str]], None]]] = {
     operations_import_nothing_of_the_package: [
-        with_line("ops.plan", "from ..angle import angle_of"),
-        with_line("ops.memory", "from autodrop_ext.checks import number"),
-        with_line("ops.cpu", "def f():\n    from .. import checks"),
+        with_line("ops.plan", "from ..meter import angle_of"),
+        with_line("ops.reference", "from autodrop_ext.checks import number"),
+        with_line("ops.backends", "def f():\n    from .. import checks"),
         with_line("ops.triton", "importlib.import_module('autodrop_ext.meter')"),
         with_line("ops", "import autodrop_ext"),
     ],
@@ -423,41 +423,39 @@ RULES: dict[Callable[[Sources], list[str]], list[Callable[[dict[str, str]], None
         with_line("schedulers.velocity_model", "from .base import Outcome")
     ],
     checks_import_nothing: [with_line("checks", "from .saved import load")],
-    the_meter_reaches_sampling_through_one_import: [
-        with_line("meter", "from .sampling.draw import Sample"),
-        with_line("meter", "from .sampling.sums import SampledSums"),
-        with_line("parts", "from .sampling import error"),
-        with_line("distributed.layout", "def f():\n    import autodrop_ext.sampling.survey"),
+    files_of_the_meter_import_what_the_house_says: [
+        with_line("sketch", "from .meter import angle_of"),
+        with_line("sketch", "from .ranks import Ranks"),
+        with_line("parameters", "from .sketch import Sketch"),
+        with_line("ranks", "def f():\n    from .sketch import Sketch"),
+        with_line("windows", "import autodrop_ext.checks"),
+        with_line("average", "from .schedulers.base import as_floats"),
+        lambda given: given.update(parts="from .sketch import Sketch"),
+        lambda given: given.pop("windows"),
     ],
     nothing_is_imported_in_a_circle: [
         with_line("parameters", "from .meter import AngularVelocity"),
         with_line("reading", "def f():\n    from .log import JsonLinesLog"),
-        with_line("ops.interface", "from . import select"),
-        with_line("ops.plan", "from .interface import Sums"),
+        with_line("ops.backends", "from . import select"),
+        with_line("ops.plan", "from .backends import Backend"),
         with_line("checks", "from . import AngularVelocity"),
     ],
-    sums_know_nothing_of_sampling: [
-        with_line("ops.window_sums", "def is_sampled(): ..."),
-        with_line("ops.plan", "# of a sample"),
-        with_line("ops.device_sums", 'def f():\n    """Strata of a survey."""'),
-        with_line("ops.plan", "from ..sampling import draw"),
-    ],
     nobody_reads_anothers_underscore_names: [
-        with_line("schedulers.metered", "def f(scheduler): return scheduler.meter._sums"),
-        with_line("parts", "def f(other): other._names = []"),
+        with_line("schedulers.metered", "def f(scheduler): return scheduler.meter._sketch"),
+        with_line("faults", "def f(other): other._names = []"),
         with_line("average", "from .messages import _warn"),
         with_line("cli.plot", "def f(meter): return getattr(meter, '_sketch')"),
     ],
     every_allowed_underscore_is_used: [
-        lambda given: given.update({k: v.replace("_aoti", "aoti") for k, v in given.items()})
+        lambda given: given.update({k: v.replace("_numels", "numels") for k, v in given.items()})
     ],
     nothing_leaves_before_the_collective: [
-        with_line_before("meter", CLOSE, "return None"),
-        with_line_before("meter", CLOSE, "if changed: raise RuntimeError"),
-        with_line_before("meter", CLOSE, "assert totals"),
-        with_line_before("distributed.exchange", GATHER, "return Agreement()"),
-        with_line_before("distributed.exchange", GATHER, "if not numbers: raise RuntimeError"),
-        lambda given: given.update(meter=given["meter"].replace("self._exchange.close", "close")),
+        with_line_before("meter", AGREE, "return None"),
+        with_line_before("meter", AGREE, "if changed: raise RuntimeError"),
+        with_line_before("meter", AGREE, "assert table"),
+        with_line_before("ranks", GATHER, "return Agreement()"),
+        with_line_before("ranks", GATHER, "if not facts: raise RuntimeError"),
+        lambda given: given.update(meter=given["meter"].replace("ranks.agree", "ranks.decide")),
     ],
 }
 

@@ -366,11 +366,9 @@ def test_the_hook_does_not_keep_the_scheduler_alive() -> None:
         ({"params": 3}, TypeError, "params: expected an iterable of tensors"),
         ({"params": [3]}, TypeError, r"params\[0\]: expected a tensor, .* got int"),
         ({"on_drop": 3}, TypeError, "on_drop: expected a function or None, got 3"),
-        (
-            {"sample": 1.5},
-            ValueError,
-            "sample: expected None or a number above 0 and at most 1, got 1.5",
-        ),
+        ({"buckets": 1000}, ValueError, "buckets: expected None or a positive multiple of 4,096"),
+        ({"sample": None}, TypeError, "sample: expected no such argument; .* buckets= sets its"),
+        ({"average": 8}, TypeError, "average: expected a bool, got 8"),
         ({"process_group": 1}, TypeError, "process_group: expected None"),
     ],
 )

@@ -288,18 +288,18 @@ def test_master_weights_are_averaged_in_place_of_the_parameters() -> None:
 
 def test_memory_is_taken_for_the_delay_only() -> None:
     optimizer = Given(np.arange(1.0, 8.0)[:, None] * np.ones((1, 1024)))
-    before = bytes_of_arenas(optimizer.parameter)
+    before = bytes_of_averages(optimizer.parameter)
     scheduler = EpochAutoDrop(optimizer, delay=2)
     taken = []
     for _ in range(7):
         optimizer.step()
         scheduler.step()
-        taken.append(bytes_of_arenas(optimizer.parameter) - before)
-    # 12 bytes a parameter, and 4 more after the first of the two epochs, until the second is over.
-    assert taken == [12288] * 3 + [16384] + [12288] * 2 + [16384]
+        taken.append(bytes_of_averages(optimizer.parameter) - before)
+    # 4 bytes a parameter after the first of the two epochs, until the second is over.
+    assert taken == [0] * 3 + [4096] + [0] * 2 + [4096]
 
 
-def bytes_of_arenas(parameter: torch.Tensor) -> int:
+def bytes_of_averages(parameter: torch.Tensor) -> int:
     """Bytes of the float32 tensors of the parameter's size that are alive, without itself."""
     gc.collect()
     alive = [t for t in gc.get_objects() if type(t) is torch.Tensor and t.dtype == torch.float32]
@@ -426,20 +426,20 @@ def test_plot_shows_delays_and_drops(tmp_path: Any) -> None:
     ]
 
 
-def test_close_takes_the_hooks_off_and_frees_the_arenas() -> None:
+def test_close_takes_the_hooks_off_and_frees_the_tables() -> None:
     optimizer = Given(np.arange(1.0, 9.0)[:, None])
     scheduler = EpochAutoDrop(optimizer, delay=3)
     for _ in range(5):
         optimizer.step()
         scheduler.step()
-    (mean,) = scheduler.state_dict()["mean"]["means"].values()
+    (mean,) = scheduler.state_dict()["mean"]["tensors"].values()
     # Two of three epochs of the delay: 4 with the weight 1 and 5 with the weight 2.
     assert mean.tolist() == pytest.approx([14 / 3], rel=2.0**-23)
     scheduler.close()
     assert not optimizer._optimizer_step_post_hooks
     assert not optimizer._optimizer_step_pre_hooks
     assert scheduler.meter.device_bytes == 0
-    assert scheduler.state_dict()["mean"]["means"] == {}
+    assert scheduler.state_dict()["mean"]["updates"] == 0
 
 
 def test_the_hooks_do_not_keep_the_scheduler_alive() -> None:

@@ -173,7 +173,7 @@ def test_parameters_that_change_their_group_start_over() -> None:
     assert scheduler.history[-1].group_angles
     moved = optimizer.param_groups[0]["params"].pop()
     optimizer.param_groups[1]["params"].append(moved)
-    with pytest.warns(RuntimeWarning, match="AutoDrop: the watched parameters were moved"):
+    with pytest.warns(RuntimeWarning, match="AutoDrop: the measured parameters were replaced"):
         steps(2)
     steps(2)
     assert scheduler.history[-1].group_angles == ()
@@ -195,20 +195,38 @@ def test_a_warning_points_to_the_line_of_the_user() -> None:
 
 
 def test_a_checkpoint_after_parameters_were_replaced_discards_the_window() -> None:
-    """Its sums are those of memory that the optimizer no longer trains."""
+    """Its open table is that of parameters that the optimizer no longer trains."""
     scheduler = made(window=4)
     train(scheduler, 18)
-    parameter = scheduler.optimizer.param_groups[0]["params"][0]
-    parameter.data = parameter.data.clone()
+    group = scheduler.optimizer.param_groups[0]
+    group["params"] = [torch.nn.Parameter(group["params"][0].detach().clone())]
     state = scheduler.state_dict()
-    assert state["meter"]["spoiled"] and not state["meter"]["arenas"]
+    tables = state["meter"]["tables"]
+    assert tables["running"] is None and tables["mean"] is not None
     resumed = AutoDrop(scheduler.optimizer, **(EAGER | {"window": 4}))  # type: ignore[arg-type]
     scheduler.close()
     resumed.load_state_dict(state)
     before = len(resumed.history)
-    train(resumed, 2 + 2 * 4)
-    assert [d.angle for d in resumed.history[before:]] == [None, None]
     train(resumed, 4)
+    # The windows before it are those of parameters of that name and shape: they stay.
+    assert resumed.history[before].angle is not None
+
+
+def test_a_checkpoint_after_memory_was_replaced_goes_on() -> None:
+    scheduler, twin = made(window=4), made(window=4)
+    for one in (scheduler, twin):
+        torch.manual_seed(1)
+        train(one, 18)
+    parameter = scheduler.optimizer.param_groups[0]["params"][0]
+    parameter.data = parameter.data.clone()
+    resumed = AutoDrop(scheduler.optimizer, **(EAGER | {"window": 4}))  # type: ignore[arg-type]
+    state = scheduler.state_dict()
+    scheduler.close()
+    resumed.load_state_dict(state)
+    for one in (resumed, twin):
+        torch.manual_seed(2)
+        train(one, 10)
+    assert resumed.history == twin.history
     assert resumed.history[-1].angle is not None
 
 

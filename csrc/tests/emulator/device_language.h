@@ -1,4 +1,4 @@
-// CUDA's extensions of C++ that csrc/cuda/kernels.cu and csrc/core use, by means of the emulator.
+// CUDA's extensions of C++ that csrc/cuda/table.cu and csrc/core use, by means of the emulator.
 // Included before them.
 #pragma once
 
@@ -25,17 +25,11 @@ struct dim3 {
   unsigned x = 1, y = 1, z = 1;
   dim3(unsigned x_) : x(x_) {}  // NOLINT: implicit in CUDA
 };
-struct alignas(16) float4 {
-  float x, y, z, w;
-};
 
 inline double __fma_rn(double a, double b, double c) { return std::fma(a, b, c); }
-inline float __fdividef(float a, float b) { return emulator::divide_roughly(a, b); }
 inline void* __cvta_global_to_generic(std::size_t address) {
   return reinterpret_cast<void*>(address);
 }
-inline float4 __ldcs(const float4* p) { return *p; }
-inline void __stcs(float4* p, float4 value) { *p = value; }
 
 namespace emulator {
 

@@ -3,7 +3,6 @@
 #include <ucontext.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -63,9 +62,11 @@ bool eager = false;
 std::vector<Fiber> fibers;
 Fiber* running = nullptr;
 ucontext_t host;
+#if EMULATOR_ASAN
 void* host_fake_stack = nullptr;
 const void* host_stack = nullptr;
 std::size_t host_stack_size = 0;
+#endif
 const Work* thread_body = nullptr;
 
 std::vector<std::unique_ptr<EmulatedStream>> streams;
@@ -276,16 +277,6 @@ std::uint64_t shuffle_down(unsigned mask, std::uint64_t value, unsigned offset, 
   return self->value;
 }
 
-float divide_roughly(float a, float b) {
-  if (std::abs(b) > 0x1p126f) return 0.0f;
-  float quotient = a / b;
-  const int units = static_cast<int>(order() % 5) - 2;
-  for (int u = 0; u < std::abs(units); ++u) {
-    quotient = std::nextafter(quotient, units > 0 ? HUGE_VALF : -HUGE_VALF);
-  }
-  return quotient;
-}
-
 cudaError_t load(const void* kernel) {
   const std::lock_guard<std::recursive_mutex> guard(lock);
   cudaError_t error;
@@ -397,13 +388,6 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* 
   *status =
       stream_of(stream).capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return cudaSuccess;
-}
-cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind,
-                            cudaStream_t stream) {
-  const std::lock_guard<std::recursive_mutex> guard(lock);
-  cudaError_t error;
-  if (fails("cudaMemcpyAsync", &error)) return error;
-  return enqueue(stream, [=] { std::memcpy(to, from, bytes); });
 }
 const char* cudaGetErrorName(cudaError_t error) {
   switch (error) {

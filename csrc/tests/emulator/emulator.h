@@ -1,4 +1,4 @@
-// An emulator of CUDA's execution model, for host compilers: csrc/cuda/kernels.cu is compiled as it
+// An emulator of CUDA's execution model, for host compilers: csrc/cuda/table.cu is compiled as it
 // is, and its blocks run on the CPU. Every thread of a block is a fiber. Beyond the results, it
 // finds what a test of one thread after the other cannot:
 //
@@ -38,7 +38,6 @@ extern Index thread_index, block_index;  // of the running fiber
 
 void barrier(int site);
 std::uint64_t shuffle_down(unsigned mask, std::uint64_t value, unsigned offset, int site);
-float divide_roughly(float a, float b);  // off by up to 2 units in the last place
 
 // ---- what launches call -----------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
 // The CUDA translation unit itself, for the emulator.
 #include "device_language.h"
 //
-#include "cuda/kernels.cu"
+#include "cuda/table.cu"
