@@ -1,6 +1,6 @@
 """What sketched angles change: drops and final quality next to those with exact angles.
 
-    python benchmarks/accuracy/decisions.py [--seeds 4] [--workers 2] [--quick]
+    python benchmarks/accuracy/decisions.py [--seeds 4] [--schedule S] [--task T] [--quick]
 
 AutoDrop and AnytimeAutoDrop train the demo's digits network, four times as wide as there so that
 it has more elements than any of the sketches has buckets, and its byte transformer. Runs of one
@@ -106,12 +106,14 @@ def row(name: str, runs: Sequence[Trained], exact: Sequence[Trained]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--seeds", type=int, default=4, help="at least 2")
+    parser.add_argument("--schedule", nargs="+", choices=SCHEDULES, default=SCHEDULES)
+    parser.add_argument("--task", nargs="+", choices=tuple(TASKS), default=tuple(TASKS))
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="a tenth of the steps")
     options = parser.parse_args()
     if options.seeds < 2:
         parser.error(f"--seeds: expected at least 2, got {options.seeds}")
-    lengths = {name: n // 10 if options.quick else n for name, (_, n) in TASKS.items()}
+    lengths = {name: TASKS[name][1] // (10 if options.quick else 1) for name in options.task}
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(options.workers, mp_context=spawn) as pool:
         waiting = {
@@ -120,12 +122,12 @@ def main() -> None:
                 for seed in range(options.seeds)
             ]
             for task, steps in lengths.items()
-            for schedule in SCHEDULES
+            for schedule in options.schedule
             for buckets in BUCKETS
         }
         for task, steps in lengths.items():
             measure = TASKS[task][0].measure
-            for schedule in SCHEDULES:
+            for schedule in options.schedule:
                 runs = {b: [run.result() for run in waiting[task, schedule, b]] for b in BUCKETS}
                 print(f"{schedule}, {task}, {steps} steps, {options.seeds} seeds")
                 print()
