@@ -564,8 +564,6 @@ class AngularVelocity:
         # A state from before the first step has nothing to continue.
         self._saved = tables if saved["usable"] or saved["position"] else None
         if saved["version"] == 1:
-            if not self._warns_by_itself:
-                self._faults.warnings.hold()  # who uses this meter has yet to load its own state
             self._faults.cannot_continue("it is of an earlier release", WINDOWS_FOR_ANGLE)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -389,6 +389,9 @@ checkout's wheel with the versions shown and the newest compatible versions of e
 and runs tests of the package. The machine has no GPU, so the tests cover the CPU kernels, the \
 reference, and the Triton kernels in Triton's interpreter.
 
+The rows were measured with the package as it was before its meter became a count sketch, and \
+have not been repeated since.
+
 The rows for torch and Python run `tests/schedulers/test_{autodrop,epoch}.py`, \
 `tests/ops/test_operations.py` and `tests/test_{faults,meter,parts,state}.py`. The rows for other \
 libraries run their file in `tests/integrations/`.

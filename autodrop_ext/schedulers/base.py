@@ -335,13 +335,17 @@ class StepScheduler(LRScheduler):
         """
         loaded = self._read(state_dict)
         before = self._saved_settings()
-        self._take_over(loaded)
-        changed = {k: v for k, v in self._saved_settings().items() if before[k] != v}
-        if changed:
-            self._warnings.warn(
-                "the checkpoint's settings replace those given: "
-                + ", ".join(f"{k}={v!r} (was {before[k]!r})" for k, v in changed.items())
-            )
+        self._warnings.hold()  # a warning may be an error, and must not leave this half done
+        try:
+            self._take_over(loaded)
+            changed = {k: v for k, v in self._saved_settings().items() if before[k] != v}
+            if changed:
+                self._warnings.warn(
+                    "the checkpoint's settings replace those given: "
+                    + ", ".join(f"{k}={v!r} (was {before[k]!r})" for k, v in changed.items())
+                )
+        finally:
+            self._warnings.release()
 
     def _read(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """Return the checked entries of a state, the settings first; change nothing."""

@@ -87,7 +87,7 @@ def test_a_parameter_that_shrinks_inside_a_window(shrunk: str, calls: int) -> No
                 x.zero_()
             readings.append(meter.observe())
     (message,) = {str(w.message) for w in caught}
-    assert "were replaced, added, resized or frozen; the window is discarded" in message
+    assert "were replaced, added, resized or unfrozen; the window is discarded" in message
     after = [r.angle for r in readings if r is not None and r.step > calls + 24 - 4]
     assert after and all(angle is not None for angle in after)
 

@@ -9,7 +9,6 @@ import sys
 
 import pytest
 import torch
-from autodrop_ext.ops.architectures import name_architectures
 from click.testing import CliRunner
 
 import autodrop_ext
@@ -38,23 +37,6 @@ def test_doctor_passes_and_says_what_is_here():
     assert result.output.splitlines()[-1].startswith("PASS")
     assert "FAIL" not in result.output
     assert all(len(line) <= 80 for line in result.output.splitlines())
-
-
-@pytest.mark.parametrize(
-    ("architectures", "expected"),
-    [
-        ("90-real", "sm_90"),
-        (
-            "80-real 89-real 120-real 120-virtual",
-            "sm_80, sm_89, sm_120, newer GPUs (compiled when first used)",
-        ),
-        ("90a-real;77-real", "sm_90, sm_77"),
-        ("86", "sm_86, newer GPUs (compiled when first used)"),
-        ("native", "native, newer GPUs (compiled when first used)"),
-    ],
-)
-def test_architectures_have_nvidias_names(architectures, expected):
-    assert name_architectures(architectures) == expected
 
 
 def test_doctor_has_colours_in_a_terminal_only(monkeypatch, capsys):

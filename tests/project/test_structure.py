@@ -80,7 +80,7 @@ def forbidden(given: Sources, room: str, allowed: Callable[[str], bool]) -> list
 
 
 def operations_import_nothing_of_the_package(given: Sources) -> list[str]:
-    return forbidden(given, "ops", lambda name: name in ("_C", "triton_kernels"))
+    return forbidden(given, "ops", lambda name: name in ("_C", "triton_kernels", "global_index"))
 
 
 def schedulers_never_import_operations(given: Sources) -> list[str]:
@@ -113,7 +113,7 @@ ARROWS = {
     "ranks": "agreement sharding",
     "faults": "messages ranks sketch",
     "meter": "agreement checks faults memory messages ops parameters ranks reading saved settings "
-    "sketch windows",
+    "sharding sketch windows",
 }
 """What each file of the meter may import: the seams between parameters, tables and ranks."""
 
@@ -164,9 +164,6 @@ OTHERS_UNDERSCORES = {
     # Of torch, which has no public name for them.
     "_C": "torch's own extension: DisableTorchFunction",
     "_version": "Tensor: whether a learning rate was written to",
-    "_foreach_add": "torch's multi-tensor operations",
-    "_foreach_add_": "torch's multi-tensor operations",
-    "_foreach_mul_": "torch's multi-tensor operations",
     "_foreach_copy_": "torch's multi-tensor operations",
     "_foreach_lerp_": "torch's multi-tensor operations",
     "_foreach_norm": "torch's multi-tensor operations",

@@ -302,7 +302,8 @@ def test_memory_is_taken_for_the_delay_only() -> None:
 def bytes_of_averages(parameter: torch.Tensor) -> int:
     """Bytes of the float32 tensors of the parameter's size that are alive, without itself."""
     gc.collect()
-    alive = [t for t in gc.get_objects() if type(t) is torch.Tensor and t.dtype == torch.float32]
+    tensors = [t for t in gc.get_objects() if type(t) is torch.Tensor]
+    alive = [t for t in tensors if t.dtype == torch.float32 and t.layout == torch.strided]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in alive}
     storages.pop(parameter.untyped_storage().data_ptr(), None)
     return sum(size for size in storages.values() if size == parameter.nbytes)
