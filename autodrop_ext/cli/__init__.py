@@ -9,17 +9,14 @@ __all__ = ["main"]
 
 
 def main() -> None:
-    """Run ``autodrop`` or ``python -m autodrop_ext``; ``doctor`` needs no click and no rich."""
-    missing = [name for name in ("click", "rich") if importlib.util.find_spec(name) is None]
+    """Run ``autodrop`` or ``python -m autodrop_ext``; ``doctor`` needs no click."""
+    missing = importlib.util.find_spec("click") is None
     if missing and sys.argv[1:2] == ["doctor"]:
         from .doctor import examine
 
         sys.exit(examine())
     if missing:
-        sys.exit(
-            f"autodrop: all commands but doctor need {' and '.join(missing)}: "
-            "pip install 'autodrop_ext[cli]'"
-        )
+        sys.exit("autodrop: `autodrop plot` needs click: pip install 'autodrop_ext[cli]'")
     from .app import autodrop
 
     autodrop(prog_name="autodrop")

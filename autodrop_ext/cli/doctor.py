@@ -1,6 +1,6 @@
 """``autodrop doctor``: versions, the backend of each device, and a self-test.
 
-It needs nothing but torch and numpy, so that it also runs where click and rich are missing.
+It needs nothing but torch and numpy, so that it also runs if click is missing.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def examine() -> int:
     if "cuda" not in devices:
         _line("on cuda", "none needed: torch sees no CUDA device")
     _heading(
-        f"Self-test: angles against float64 (limits: {EXACT_LIMIT:g} degrees with a bucket for "
-        f"every element, {SKETCH_LIMIT:g} standard errors with {_BUCKETS:,} buckets)"
+        f"Self-test: exact angles within {EXACT_LIMIT:g} degrees, sketched within "
+        f"{SKETCH_LIMIT:g} standard errors"
     )
     for device in devices:
         for name, missing in report(device).items():

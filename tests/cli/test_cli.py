@@ -15,7 +15,7 @@ import autodrop_ext
 from autodrop_ext import AngularVelocity
 from autodrop_ext.cli import doctor as doctor_module
 from autodrop_ext.cli.app import autodrop
-from autodrop_ext.cli.doctor import LIMIT, largest_error
+from autodrop_ext.cli.doctor import EXACT_LIMIT, SKETCH_LIMIT, largest_error
 
 
 def run(*arguments):
@@ -40,7 +40,7 @@ def test_doctor_passes_and_says_what_is_here():
 
 
 def test_doctor_has_colours_in_a_terminal_only(monkeypatch, capsys):
-    monkeypatch.setattr(doctor_module, "largest_error", lambda backend, device: 0.0)
+    monkeypatch.setattr(doctor_module, "largest_error", lambda *arguments: 0.0)
     monkeypatch.setenv("COLUMNS", "80")
     doctor_module.examine()
     plain = capsys.readouterr().out
@@ -55,17 +55,22 @@ def test_doctor_has_colours_in_a_terminal_only(monkeypatch, capsys):
     assert capsys.readouterr().out == plain
 
 
-@pytest.mark.parametrize("error", [10 * LIMIT, float("nan")])
-def test_doctor_fails_where_angles_are_wrong(error, monkeypatch):
-    monkeypatch.setattr(doctor_module, "largest_error", lambda backend, device: error)
+@pytest.mark.parametrize("kind", ["exact", "sketched"])
+@pytest.mark.parametrize("factor", [10, float("nan")])
+def test_doctor_fails_where_angles_are_wrong(kind, factor, monkeypatch):
+    def error(backend, device, buckets):
+        limit = EXACT_LIMIT if buckets is None else SKETCH_LIMIT
+        return factor * limit if (buckets is None) == (kind == "exact") else 0.0
+
+    monkeypatch.setattr(doctor_module, "largest_error", error)
     result = run("doctor")
     assert result.exit_code == 1
-    assert result.output.count("degrees off") >= 2
+    assert result.output.count("measures angles that are") >= 2
     assert "PASS" not in result.output
 
 
 def test_doctor_reports_a_backend_that_crashes(monkeypatch):
-    def crash(backend, device):
+    def crash(backend, device, buckets):
         raise RuntimeError("no [kernel] image")
 
     monkeypatch.setattr(doctor_module, "largest_error", crash)
@@ -87,7 +92,8 @@ def test_doctor_without_the_core(monkeypatch):
 
 @pytest.mark.parametrize("wrong", [lambda angle: angle + 0.03, lambda angle: None])
 def test_selftest_notices_a_wrong_angle(wrong, monkeypatch):
-    assert largest_error("reference", "cpu") < LIMIT
+    assert largest_error("reference", "cpu", None) < EXACT_LIMIT
+    assert largest_error("reference", "cpu", 4096) < SKETCH_LIMIT
     observe = AngularVelocity.observe
 
     def observe_wrongly(meter, **keywords):
@@ -95,7 +101,7 @@ def test_selftest_notices_a_wrong_angle(wrong, monkeypatch):
         return reading and dataclasses.replace(reading, angle=wrong(reading.angle))
 
     monkeypatch.setattr(AngularVelocity, "observe", observe_wrongly)
-    assert largest_error("reference", "cpu") > LIMIT
+    assert largest_error("reference", "cpu", None) > EXACT_LIMIT
 
 
 @pytest.fixture
@@ -154,8 +160,8 @@ def test_plot_without_matplotlib_names_the_extra(log, monkeypatch):
 def test_version_and_help():
     assert run("--version").output == f"autodrop_ext, version {autodrop_ext.__version__}\n"
     output = run("--help").output
-    assert all(command in output for command in ("doctor", "plot", "watch"))
-    for command in ("doctor", "plot", "watch"):
+    assert all(command in output for command in ("doctor", "plot"))
+    for command in ("doctor", "plot"):
         assert run(command, "--help").exit_code == 0
 
 

@@ -207,9 +207,9 @@ def test_a_checkpoint_after_parameters_were_replaced_discards_the_window() -> No
     scheduler.close()
     resumed.load_state_dict(state)
     before = len(resumed.history)
-    with pytest.warns(RuntimeWarning, match="parameters had changed.*warms up again"):
-        train(resumed, 4)
-    assert [decision.angle for decision in resumed.history[before:]] == [None]
+    (message,) = train(resumed, 4)
+    assert "parameters had changed" in message and "the meter warms up again" in message
+    assert all(decision.angle is None for decision in resumed.history[before:])
 
 
 def test_a_checkpoint_after_memory_was_replaced_goes_on() -> None:
