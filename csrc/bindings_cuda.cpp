@@ -34,11 +34,11 @@ void cuda_accumulate(int device, Address pieces, Address runs, std::int64_t num_
                      std::int64_t splits, Address bases, Address partials, Address table,
                      bool /*weighted*/, Address stream) {
   py::gil_scoped_release release;
-  check(cuda::accumulate(device,
-                         {pointer<const Piece>(pieces), pointer<const std::int64_t>(runs), num_rows,
-                          splits, pointer<const std::int64_t>(bases), pointer<double>(partials),
-                          pointer<double>(table)},
-                         stream_of(stream)),
+  check(cuda::accumulate(
+            device,
+            {pointer<const Piece>(pieces), pointer<const std::int64_t>(runs), num_rows, splits,
+             pointer<const std::int64_t>(bases), pointer<double>(partials), pointer<double>(table)},
+            stream_of(stream)),
         "accumulate");
 }
 
@@ -54,11 +54,11 @@ void cuda_accumulate_exact(int device, Address spans, std::int64_t num_spans, Ad
 void cuda_close(int device, Address running, Address mean, Address displacement, double divisor,
                 Address blocks, std::int64_t num_blocks, Address block_sums, Address stream) {
   py::gil_scoped_release release;
-  check(cuda::close(device,
-                    {pointer<double>(running), pointer<double>(mean), pointer<double>(displacement),
-                     divisor, pointer<const std::int64_t>(blocks), num_blocks,
-                     pointer<double>(block_sums)},
-                    stream_of(stream)),
+  check(cuda::close(
+            device,
+            {pointer<double>(running), pointer<double>(mean), pointer<double>(displacement),
+             divisor, pointer<const std::int64_t>(blocks), num_blocks, pointer<double>(block_sums)},
+            stream_of(stream)),
         "close");
 }
 

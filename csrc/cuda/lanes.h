@@ -92,8 +92,8 @@ AUTODROP_HD static inline float widened(T half) {
   return to_float(half);
 }
 
-// sum + weight * x, rounded once: it costs what an addition costs, so that a variant without weights
-// would gain nothing.
+// sum + weight * x, rounded once: it costs what an addition costs, so that a variant without
+// weights would gain nothing.
 AUTODROP_HD static inline double added(double sum, double x, double weight) {
 #if defined(AUTODROP_DEVICE_CODE)
   return __fma_rn(x, weight, sum);
@@ -112,8 +112,7 @@ AUTODROP_HD static inline std::uint32_t sign_bit(std::uint32_t signs, int l) {
   return signs << (kPacket - 1 - l) & 0x80000000u;
 }
 AUTODROP_HD static inline double with_sign(float x, std::uint32_t sign) {
-  return static_cast<double>(
-      numeric::bit_cast<float>(numeric::bit_cast<std::uint32_t>(x) ^ sign));
+  return static_cast<double>(numeric::bit_cast<float>(numeric::bit_cast<std::uint32_t>(x) ^ sign));
 }
 AUTODROP_HD static inline double with_sign(double x, std::uint32_t sign) {
   return numeric::bit_cast<double>(numeric::bit_cast<std::uint64_t>(x) ^
@@ -154,8 +153,7 @@ struct HalfPacket {
     const std::uint32_t pairs = pairs_of(signs, kLow);
     AUTODROP_UNROLL
     for (int q = 0; q < kPacket / 2; ++q) {
-      const std::uint32_t both =
-          loads->word[q ^ kSwap >> 1] ^ (pairs << (6 - 2 * q) & 0x80008000u);
+      const std::uint32_t both = loads->word[q ^ kSwap >> 1] ^ (pairs << (6 - 2 * q) & 0x80008000u);
       const T first{static_cast<std::uint16_t>(both)};
       const T second{static_cast<std::uint16_t>(both >> 16)};
       double* pair = sums + 2 * q;

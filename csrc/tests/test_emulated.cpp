@@ -31,18 +31,18 @@ long checks = 0;
 const char* context = "";  // of the checks that follow
 
 // Every check has a name, by which a test of planted mistakes knows it.
-#define CHECK(name, condition, ...)                                    \
-  do {                                                                 \
-    ++checks;                                                          \
-    if (!(condition)) {                                                \
-      std::printf("FAILED %s (%s): %s: ", name, context, #condition);  \
-      std::printf(__VA_ARGS__);                                        \
-      std::printf("\n");                                               \
-      if (++failures == 20) {                                          \
-        std::printf("%ld checks, %d failures\n", checks, failures);    \
-        std::exit(1);                                                  \
-      }                                                                \
-    }                                                                  \
+#define CHECK(name, condition, ...)                                   \
+  do {                                                                \
+    ++checks;                                                         \
+    if (!(condition)) {                                               \
+      std::printf("FAILED %s (%s): %s: ", name, context, #condition); \
+      std::printf(__VA_ARGS__);                                       \
+      std::printf("\n");                                              \
+      if (++failures == 20) {                                         \
+        std::printf("%ld checks, %d failures\n", checks, failures);   \
+        std::exit(1);                                                 \
+      }                                                               \
+    }                                                                 \
   } while (false)
 
 constexpr int kBatch = 256;  // as in cuda/table.cu
@@ -163,9 +163,8 @@ struct Model {
       const Tensor& tensor = tensors[t];
       const std::size_t size = bytes_of(tensor.dtype);
       memory.emplace_back(static_cast<std::size_t>(tensor.shift + tensor.length) * size);
-      bases.push_back(static_cast<std::int64_t>(
-          reinterpret_cast<std::uintptr_t>(memory[t].get()) +
-          static_cast<std::size_t>(tensor.shift) * size));
+      bases.push_back(static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(memory[t].get()) +
+                                                static_cast<std::size_t>(tensor.shift) * size));
       const std::uint64_t key = mix64(t);
       for (std::int64_t i = 0; i < tensor.length;) {
         const std::int64_t chunk = (tensor.first + i) / kLanes, start = (tensor.first + i) % kLanes;
@@ -209,8 +208,8 @@ struct Model {
   }
 
   char* at(std::size_t t, std::int64_t i) const {
-    return memory[t].get() + static_cast<std::size_t>(tensors[t].shift + i) *
-                                 bytes_of(tensors[t].dtype);
+    return memory[t].get() +
+           static_cast<std::size_t>(tensors[t].shift + i) * bytes_of(tensors[t].dtype);
   }
   // Random numbers of many sizes, so that no sum of them is exact.
   void fill(unsigned seed) {
@@ -344,7 +343,9 @@ void test_sketch(Model& model, std::int64_t splits, const char* what) {
     CHECK("launches wait", emulator::counts().launches == before, "a launch ran at once");
     d.wait();
     CHECK("two launches at most",
-          emulator::counts().launches - before == (model.num_rows == 0 ? 0 : splits == 1 ? 1 : 2),
+          emulator::counts().launches - before == (model.num_rows == 0 ? 0
+                                                   : splits == 1       ? 1
+                                                                       : 2),
           "%ld launches", emulator::counts().launches - before);
     accumulate_once_more(model, splits, wanted.data());
     check_table("sketch", d.table.get(), wanted.data(), static_cast<std::int64_t>(d.table.size));
@@ -453,8 +454,8 @@ void test_huge() {
   accumulate_once_more(model, 1, wanted.data());
   check_table("sketch", d.table.get(), wanted.data(), kLanes);
   for (int i = 0; i < kLanes; ++i) {
-    CHECK("exact", same_bits(d.exact[static_cast<std::size_t>(i)],
-                             element(model.at(0, i), DType::kFloat32)),
+    CHECK("exact",
+          same_bits(d.exact[static_cast<std::size_t>(i)], element(model.at(0, i), DType::kFloat32)),
           "element %d", i);
   }
 }
@@ -617,8 +618,9 @@ void test_errors() {
   CHECK("no error left", cudaGetLastError() == cudaSuccess, "a probe left an error");
   CHECK("own stream", emulator::waiting() == 0, "%zu pieces of work wait", emulator::waiting());
   // More blocks than a grid can have.
-  const cuda::Accumulate huge{d.pieces.get(), d.runs.get(), (std::int64_t{1} << 31) + 1, 2,
-                              d.bases.get(),  d.partials.get(), d.table.get()};
+  const cuda::Accumulate huge{
+      d.pieces.get(),   d.runs.get(), (std::int64_t{1} << 31) + 1, 2, d.bases.get(),
+      d.partials.get(), d.table.get()};
   CHECK("grid", cuda::accumulate(kDevice, huge, d.stream) == cudaErrorInvalidConfiguration,
         "more than 2^31 blocks were accepted");
 }
@@ -659,8 +661,8 @@ void test_captures() {
                   {closed.running.get(), closed.mean.get(), closed.displacement.get(), 1.0,
                    closed.blocks.get(), 1, closed.sums.get()},
                   captured.stream);
-  CHECK("close refused", refused == cudaErrorStreamCaptureUnsupported,
-        "a close in a capture: %s", cudaGetErrorName(refused));
+  CHECK("close refused", refused == cudaErrorStreamCaptureUnsupported, "a close in a capture: %s",
+        cudaGetErrorName(refused));
   CHECK("no error left", cudaGetLastError() == cudaSuccess, "the refused close left an error");
   good(captured.accumulate(), "a step after a refused close");
   std::vector<std::function<void()>> graph;
