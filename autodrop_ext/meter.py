@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from . import checks
@@ -19,10 +18,10 @@ from .ops import check_name
 from .parameters import ParameterSource
 from .ranks import Layout, Ranks, check_group, find_group, is_alone
 from .reading import HISTORY, PartReading, Reading, remember
-from .saved import Form, Later, exactly, inside, list_of, load
+from .saved import Form, Later, exactly, inside, load
 from .settings import METER, USE_BUCKETS, check_arguments, removed
 from .sharding import LocalShard
-from .sketch import Sketch, Totals, standard_error
+from .sketch import NO_TABLES, TABLES_FORM, Sketch, Totals, angle_of, standard_error
 from .windows import Windows
 
 WINDOWS_FOR_ANGLE = 3  # two displacements need three means
@@ -519,7 +518,7 @@ class AngularVelocity:
         """
         sketch, counter = self._sketch, self._counter
         counts = counter.state()
-        tables: Mapping[str, Any] = _NO_TABLES
+        tables: Mapping[str, Any] = NO_TABLES
         if self._observing:
             counts |= {"position": 0, "usable": 0, "spoiled": False}
         elif self._saved is not None:
@@ -573,34 +572,12 @@ class AngularVelocity:
         return {**{k: v for k, v in self.__dict__.items() if k != "_layout"}, **live}
 
 
-_NO_TABLES: Mapping[str, Any] = {
-    "layout": "",
-    "norms": [],
-    "whole": False,
-    "running": None,
-    "mean": None,
-    "displacement": None,
-}
-
-
-def angle_of(dot: float, norm: float, previous_norm: float) -> tuple[float | None, float | None]:
-    """Return angle in degrees and cosine from ``<s, s'>``, ``|s|^2`` and ``|s'|^2``.
-
-    There is none of the papers' epsilon, which would pull short displacements to 90 degrees. Both
-    are None if a norm is zero or anything is not finite.
-    """
-    if not (math.isfinite(dot) and 0 < norm < math.inf and 0 < previous_norm < math.inf):
-        return None, None
-    cosine = max(-1.0, min(1.0, dot / (math.sqrt(norm) * math.sqrt(previous_norm))))
-    return math.degrees(math.acos(cosine)), cosine
-
-
 def read_state(state: Any, name: str) -> dict[str, Any]:
     """Return a saved state of a meter, checked; raises ValueError, which names the entry."""
     saved = load(state, _COUNTS, name)
     if saved["version"] == 1:
         # Its sums are those of an earlier release: only the counts are taken over.
-        return {**saved, "position": 0, "usable": 0, "spoiled": False, "tables": _NO_TABLES}
+        return {**saved, "position": 0, "usable": 0, "spoiled": False, "tables": NO_TABLES}
     saved |= load(state, _TABLES, name)
     window, steps, position = saved["window"], saved["steps"], saved["position"]
     if position >= window or position > steps:
@@ -609,21 +586,6 @@ def read_state(state: Any, name: str) -> dict[str, Any]:
             f"got {position}"
         )
     return saved
-
-
-def _table(name: str, value: Any) -> Any:
-    if value is None:
-        return None
-    good = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
-    if not good or value.dtype != torch.float64 or value.ndim != 1:
-        raise ValueError(f"{name}: expected None or a dense float64 vector, got {value!r}")
-    return value
-
-
-def _finite_table(name: str, value: Any) -> Any:
-    if _table(name, value) is not None and not bool(value.isfinite().all()):
-        raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")
-    return value
 
 
 _COUNTS: Form = {
@@ -638,14 +600,5 @@ _TABLES: Form = {
     "position": checks.at_least(0),
     "usable": checks.at_least(0),
     "spoiled": checks.flag,
-    "tables": inside(
-        {
-            "layout": checks.text,
-            "norms": list_of(checks.at_least_zero),
-            "whole": checks.flag,
-            "running": _table,  # the open window may have met NaN
-            "mean": _finite_table,
-            "displacement": _finite_table,
-        }
-    ),
+    "tables": inside(TABLES_FORM),
 }

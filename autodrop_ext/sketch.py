@@ -18,8 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import checks
 from .ops import Backend, select, table_device
 from .ops.plan import FloatArray, IntArray, Plan, Source
+from .saved import Form, list_of
 from .sharding import LocalShard
 
 
@@ -35,6 +37,18 @@ def standard_error(angle: float, buckets: int) -> float:
     if not buckets:
         return 0.0
     return math.degrees(math.sin(math.radians(angle)) / math.sqrt(buckets))
+
+
+def angle_of(dot: float, norm: float, previous_norm: float) -> tuple[float | None, float | None]:
+    """Return angle in degrees and cosine from ``<s, s'>``, ``|s|^2`` and ``|s'|^2``.
+
+    There is none of the papers' epsilon, which would pull short displacements to 90 degrees. Both
+    are None if a norm is zero or anything is not finite.
+    """
+    if not (math.isfinite(dot) and 0 < norm < math.inf and 0 < previous_norm < math.inf):
+        return None, None
+    cosine = max(-1.0, min(1.0, dot / (math.sqrt(norm) * math.sqrt(previous_norm))))
+    return math.degrees(math.acos(cosine)), cosine
 
 
 class Totals(NamedTuple):
@@ -402,6 +416,41 @@ class Sketch:
                 table.copy_(state[name])
         self._previous = np.array(state["norms"], np.float64)
 
+
+def _table(name: str, value: Any) -> Any:
+    if value is None:
+        return None
+    good = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+    if not good or value.dtype != torch.float64 or value.ndim != 1:
+        raise ValueError(f"{name}: expected None or a dense float64 vector, got {value!r}")
+    return value
+
+
+def _finite_table(name: str, value: Any) -> Any:
+    if _table(name, value) is not None and not bool(value.isfinite().all()):
+        raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")
+    return value
+
+
+TABLES_FORM: Form = {
+    "layout": checks.text,
+    "norms": list_of(checks.at_least_zero),
+    "whole": checks.flag,
+    "running": _table,  # the open window may have met NaN
+    "mean": _finite_table,
+    "displacement": _finite_table,
+}
+"""Form of the tables in a saved state."""
+
+NO_TABLES: Mapping[str, Any] = {
+    "layout": "",
+    "norms": [],
+    "whole": False,
+    "running": None,
+    "mean": None,
+    "displacement": None,
+}
+"""What a state has in place of tables."""
 
 TABLES = ("running", "mean", "displacement")
 """Names of the tables in a state."""

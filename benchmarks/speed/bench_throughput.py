@@ -12,10 +12,13 @@ that they make: a read of the table's kind moves the parameter only, 4 or 2 byte
 - ``window``: 64 steps and the close through the public API, the parameters having moved. The
   128,000 elements of ``tiny2000`` have their own buckets there, so that its angles are exact.
 - ``snapshots``: the same with 16 reads in 64 steps, next to 64 sums.
+
+``ISA=avx2 make bench`` uses that instruction set in place of the best one of the processor.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -27,8 +30,9 @@ import torch
 from peers import Flattening, Foreach, ForeachStaged, PlainRead, against_float64
 from shapes import SHAPES, tensors
 
-from autodrop_ext import AngularVelocity
+from autodrop_ext import AngularVelocity, ops
 from autodrop_ext.ops import select
+from autodrop_ext.ops.backends import CpuBackend
 from autodrop_ext.ops.plan import Plan, Source
 
 CPU = torch.device("cpu")
@@ -51,10 +55,12 @@ def cases(peers: dict[str, tuple[str, ...]]) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def _two_threads() -> Any:
+def _two_threads_and_instruction_set() -> Any:
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
+    usual, ops.BACKENDS["cpu"] = ops.BACKENDS["cpu"], CpuBackend(os.environ.get("ISA", ""))
     yield
+    ops.BACKENDS["cpu"] = usual
     torch.set_num_threads(threads)
 
 
@@ -123,7 +129,7 @@ def compare_windows(
     benchmark: Any, model: str, dtype: torch.dtype, peer: Any, snapshots: int
 ) -> None:
     params = tensors(model, dtype)
-    meter = AngularVelocity(params, WINDOW, snapshots=snapshots, buckets=BUCKETS)
+    meter = AngularVelocity(params, WINDOW, snapshots=snapshots, backend="cpu")
     other = peer(params)
 
     def ours() -> None:
@@ -146,7 +152,7 @@ def test_whole_window(benchmark: Any, model: str, dtype: torch.dtype, peer: Any)
     compare_windows(benchmark, model, dtype, peer, WINDOW)
 
 
-@cases({"float32": ("foreach",)})
+@cases({"float32": ("foreach",), "bfloat16": ("foreach", "staged")})
 @pytest.mark.benchmark(group="snapshots")
 def test_window_of_few_snapshots(benchmark: Any, model: str, dtype: torch.dtype, peer: Any) -> None:
     compare_windows(benchmark, model, dtype, peer, SNAPSHOTS)

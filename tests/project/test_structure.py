@@ -109,7 +109,7 @@ ARROWS = {
     "sharding": "global_index memory",
     "parameters": "memory sharding",
     "average": "checks saved sharding",
-    "sketch": "ops ops.plan sharding",
+    "sketch": "checks ops ops.plan saved sharding",
     "ranks": "agreement sharding",
     "faults": "messages ranks sketch",
     "meter": "agreement checks faults memory messages ops parameters ranks reading saved settings "
