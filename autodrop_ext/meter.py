@@ -334,11 +334,6 @@ class AngularVelocity:
             self._start_over()
             raise
 
-    def set_window(self, window: int) -> None:
-        """Measure with another window from now on, and start over."""
-        self._counter.window = window
-        self._start_over()
-
     def rebase(self) -> None:
         """Measure the next displacement from the parameters as they are now.
 
