@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..schedulers.velocity_model import Phase, VelocityModel
+from ..velocity_model import Phase, VelocityModel
 from .curves import mark_drops
 from .panels import OWN, finish, log_scale, make_panels, name_panel
 

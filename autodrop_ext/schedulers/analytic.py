@@ -13,8 +13,8 @@ from .. import checks
 from ..ranks import check_group, find_group
 from ..saved import Form
 from ..settings import ANALYTIC, check_arguments
+from ..velocity_model import Phase, RateSequence, VelocityModel, learning_rate
 from .base import NOTHING, Outcome, StepScheduler, as_floats, check_optimizer, in_precision_of
-from .velocity_model import Phase, RateSequence, VelocityModel, learning_rate
 
 if TYPE_CHECKING:
     import matplotlib.figure

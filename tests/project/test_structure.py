@@ -87,10 +87,6 @@ def schedulers_never_import_operations(given: Sources) -> list[str]:
     return forbidden(given, "schedulers", lambda name: not in_room(name, "ops"))
 
 
-def the_velocity_model_imports_checks_alone(given: Sources) -> list[str]:
-    return forbidden(given, "schedulers.velocity_model", lambda name: name == "checks")
-
-
 def checks_import_nothing(given: Sources) -> list[str]:
     return forbidden(given, "checks", lambda name: False)
 
@@ -106,6 +102,7 @@ ARROWS = {
     "settings": "checks saved",
     "reading": "checks saved",
     "log": "messages reading",
+    "velocity_model": "checks",
     "sharding": "global_index memory",
     "parameters": "memory sharding",
     "average": "checks saved sharding",
@@ -416,9 +413,6 @@ RULES: dict[Callable[[Sources], list[str]], list[Callable[[dict[str, str]], None
         with_line("schedulers.base", "from .. import ops"),
         with_line("schedulers", "from autodrop_ext.ops import select"),
     ],
-    the_velocity_model_imports_checks_alone: [
-        with_line("schedulers.velocity_model", "from .base import Outcome")
-    ],
     checks_import_nothing: [with_line("checks", "from .saved import load")],
     files_of_the_meter_import_what_the_house_says: [
         with_line("sketch", "from .meter import angle_of"),
@@ -426,6 +420,7 @@ RULES: dict[Callable[[Sources], list[str]], list[Callable[[dict[str, str]], None
         with_line("parameters", "from .sketch import Sketch"),
         with_line("ranks", "def f():\n    from .sketch import Sketch"),
         with_line("windows", "import autodrop_ext.checks"),
+        with_line("velocity_model", "from .schedulers.base import Outcome"),
         with_line("average", "from .schedulers.base import as_floats"),
         lambda given: given.update(parts="from .sketch import Sketch"),
         lambda given: given.pop("windows"),

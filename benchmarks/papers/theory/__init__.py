@@ -1,6 +1,6 @@
 """The papers' theory as code: models, limits, bounds; docs/theory.md has the map."""
 
-from autodrop_ext.schedulers.velocity_model import (
+from autodrop_ext.velocity_model import (
     Phase,
     RateSequence,
     VelocityModel,

@@ -1,6 +1,6 @@
 """Algorithm 2's drops and the bounds on their gaps (UAI 2024, Section 5.2; 2021, Section 5.2).
 
-In radians and iterations, as the velocity model of ``autodrop_ext.schedulers.velocity_model``.
+In radians and iterations, as the velocity model of ``autodrop_ext.velocity_model``.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Iterator
 
 from autodrop_ext.checks import count, number
-from autodrop_ext.schedulers.velocity_model import Phase, VelocityModel, check_tau0
+from autodrop_ext.velocity_model import Phase, VelocityModel, check_tau0
 
 
 def algorithm_2(model: VelocityModel, tau0: float, rates: Iterable[float]) -> Iterator[Phase]:

@@ -18,7 +18,7 @@ from autodrop_ext.plotting.panels import (
     make_panels,
     name_panel,
 )
-from autodrop_ext.schedulers.velocity_model import VelocityModel
+from autodrop_ext.velocity_model import VelocityModel
 
 from .quadratic import NoisyQuadratic, Trajectory
 

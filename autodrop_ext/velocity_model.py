@@ -12,7 +12,7 @@ from typing import Literal, TypeVar
 
 from torch import Tensor
 
-from ..checks import count, number
+from .checks import count, number
 
 RateSequence = Literal["theorem", "proof"]
 """Theorem 5.2's ``(i + 1)^(-2/3)``, or ``(i + 2)^(-1)`` of its proof."""
