@@ -62,15 +62,15 @@ def test_fsdp2(tmp_path: pathlib.Path) -> None:
     (whole, sharded, held), (other, _, _) = run(2, train, folder, None, timeout=60)
     model = language_model()
     assert sharded == len(list(model.parameters()))
-    # Half of the model each, and up to 32 elements more for each of its tensors.
+    # Three tables of the whole model, and 32 bytes for each stretch of this rank's part.
     elements = sum(p.numel() for p in model.parameters())
-    assert held <= 12 * (elements / 2 + 32 * sharded)
+    assert held <= 24 * elements + 32 * 2 * sharded
     assert whole == other
     assert len(whole) == STEPS // 5 - 2
     assert any(decision["dropped"] for decision in whole)
     assert all(decision["angle"] is not None for decision in whole)
 
-    # The checkpoint holds the decisions; the sums start over, on both ranks alike.
+    # The checkpoint of rank 0 holds decisions and tables; the window that was open is left out.
     (resumed, _, _), (other, _, _) = run(
         2, train, folder, f"{folder}/checkpoint-{SAVED_AT}", timeout=60
     )
@@ -78,5 +78,5 @@ def test_fsdp2(tmp_path: pathlib.Path) -> None:
     kept = SAVED_AT // 5 - 2
     assert resumed[:kept] == whole[:kept]
     angles = [decision["angle"] for decision in resumed[kept:]]
-    assert len([angle for angle in angles if angle is not None]) == (STEPS - SAVED_AT) // 5 - 2
-    assert torch.isfinite(torch.tensor([angle for angle in angles if angle is not None])).all()
+    assert len(angles) == len(whole[kept:]) - 1
+    assert None not in angles

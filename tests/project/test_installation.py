@@ -133,7 +133,7 @@ def test_an_installation_leaves_nothing_behind_and_fails_in_a_line(tmp_path: pat
     assert done.returncode == 0, done.stderr
     assert "Deprecat" not in done.stdout + done.stderr
     assert sorted(checkout.rglob("*")) == before
-    assert (target / "autodrop_ext/triton_kernels/kernels.py").is_file()
+    assert (target / "autodrop_ext/triton_kernels/table.py").is_file()
     assert list(target.glob("autodrop_ext/_C*.so"))
 
     nowhere = str(tmp_path / "nvcc")
