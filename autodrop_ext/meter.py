@@ -166,8 +166,10 @@ class AngularVelocity:
         try:
             reading = self._observe(calls, facts)
         except BaseException:
-            self.discard()
             self._observing = False
+            if self._warns_by_itself:
+                self.discard()
+            # Otherwise a scheduler does: other ranks may decide on the reading that was lost here.
             raise
         self._observing = False
         if self._warns_by_itself:
@@ -333,6 +335,11 @@ class AngularVelocity:
         except BaseException:
             self._start_over()
             raise
+
+    def start_over(self, window: int) -> None:
+        """Forget all windows, and measure with another window from now on."""
+        self._counter.window = window
+        self._start_over()
 
     def rebase(self) -> None:
         """Measure the next displacement from the parameters as they are now.

@@ -174,7 +174,6 @@ class Sketch:
         self._bounds: list[IntArray] = []
         self._members: list[IntArray] = []
         self._build(shards, [1.0] * len(shards) if self.own else weights, stage, backend)
-        self._crowd = max(1.0, elements / self.buckets) if self.buckets else 1.0
         self.half_precision = _half_precision(shards)
         self._previous = np.zeros(self._num_parts())
         # Every rank's must be the same, so that one rank's state is good for all; in a pipeline no
@@ -273,7 +272,6 @@ class Sketch:
             ``<s_i, s_{i-1}>`` and ``|s_i|^2`` of each part, ``[num_parts, 2]``; those of this rank
             if ``own``.
         """
-        self._snapshots = snapshots
         whole = [bank for bank in self._banks if len(bank.tables) == 3]
         sums = np.zeros((len(self._names), 2)) if not self.buckets else np.zeros((0, 2))
         for bank, bounds, members in zip(whole, self._bounds, self._members, strict=False):
@@ -291,25 +289,9 @@ class Sketch:
         return np.concatenate([of_groups, sums]) if self._per_tensor else of_groups
 
     def totals(self, sums: FloatArray) -> Totals:
-        """Return the sums of all ranks next to the norms of the window before.
-
-        A displacement that is not larger than what float64 rounding can make of parameters that
-        stand still is 0.
-        """
-        still = sums[:, 1].sum() <= self._rounding()
-        sums = np.zeros_like(sums) if still else sums
+        """Return the sums of all ranks next to the norms of the window before."""
         previous, self._previous = self._previous, sums[:, 1].copy()
         return Totals(sums[:, 0], sums[:, 1], previous)
-
-    def _rounding(self) -> float:
-        """Return the squared length of what rounding may make of no displacement at all.
-
-        A bucket is a sum of ``snapshots * crowd`` terms, each rounded to 2^-53 of the sum. Ranks
-        that keep their own elements have sums of equal terms, which are exact for float32.
-        """
-        if self.own:
-            return 0.0
-        return (4 * 2.0**-53) ** 2 * self._snapshots * self._crowd * self.mean_norm()
 
     def mean_norm(self) -> float:
         """Return the squared length of the last mean, estimated as that of its table."""

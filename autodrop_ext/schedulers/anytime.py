@@ -226,7 +226,10 @@ class AnytimeAutoDrop(MeteredScheduler):
 
     def _carry_out(self) -> None:
         if self._unwritten is not None and self.window < self._next_window:
-            self.meter.double_window()
+            if self.meter.windows_since_restart >= 2:
+                self.meter.double_window()
+            else:  # an interrupt has made it start over; other ranks have doubled theirs
+                self.meter.start_over(self._next_window)
         super()._carry_out()
 
     def _get_closed_form_lr(self) -> list[float]:
