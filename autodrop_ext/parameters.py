@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from .memory import distinct, has_memory, no_garbage_collection
@@ -249,6 +250,11 @@ def _find(named: Sequence[Named], items: Sequence[Any]) -> list[LocalShard]:
             )
         if parameter.is_meta:
             raise RuntimeError(f"{name}: expected a parameter with data, got one on device meta")
+        if is_lazy(parameter):
+            raise RuntimeError(
+                f"{name}: expected a parameter with a shape at the first step, got one of a lazy "
+                "module that has not seen an input"
+            )
     return local_shards(named, _group_of(items))
 
 
@@ -353,6 +359,8 @@ def _named_group(g: int, group: dict[str, Any]) -> list[Named]:
 def _check_measurable(name: str, parameter: Tensor) -> None:
     problem = None
     parameter = local_tensor(parameter)
+    if is_lazy(parameter):
+        return  # the first forward pass, before the first step, gives it a shape
     if parameter.layout != torch.strided:
         problem = f"layout {parameter.layout}"
     elif parameter.is_quantized or parameter.dtype not in _MEASURABLE:

@@ -262,10 +262,14 @@ class StepScheduler(LRScheduler):
 
     def _set_lrs(self, lrs: Iterable[float | None]) -> None:
         """Write the rates of param groups, those that are tensors in place; None leaves one."""
+        written: set[int] = set()
         # add_param_group may have brought more groups than there are rates.
         with torch.no_grad():
             for group, lr in zip(self.optimizer.param_groups, lrs, strict=False):
                 if lr is not None and isinstance(group["lr"], Tensor):
+                    if id(group["lr"]) in written:  # torch gives all groups the tensor that it gets
+                        group["lr"] = group["lr"].clone()
+                    written.add(id(group["lr"]))
                     group["lr"].fill_(lr)
                 elif lr is not None:
                     group["lr"] = lr
@@ -382,7 +386,8 @@ class StepScheduler(LRScheduler):
             _step_count=loaded["step_count"],
             _last_lr=loaded["last_lr"],
             _optimizer_steps=loaded["optimizer_steps"],
-            _lrs_of_checkpoint=loaded["lrs"],
+            # If the optimizer's state is loaded later, the rates are compared at the first step.
+            _lrs_of_checkpoint=None if loaded["lrs"] == as_floats(self._rates()) else loaded["lrs"],
             _last_whole=None,
             _unwritten=None,
             _lowered=[],

@@ -201,6 +201,8 @@ class MeteredScheduler(StepScheduler):
 
     def _cool(self, cooldown: Cooldown) -> None:
         now = as_floats(self._rates())
+        if len(now) > len(cooldown.lrs):
+            self._cooldown = cooldown = cooldown.joined(self._optimizer_steps, now)
         self._set_lrs(map(min, now, cooldown.lrs_at(self._optimizer_steps, self._floor)))
         self._note_lowered(now, as_floats(self._rates()))
 
@@ -316,11 +318,10 @@ class MeteredScheduler(StepScheduler):
 
     def _read(self, state: Mapping[str, Any]) -> dict[str, Any]:
         loaded = super()._read(state)
-        lows, groups = loaded["min_lr"], len(self.min_lr)
-        if not isinstance(lows, list) or len(lows) != groups:
+        if not isinstance(loaded["min_lr"], list):
             raise ValueError(
-                f"state_dict['min_lr']: expected a value for each of the {groups} param groups "
-                f"that this scheduler was made for, got {lows!r}"
+                "state_dict['min_lr']: expected a list of a value for each param group, got "
+                f"{loaded['min_lr']!r}"
             )
         form: dict[str, Any] = {"cooldown": Later(inside(_COOLDOWN), None)}
         if self._averages_run and loaded["average"]:
@@ -385,15 +386,29 @@ class Cooldown(NamedTuple):
     lrs: Sequence[float]
 
     def lrs_at(self, step: int, floor: Callable[[int], float]) -> list[float]:
-        """Return the rates after a step; those of groups that were added since are left out."""
+        """Return the rates after a step."""
+        left = self._left(step)
+        lows = [min(floor(g), lr) for g, lr in enumerate(self.lrs)]
+        return [low + (lr - low) * left for low, lr in zip(lows, self.lrs, strict=True)]
+
+    def _left(self, step: int) -> float:
         done = min(1.0, (step - self.begin) / self.num_steps)
-        left = {
+        return {
             "linear": 1.0 - done,
             "sqrt": 1.0 - math.sqrt(done),
             "cosine": (1.0 + math.cos(math.pi * done)) / 2,
         }[self.shape]
-        lows = [min(floor(g), lr) for g, lr in enumerate(self.lrs)]
-        return [low + (lr - low) * left for low, lr in zip(lows, self.lrs, strict=True)]
+
+    def joined(self, step: int, lrs: Sequence[float]) -> Cooldown:
+        """Return the cooldown with groups that were added since; they fall to 0 by its end.
+
+        Args:
+            step: optimizer steps so far, the first one of these groups included.
+            lrs: rates of all groups.
+        """
+        left = self._left(step - 1) or 1.0
+        added = [lr / left for lr in lrs[len(self.lrs) :]]
+        return self._replace(lrs=[*self.lrs, *added])
 
     @staticmethod
     def saved(cooldown: Cooldown | None) -> dict[str, Any]:

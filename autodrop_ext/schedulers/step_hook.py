@@ -49,6 +49,7 @@ class StepHook:
         self.consumed = False
         self._leader: int | None = None  # first parameter of the first step since the last call
         self.steps_since_call = 0
+        self._entered = False  # whether a step has begun whose end is not marked yet
         self._wrong_calls = 0  # in a row: late ones, or of epochs of a single step
         self._idle_calls = 0  # in a row: without a mark
         self._handles: dict[int, Any] = {}  # by their ids, which all optimizers share
@@ -68,19 +69,24 @@ class StepHook:
 
         def mark(stepped: Optimizer, args: Any, kwargs: Any) -> None:
             hook = this()
-            if hook is not None and stepped is of():
-                hook.mark_step(stepped)
+            if hook is None or stepped is not of() or not hook._entered:
+                return
+            # torch runs the hooks once more at the end of a step that calls super().step().
+            hook._entered = False
+            hook.mark_step(stepped)
 
         def look(stepped: Optimizer, args: Any, kwargs: Any) -> None:
             hook = this()
-            if hook is None or hook.before_step is None or stepped is not of():
+            if hook is None or stepped is not of():
                 return
-            if hook.moves(stepped):
+            hook._entered = True
+            if hook.before_step is not None and hook.moves(stepped):
                 hook.before_step()
 
-        handles = [optimizer.register_step_post_hook(_untraced(mark))]
-        if self.before_step is not None:
-            handles.append(optimizer.register_step_pre_hook(_untraced(look)))
+        handles: list[Any] = [
+            optimizer.register_step_post_hook(_untraced(mark)),
+            optimizer.register_step_pre_hook(_untraced(look)),
+        ]
         self._handles = {handle.id: handle for handle in handles}
         for handle in handles:
             weakref.finalize(self, handle.remove)
