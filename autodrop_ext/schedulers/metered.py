@@ -323,6 +323,8 @@ class MeteredScheduler(StepScheduler):
                 "state_dict['min_lr']: expected a list of a value for each param group, got "
                 f"{loaded['min_lr']!r}"
             )
+        # Groups may have been added before or after the state was saved.
+        loaded["min_lr"] = [*loaded["min_lr"], *self.min_lr[len(loaded["min_lr"]) :]]
         form: dict[str, Any] = {"cooldown": Later(inside(_COOLDOWN), None)}
         if self._averages_run and loaded["average"]:
             form = {**form, "mean": Later(checked_average, None)}

@@ -39,6 +39,7 @@ class StepHook:
         real_steps: real steps, consumed or not.
         steps_since_call: those since the scheduler's last call.
         before_step: called before each real step, or None.
+        entered: whether a step has begun whose end has not been looked at.
     """
 
     def __init__(self, *, once_an_epoch: bool = False) -> None:
@@ -49,7 +50,7 @@ class StepHook:
         self.consumed = False
         self._leader: int | None = None  # first parameter of the first step since the last call
         self.steps_since_call = 0
-        self._entered = False  # whether a step has begun whose end is not marked yet
+        self.entered = False
         self._wrong_calls = 0  # in a row: late ones, or of epochs of a single step
         self._idle_calls = 0  # in a row: without a mark
         self._handles: dict[int, Any] = {}  # by their ids, which all optimizers share
@@ -69,17 +70,17 @@ class StepHook:
 
         def mark(stepped: Optimizer, args: Any, kwargs: Any) -> None:
             hook = this()
-            if hook is None or stepped is not of() or not hook._entered:
+            if hook is None or stepped is not of() or not hook.entered:
                 return
             # torch runs the hooks once more at the end of a step that calls super().step().
-            hook._entered = False
+            hook.entered = False
             hook.mark_step(stepped)
 
         def look(stepped: Optimizer, args: Any, kwargs: Any) -> None:
             hook = this()
             if hook is None or stepped is not of():
                 return
-            hook._entered = True
+            hook.entered = True
             if hook.before_step is not None and hook.moves(stepped):
                 hook.before_step()
 

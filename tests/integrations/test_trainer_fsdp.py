@@ -7,7 +7,6 @@ import sys
 from typing import Any
 
 import pytest
-import torch
 from material import SETTINGS, needs
 from test_transformers import Passages, Recorder, arguments, language_model, loss_of
 
