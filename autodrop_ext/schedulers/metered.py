@@ -318,13 +318,15 @@ class MeteredScheduler(StepScheduler):
 
     def _read(self, state: Mapping[str, Any]) -> dict[str, Any]:
         loaded = super()._read(state)
-        if not isinstance(loaded["min_lr"], list):
+        lows, groups = loaded["min_lr"], len(loaded["base_lrs"])
+        if not isinstance(lows, list) or len(lows) != groups:
             raise ValueError(
-                "state_dict['min_lr']: expected a list of a value for each param group, got "
-                f"{loaded['min_lr']!r}"
+                f"state_dict['min_lr']: expected a value for each of the {groups} param groups of "
+                f"state_dict['base_lrs'], got {lows!r}"
             )
-        # Groups may have been added before or after the state was saved.
-        loaded["min_lr"] = [*loaded["min_lr"], *self.min_lr[len(loaded["min_lr"]) :]]
+        # Groups may have been added after the state was saved.
+        loaded["min_lr"] = [*lows, *self.min_lr[groups:]]
+        loaded["base_lrs"] = [*loaded["base_lrs"], *as_floats(self.base_lrs[groups:])]
         form: dict[str, Any] = {"cooldown": Later(inside(_COOLDOWN), None)}
         if self._averages_run and loaded["average"]:
             form = {**form, "mean": Later(checked_average, None)}
