@@ -28,7 +28,9 @@ from .sharding import LocalShard
 def standard_error(angle: float, buckets: int) -> float:
     """Return the standard error of an angle that was measured with so many buckets, degrees.
 
-    It is ``sin(angle) / sqrt(buckets)`` in radians, whatever the parameters are.
+    It is ``sin(angle) / sqrt(buckets)`` in radians, in the mean over hashes. With the one hash that
+    there is, errors are larger or smaller if few elements carry the motion; see
+    ``docs/scaling.md``.
 
     Args:
         angle: degrees.

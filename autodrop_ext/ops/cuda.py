@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import ModuleType
 
@@ -54,23 +55,21 @@ class CudaBackend:
         self, running: Tensor, mean: Tensor, displacement: Tensor, divisor: float, bounds: IntArray
     ) -> FloatArray:
         device = running.device
-        blocks, part = close_blocks(bounds)
-        on_device = torch.from_numpy(blocks).to(device)
-        sums = torch.empty(len(blocks), 2, dtype=torch.float64, device=device)
-        with current_device(device):
-            stream = current_stream(device)
+
+        def launch(blocks: Tensor, sums: Tensor) -> None:
             self.core().cuda_close(
                 device.index or 0,
                 running.data_ptr(),
                 mean.data_ptr(),
                 displacement.data_ptr(),
                 divisor,
-                on_device.data_ptr(),
+                blocks.data_ptr(),
                 len(blocks),
                 sums.data_ptr(),
-                stream,
+                current_stream(device),
             )
-        return add_blocks(sums.cpu().numpy(), part, len(bounds) - 1)
+
+        return close_on(device, bounds, launch)
 
 
 @functools.cache
@@ -198,6 +197,25 @@ def partial_rows(plan: Plan) -> Tensor:
     blocks = splits(plan) if plan.hashed else 0
     size = (blocks, plan.num_buckets) if blocks > 1 else (0,)
     return torch.empty(size, dtype=torch.float64, device=plan.device)
+
+
+def close_on(
+    device: torch.device, bounds: IntArray, launch: Callable[[Tensor, Tensor], None]
+) -> FloatArray:
+    """Return the sums of each part of the tables; wait for the device.
+
+    Args:
+        device: of the tables.
+        bounds: first bucket of each part, and the end of the last one.
+        launch: takes first bucket and the one after the last of each block, int64
+            ``[num_blocks, 2]``, and writes the block's sums, float64 ``[num_blocks, 2]``.
+    """
+    blocks, part = close_blocks(bounds)
+    on_device = torch.from_numpy(blocks).to(device)
+    sums = torch.empty(len(blocks), 2, dtype=torch.float64, device=device)
+    with current_device(device):
+        launch(on_device, sums)
+    return add_blocks(sums.cpu().numpy(), part, len(bounds) - 1)
 
 
 def current_stream(device: torch.device) -> int:

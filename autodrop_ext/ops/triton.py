@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .backends import add_blocks, close_blocks
-from .cuda import DeviceTables, current_device
+from .cuda import DeviceTables, close_on, current_device
 from .plan import DTYPES, FloatArray, IntArray, Plan, Source
 
 _SWAPS = 8  # programs that share a row, one for each way to permute packets
@@ -44,13 +43,10 @@ class TritonBackend:
     def close(
         self, running: Tensor, mean: Tensor, displacement: Tensor, divisor: float, bounds: IntArray
     ) -> FloatArray:
-        device = running.device
-        blocks, part = close_blocks(bounds)
-        on_device = torch.from_numpy(blocks).to(device)
-        sums = torch.zeros(len(blocks), 2, dtype=torch.float64, device=device)
-        with current_device(device):
-            _launches().close(running, mean, displacement, divisor, on_device, sums)
-        return add_blocks(sums.cpu().numpy(), part, len(bounds) - 1)
+        def launch(blocks: Tensor, sums: Tensor) -> None:
+            _launches().close(running, mean, displacement, divisor, blocks, sums)
+
+        return close_on(running.device, bounds, launch)
 
 
 def _launches() -> Any:
