@@ -97,6 +97,13 @@ def at_least(least: int) -> Check:
     return lambda name, value: count(name, value, least)
 
 
+def steps_or_auto(name: str, value: Any) -> int | str:
+    """A number of optimizer steps, or "auto"."""
+    if isinstance(value, str) and value != "auto":
+        raise ValueError(f"{name}: expected an int or 'auto', got {value!r}")
+    return value if isinstance(value, str) else count(name, value, 0)
+
+
 def flag(name: str, value: Any) -> bool:
     """The value as a bool; raises TypeError otherwise."""
     if not isinstance(value, bool):

@@ -96,6 +96,9 @@ class Decision(Reading):
         group_rises: likewise its rise.
         threshold: what the rise was compared with, degrees per window; None if the scheduler
             has no such setting.
+        warmup: how an automatic warm-up stands: "rising"; "reached" if the rates that were set have
+            been, or "confined" if parameters travel no longer, which both end it; None after that
+            and without one.
     """
 
     smoothed: float | None = None
@@ -107,12 +110,14 @@ class Decision(Reading):
     group_smoothed: tuple[float | None, ...] = ()
     group_rises: tuple[float | None, ...] = ()
     threshold: float | None = None
+    warmup: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """As :meth:`Reading.as_dict`; what groups decided is left out if they did not."""
         plain = super().as_dict()
-        if self.threshold is None:
-            del plain["threshold"]
+        for name in ("threshold", "warmup"):
+            if plain[name] is None:
+                del plain[name]
         if not self.group_angles:
             plain = {k: v for k, v in plain.items() if k not in _OF_GROUPS}
         return plain
@@ -164,7 +169,12 @@ def _check_of(kind: str) -> Check:
     if kind.startswith("tuple"):
         items = list_of(_check_of(kind.removeprefix("tuple[").removesuffix(", ...]")))
         return lambda name, value: tuple(items(name, value))
-    return {"bool": checks.flag, "int": checks.at_least(-1), "float": _check_float}[kind]
+    return {
+        "bool": checks.flag,
+        "int": checks.at_least(-1),
+        "float": _check_float,
+        "str": checks.text,
+    }[kind]
 
 
 def _check_float(name: str, value: Any) -> float:

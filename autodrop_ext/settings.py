@@ -123,6 +123,7 @@ PER_GROUP = Setting(
 FACTOR = Setting("factor", 0.95, checks.between_0_and_1, "``rho``, in (0, 1)", always=True)
 MIN_LR = Setting("min_lr", 0.0, checks.one_or_several, "lower bound of the rate")
 WARMUP_STEPS = Setting("warmup_steps", 0, at_least(0), "optimizer steps of linear warm-up")
+WARMUP = dataclasses.replace(WARMUP_STEPS, check=checks.steps_or_auto)
 
 AVERAGE = Setting(
     "average", False, checks.flag, "whether parameters are averaged over the run", late=True
@@ -138,7 +139,7 @@ AUTODROP: Settings = (
     Setting("min_samples", 10, at_least(1), "angles since the last drop before smoothing starts"),
     Setting("kernel", "value", choice("value", "time"), "what the Gaussian filter weighs by"),
     MIN_LR,
-    WARMUP_STEPS,
+    WARMUP,
     PER_GROUP,
     AVERAGE,
     *(SNAPSHOTS, BUCKETS, PER_TENSOR),
@@ -154,7 +155,7 @@ ANYTIME: Settings = (
     Setting("max_power", 0.5, checks.number, "largest exponent"),
     Setting("cosines", 8, at_least(1), "how many of the newest cosines are averaged"),
     MIN_LR,
-    WARMUP_STEPS,
+    WARMUP,
     dataclasses.replace(AVERAGE, default=True),
     BUCKETS,
 )

@@ -59,11 +59,33 @@ def schedule(
     return smoothed, lrs
 
 
+def critical(k: int, of_many: float = 0.25) -> float:
+    """Cosine of a random walk's displacements between means of k readings."""
+    # Cov of neighbouring window sums against their variance, summed by hand for unit increments:
+    # weights of the increments within two neighbouring windows rise to k and fall again.
+    rising = np.arange(1, k + 1)
+    first = np.concatenate([rising, k - rising[:-1], np.zeros(k)])[: 3 * k - 1]
+    second = np.roll(np.concatenate([first, np.zeros(k)]), k)[: 3 * k - 1]
+    return of_many / 0.25 * float(first @ second / (first @ first)) if k > 1 else 0.0
+
+
 def anytime(
-    iterates: np.ndarray, window: int = 16, windows: int = 8, snapshots: int = 32
+    iterates: np.ndarray,
+    window: int = 16,
+    windows: int = 8,
+    snapshots: int = 32,
+    *,
+    automatic: bool = False,
 ) -> list[tuple[int, int, float | None, float | None, float]]:
-    """The rule as design and docstring have it: step, window, mean cosine, exponent, rate."""
+    """The rule as design and docstring have it: step, window, mean cosine, exponent, rate.
+
+    With ``automatic``, the rate that was set is 1, the windows begin with 2, and the exponent is
+    minus that of the rise until it ends.
+    """
     lr, position, taken = 1.0, 0, []
+    rising = automatic
+    if automatic:
+        window, lr = 2, 16 / 512
     last = before = mean = None
     cosines: list[float] = []
     fresh, doubled, closes = True, False, []
@@ -90,8 +112,16 @@ def anytime(
             if mean is not None or len(cosines) >= 4:
                 mean = sum(cosines) / len(cosines)
         if mean is not None and (known or doubled):
-            power = min(0.5, 5 * max(0.0, 0.25 - mean))
-            lr *= ((t - window) / t) ** power
+            null = critical(min(window if known else window // 2, snapshots))
+            if not rising:
+                power = min(0.5, 5 * max(0.0, null - mean))
+                lr *= ((t - window) / t) ** power
+            elif t > 16 and mean < null and window >= 8:
+                rising = False
+            elif t > 16:
+                power = -min(1.0, max(0.0, 2 * (mean - null)))
+                lr = min(1.0, lr * (t / (t - window)) ** -power)
+                rising = lr < 1
         closes.append((t, window, mean, power, lr))
         last, before, doubled = m, last, False
         if t >= 2 * windows * window and before is not None:

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch.optim import Optimizer
 
-from .. import checks
-from ..checks import cosine, none_or
 from ..reading import Decision, Reading
-from ..saved import Form, list_of
+from ..saved import Form
 from ..settings import ANYTIME, USE_BUCKETS, check_arguments, removed
 from .base import Outcome, as_floats, check_optimizer, replaced
-from .metered import MeteredScheduler
+from .growing import GROWTH, GrowingScheduler
 
 if TYPE_CHECKING:
     import matplotlib.figure
-
-_FIRST_COSINES = 4  # before the first mean of them is trusted
 
 
 @dataclass(frozen=True)
@@ -37,7 +31,8 @@ class AnytimeDecision(Decision):
             are four of them.
         power: exponent ``p``: the rates were multiplied by ``((t - w) / t)^p``. 0 if parameters
             travel; None without a mean cosine, in a cooldown, and if the angle is not known for
-            another reason than a doubling of the window. The rates stay as they are then.
+            another reason than a doubling of the window, or during an automatic warm-up. It lowers
+            no rate then.
     """
 
     window_steps: int = 0
@@ -45,11 +40,7 @@ class AnytimeDecision(Decision):
     power: float | None = None
 
 
-def _check_product(name: str, value: Any) -> float:
-    return checks.number(name, value, "a number from 0 to 1", lambda x: 0 <= x <= 1)
-
-
-class AnytimeAutoDrop(MeteredScheduler):
+class AnytimeAutoDrop(GrowingScheduler):
     """Lowers the learning rate as fast as a power of time, once parameters no longer travel.
 
     The length of the run need not be known. The meter's windows grow with the run, so that the
@@ -74,12 +65,17 @@ class AnytimeAutoDrop(MeteredScheduler):
         windows: ``N``, at least 2: the window doubles once ``t`` has reached ``2 N`` windows, so
             that a run has seen ``N`` to ``2 N`` windows of the present length.
         snapshots: how many times a window the parameters are read, evenly spaced.
-        critical: cosine below which rates fall; 1/4 is a random walk's.
+        critical: cosine below which rates fall; 1/4 is that of a random walk with many readings in
+            a window. For ``k`` of them it is ``(k^2 - 1) / (2 (2 k^2 + 1))``, and ``critical`` is
+            taken in proportion.
         gain: exponent for each unit of cosine below ``critical``.
         max_power: largest exponent.
         cosines: how many of the newest cosines of windows of one length are averaged.
         min_lr: lower bound of the rate, one for all param groups or one for each.
-        warmup_steps: optimizer steps of linear warm-up, during which nothing is measured.
+        warmup_steps: optimizer steps of linear warm-up, during which nothing is measured; or
+            "auto": the rates that were set are upper bounds, which are approached as long as
+            parameters travel, from 1/32 of them. Windows then begin with 2 steps, whatever
+            ``min_window``.
         params: what is measured instead of the optimizer's trainable parameters, such as float32
             master weights; forms as in :class:`AngularVelocity`.
         buckets: float64 sums in each of the meter's tables, a multiple of 4,096; None for exact
@@ -118,12 +114,7 @@ class AnytimeAutoDrop(MeteredScheduler):
     cosines: int
     average: bool
     _settings = ANYTIME
-    _gathered: ClassVar[Form] = {
-        "newest_cosines": list_of(cosine),
-        "doubled": checks.flag,
-        "mean_cosine": none_or(cosine),
-        "factor": _check_product,
-    }
+    _gathered: ClassVar[Form] = GROWTH
 
     @removed(sample=USE_BUCKETS, seed=USE_BUCKETS)
     def __init__(
@@ -138,7 +129,7 @@ class AnytimeAutoDrop(MeteredScheduler):
         max_power: float = 0.5,
         cosines: int = 8,
         min_lr: float | Iterable[float] = 0.0,
-        warmup_steps: int = 0,
+        warmup_steps: int | Literal["auto"] = 0,
         params: Any = None,
         buckets: int | None = 2**18,
         average: bool = True,
@@ -150,30 +141,16 @@ class AnytimeAutoDrop(MeteredScheduler):
     ) -> None:
         arguments = dict(locals())
         optimizer = check_optimizer(optimizer)
-        self._newest_cosines: list[float] = []  # of windows of one length, once one is known
-        self._doubled = True  # whether the window has doubled since the newest cosine
-        self._mean_cosine: float | None = None
-        self._factor = 1.0  # product of all factors so far
         lrs = as_floats(group["lr"] for group in optimizer.param_groups)
-        window = min_window
-        if last_epoch > 0:
-            window = self._windows_until(last_epoch, check_arguments(ANYTIME, arguments))[-1]
-        super().__init__(optimizer, arguments, window=window)
-        self._next_window = window  # length of the window after the last decision's
-        if last_epoch > 0:
+        joins, settings = last_epoch > 0, check_arguments(ANYTIME, arguments)
+        window = self._windows_until(max(0, last_epoch), settings)[-1]
+        super().__init__(optimizer, arguments, joins=joins, warmup=warmup_steps, window=window)
+        if joins:
             # It joins a run, with the rates that it had.
             self._optimizer_steps = last_epoch
-            warming = last_epoch < warmup_steps
+            warming = last_epoch < self._linear_warmup
             self._set_lrs(self._warmed(self.base_lrs) if warming else lrs)
             self._last_lr = self._lrs()
-
-    @staticmethod
-    def _windows_until(steps: int, settings: Mapping[str, Any]) -> list[int]:
-        """Return the lengths that windows may have had after a number of optimizer steps."""
-        lengths = [settings["min_window"]]
-        while steps - settings["warmup_steps"] >= 2 * settings["windows"] * lengths[-1]:
-            lengths.append(2 * lengths[-1])
-        return lengths
 
     @property
     def window(self) -> int:
@@ -182,58 +159,34 @@ class AnytimeAutoDrop(MeteredScheduler):
 
     # ---- deciding ---------------------------------------------------------------------------
 
-    def _decide(self, reading: Reading) -> Outcome:
-        newest, mean = self._newest_cosines, self._mean_cosine
-        known = reading.cosine is not None
-        if reading.cosine is not None:
-            if self._doubled and mean is not None:
-                newest = []
-            newest = [*newest, reading.cosine][-self.cosines :]
-            if mean is not None or len(newest) >= min(_FIRST_COSINES, self.cosines):
-                mean = math.fsum(newest) / len(newest)
-        t, w = self._optimizer_steps - self.warmup_steps, self.window
-        doubles = t >= 2 * self.windows * w and self.meter.windows_since_restart >= 2
-        # The first angle of a doubled window is not known yet; any other that is not known lowers
-        # nothing: parameters were not finite, did not move, or were replaced.
-        last = self.history[-1] if self.history else None
-        has_doubled = last is not None and last.window_steps < w and last.cosine is not None
-        expected = has_doubled and self.meter.windows_since_restart == 2
-        power = factor = None
-        if mean is not None and (known or expected) and self._cooldown is None:
-            power = min(self.max_power, self.gain * max(0.0, self.critical - mean))
+    def _decide_risen(self, reading: Reading) -> Outcome:
+        state = self._grown(reading)
+        mean = self._usable_mean(reading, state)
+        t, w = self._optimizer_steps - self._linear_warmup, self.window
+        power, factor = None, 1.0
+        if mean is not None:
+            power = min(self.max_power, self.gain * max(0.0, self._critical_for(reading) - mean))
             factor = ((t - w) / t) ** power if t > w else 1.0
-        lrs = self._dropped(1.0 if factor is None else factor)
-        lowered = any(lr is not None for lr in lrs)
-        decision = AnytimeDecision(
-            # The meter does not know of the warm-up.
-            **vars(dataclasses.replace(reading, step=self._optimizer_steps)),
-            lr=tuple(replaced(as_floats(self._rates()), lrs)),
-            dropped=lowered,
-            window_steps=w,
-            mean_cosine=mean,
-            power=power,
-        )
-        state = {
-            "num_drops": self.num_drops + lowered,
-            "_newest_cosines": newest,
-            "_doubled": doubles or (self._doubled and not known),
-            "_mean_cosine": mean,
-            "_factor": self._factor * (factor or 1.0),
-            "_next_window": 2 * w if doubles else w,
-            "_decided": reading.window,
-        }
-        return Outcome(decision, lrs, state)
+        state["_share"] = self._share * factor
+        return self._outcome(reading, self._dropped(factor), state, power=power)
 
-    def _carry_out(self) -> None:
-        if self._unwritten is not None and self.window < self._next_window:
-            if self.meter.windows_since_restart >= 2:
-                self.meter.double_window()
-            else:  # an interrupt has made it start over; other ranks have doubled theirs
-                self.meter.start_over(self._next_window)
-        super()._carry_out()
+    def _outcome(
+        self, reading: Reading, lrs: Sequence[float | None], state: dict[str, Any], **fields: Any
+    ) -> Outcome:
+        now = as_floats(self._rates())
+        lowered = any(lr is not None and lr < old for lr, old in zip(lrs, now, strict=False))
+        decision = AnytimeDecision(
+            **vars(reading),
+            lr=tuple(replaced(now, lrs)),
+            dropped=lowered,
+            window_steps=self.window,
+            mean_cosine=state["_mean_cosine"],
+            **fields,
+        )
+        return Outcome(decision, lrs, {**state, "num_drops": self.num_drops + lowered})
 
     def _get_closed_form_lr(self) -> list[float]:
-        return self._closed_form(self._factor, lambda group: 1)
+        return self._closed_form(self._share, lambda group: 1)
 
     # ---- looking ----------------------------------------------------------------------------
 
@@ -271,15 +224,12 @@ class AnytimeAutoDrop(MeteredScheduler):
             settings = {**settings, "cosines": settings["average"]}
             del settings["average"]
             state = {**state, "settings": settings}
+        if isinstance(state, Mapping) and "factor" in state:
+            state = {**state, "share": state["factor"]}  # the name of then
         return super()._read(state)
 
     def _restored(self, loaded: Mapping[str, Any]) -> dict[str, Any]:
-        newest = loaded["newest_cosines"][-loaded["cosines"] :]
-        return {**super()._restored(loaded), "_newest_cosines": newest}
+        return self._grown_attributes(loaded, loaded)
 
     def _possible_windows(self, loaded: Mapping[str, Any]) -> Sequence[int]:
         return self._windows_until(loaded["optimizer_steps"], loaded)
-
-    def _take_over(self, loaded: dict[str, Any]) -> None:
-        super()._take_over(loaded)
-        self._next_window = self.window

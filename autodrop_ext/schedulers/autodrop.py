@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch.optim import Optimizer
@@ -12,17 +11,17 @@ from .. import checks
 from ..messages import Warnings
 from ..reading import Decision, Reading
 from ..saved import Form, Later, inside, list_of
-from ..settings import AUTODROP, USE_BUCKETS, check_arguments, removed
+from ..settings import AUTODROP, USE_BUCKETS, WINDOW, check_arguments, removed
 from .auto_window import LEAST_WINDOW, window_for
 from .base import Outcome, as_floats, check_drops, replaced
-from .metered import MeteredScheduler
+from .growing import GROWN, GROWTH, GrowingScheduler
 from .saturation import SEEN, Kernel, SaturationDetector, Seen, Verdict
 
 if TYPE_CHECKING:
     import matplotlib.figure
 
 
-class AutoDrop(MeteredScheduler):
+class AutoDrop(GrowingScheduler):
     """Drops the learning rate whenever the angular velocity of the parameters saturates.
 
     Once per window of optimizer steps the angle between the last two displacements of the mean
@@ -44,7 +43,10 @@ class AutoDrop(MeteredScheduler):
         kernel: "value" or "time", what the Gaussian filter takes its distances between; see
             :func:`~autodrop_ext.schedulers.saturation.gaussian_filter`.
         min_lr: lower bound of the rate, one for all param groups or one for each.
-        warmup_steps: optimizer steps of linear warm-up, during which nothing is measured.
+        warmup_steps: optimizer steps of linear warm-up, during which nothing is measured; or
+            "auto": the rates that were set are upper bounds, which are approached as long as
+            parameters travel, from 1/32 of them, in windows that begin with 2 steps and grow.
+            ``window`` holds afterwards.
         params: what is measured instead of the optimizer's trainable parameters, such as float32
             master weights; forms as in :class:`AngularVelocity`.
         snapshots: how many times a window the parameters are read; None for every step.
@@ -93,6 +95,7 @@ class AutoDrop(MeteredScheduler):
             ),
             {"drops": []} | dict.fromkeys(SEEN, ()),
         ),
+        "growth": Later(inside(GROWTH), GROWN),
     }
 
     @removed(sample=USE_BUCKETS, seed=USE_BUCKETS)
@@ -107,7 +110,7 @@ class AutoDrop(MeteredScheduler):
         min_samples: int = 10,
         kernel: Kernel = "value",
         min_lr: float | Iterable[float] = 0.0,
-        warmup_steps: int = 0,
+        warmup_steps: int | Literal["auto"] = 0,
         params: Any = None,
         snapshots: int | None = None,
         buckets: int | None = 2**18,
@@ -129,7 +132,11 @@ class AutoDrop(MeteredScheduler):
             raise ValueError(f"num_steps: expected window='auto' with it, got window={window!r}")
         self.group_drops: list[int] = []
         self._seen = [Seen()]  # of each param group, if they decide for themselves
-        super().__init__(optimizer, arguments)
+        joins, rises = last_epoch > 0, warmup_steps == "auto"
+        first = check_arguments((WINDOW,), arguments)["window"]
+        if rises and not joins:
+            first = self._windows_until(0, arguments)[-1]
+        super().__init__(optimizer, arguments, joins=joins, warmup=warmup_steps, window=first)
         groups = len(self.optimizer.param_groups)
         if per_group and params is not None and self.meter.num_groups != groups:
             raise ValueError(
@@ -143,9 +150,9 @@ class AutoDrop(MeteredScheduler):
         checked, num_steps = check_arguments(settings, arguments), arguments["num_steps"]
         if num_steps is None:
             raise ValueError("num_steps: expected the length of the run for window='auto'")
+        warmup = 0 if checked["warmup_steps"] == "auto" else checked["warmup_steps"]
         window = window_for(
-            checks.count("num_steps", num_steps, checked["warmup_steps"] + 1)
-            - checked["warmup_steps"],
+            checks.count("num_steps", num_steps, warmup + 1) - warmup,
             factor=checked["factor"],
             min_samples=checked["min_samples"],
             total_decay=arguments["total_decay"],
@@ -161,9 +168,16 @@ class AutoDrop(MeteredScheduler):
 
     # ---- deciding ---------------------------------------------------------------------------
 
-    def _decide(self, reading: Reading) -> Outcome:
-        # The meter does not know of the warm-up.
-        reading = dataclasses.replace(reading, step=self._optimizer_steps)
+    def _outcome(
+        self, reading: Reading, lrs: Sequence[float | None], state: dict[str, Any], **fields: Any
+    ) -> Outcome:
+        lr = tuple(replaced(as_floats(self._rates()), lrs))
+        decision = Decision(**vars(reading), lr=lr, threshold=self.threshold, **fields)
+        if not state.get("_rising", True):
+            state = {**state, "_next_window": self.window}
+        return Outcome(decision, lrs, state)
+
+    def _decide_risen(self, reading: Reading) -> Outcome:
         parts = (reading.per_group or ()) if self.per_group else (reading,)
         angles = [part.angle for part in parts]
         detector = self._detector(vars(self))
@@ -188,20 +202,13 @@ class AutoDrop(MeteredScheduler):
             drops = [n + (g in lowered) for g, n in enumerate(drops)]
         elif verdicts:
             of_groups = {"smoothed": verdicts[0].smoothed, "rise": verdicts[0].rise}
-        decision = Decision(
-            **vars(reading),
-            lr=tuple(replaced(as_floats(self._rates()), lrs)),
-            dropped=bool(lowered),
-            threshold=self.threshold,
-            **of_groups,
-        )
         state = {
-            "num_drops": self.num_drops + decision.dropped,
+            "num_drops": self.num_drops + bool(lowered),
             "group_drops": drops,
             "_seen": seen,
             "_decided": reading.window,
         }
-        return Outcome(decision, lrs, state)
+        return self._outcome(reading, lrs, state, dropped=bool(lowered), **of_groups)
 
     @staticmethod
     def _detector(settings: Mapping[str, Any]) -> SaturationDetector:
@@ -209,7 +216,7 @@ class AutoDrop(MeteredScheduler):
         return SaturationDetector(*(settings[name] for name in names))
 
     def _get_closed_form_lr(self) -> list[float]:
-        return self._closed_form(self.factor, self._drops_of)
+        return self._closed_form(self.factor, self._drops_of, self._share)
 
     def _drops_of(self, group: int) -> int:
         """Return how often the rate of a param group was lowered."""
@@ -263,6 +270,7 @@ class AutoDrop(MeteredScheduler):
         return {
             "detector": first.state_dict(),
             "groups": {**columns, "drops": list(self.group_drops)},
+            "growth": self._saved(GROWTH),
         }
 
     def _restored(self, loaded: Mapping[str, Any]) -> dict[str, Any]:
@@ -274,8 +282,9 @@ class AutoDrop(MeteredScheduler):
             )
         detector = self._detector(loaded)
         seen = [detector.check_seen(loaded["detector"], "state_dict['detector']")]
+        grown = self._grown_attributes(loaded["growth"], loaded)
         if not loaded["per_group"]:
-            return {"_seen": seen, "group_drops": []}
+            return {"_seen": seen, "group_drops": [], **grown}
         columns, name = loaded["groups"], "state_dict['groups']"
         drops = columns["drops"]
         for key, column in columns.items():
@@ -288,7 +297,12 @@ class AutoDrop(MeteredScheduler):
             check_drops(loaded, "groups", number)
         rows = [{key: columns[key][g] for key in SEEN} for g in range(len(drops))]
         seen = [detector.check_seen(row, name) for row in rows] or seen
-        return {"_seen": seen, "group_drops": drops}
+        return {"_seen": seen, "group_drops": drops, **grown}
+
+    def _possible_windows(self, loaded: Mapping[str, Any]) -> Sequence[int]:
+        if loaded["growth"]["rising"]:
+            return self._windows_until(loaded["optimizer_steps"], loaded)
+        return super()._possible_windows(loaded)
 
     def _take_over(self, loaded: dict[str, Any]) -> None:
         super()._take_over(loaded)

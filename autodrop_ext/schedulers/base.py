@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ class StepScheduler(LRScheduler):
         num_drops: how often a learning rate was lowered.
     """
 
-    warmup_steps: int = 0
+    warmup_steps: int | Literal["auto"] = 0
     _settings: ClassVar[Settings]
     _gathered: ClassVar[Form]
     """Form of what was gathered towards the next drop; each entry has the name of an attribute
@@ -122,8 +122,8 @@ class StepScheduler(LRScheduler):
         outcome = NOTHING
         if self._hook.consume():
             self._optimizer_steps += 1
-            outcome = self._decide_step(warming_up=self._optimizer_steps <= self.warmup_steps)
-            if self._optimizer_steps < self.warmup_steps:
+            outcome = self._decide_step(warming_up=self._optimizer_steps <= self._linear_warmup)
+            if self._optimizer_steps < self._linear_warmup:
                 self._set_lrs(self._warmed(self.base_lrs))
         self._commit(outcome)
         return outcome
@@ -164,7 +164,7 @@ class StepScheduler(LRScheduler):
 
     def _make_whole(self) -> None:
         """Finish what a step has decided that ended in an interrupt or an error."""
-        if self._optimizer_steps < self.warmup_steps:
+        if self._optimizer_steps < self._linear_warmup:
             self._set_lrs(self._warmed(self.base_lrs))
         self._carry_out()
         self._last_whole = None
@@ -229,14 +229,19 @@ class StepScheduler(LRScheduler):
     def _initial_step(self) -> None:
         self._step_count = 1
         self.last_epoch += 1
-        if self.warmup_steps and self._optimizer_steps == 0:
+        if self._linear_warmup and self._optimizer_steps == 0:
             self._set_lrs(self._warmed(self.base_lrs))
         self._last_lr = self._lrs()
 
+    @property
+    def _linear_warmup(self) -> int:
+        """Optimizer steps of linear warm-up; an automatic one has none."""
+        return 0 if self.warmup_steps == "auto" else self.warmup_steps
+
     def _warmed(self, lrs: Iterable[float | Tensor]) -> list[float]:
         """Return the rates for the next optimizer step, if it belongs to the warm-up."""
-        t = min(self._optimizer_steps + 1, self.warmup_steps)
-        share = t / self.warmup_steps if self.warmup_steps else 1.0
+        steps = self._linear_warmup
+        share = min(self._optimizer_steps + 1, steps) / steps if steps else 1.0
         return [float(lr) * share for lr in lrs]
 
     def get_lr(self) -> list[float | Tensor]:
@@ -302,7 +307,11 @@ class StepScheduler(LRScheduler):
 
     def _saved_gathered(self) -> dict[str, Any]:
         """Return what was gathered towards the next drop, as plain values."""
-        values = {name: getattr(self, f"_{name}") for name in self._gathered}
+        return self._saved(self._gathered)
+
+    def _saved(self, names: Iterable[str]) -> dict[str, Any]:
+        """Return attributes by their names without the underscore, as plain values."""
+        values = {name: getattr(self, f"_{name}") for name in names}
         return {name: list(v) if isinstance(v, (list, tuple)) else v for name, v in values.items()}
 
     def state_dict(self) -> dict[str, Any]:

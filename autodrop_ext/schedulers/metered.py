@@ -104,7 +104,7 @@ class MeteredScheduler(StepScheduler):
         """
         if self._mean is None or not self.meter.has_read:
             return
-        t = self._optimizer_steps - self.warmup_steps
+        t = self._optimizer_steps - self._linear_warmup
         since = t - self._mean.steps
         if 512 * since >= t:
             problem = self._mean.update(since)
@@ -161,9 +161,11 @@ class MeteredScheduler(StepScheduler):
             _lower(lr, factor, self._floor(g)) if g in chosen else None for g, lr in enumerate(lrs)
         ]
 
-    def _closed_form(self, factor: float, drops: Callable[[int], int]) -> list[float]:
+    def _closed_form(
+        self, factor: float, drops: Callable[[int], int], share: float = 1.0
+    ) -> list[float]:
         """Return the base rates after ``drops`` of each group, within the warm-up its share."""
-        lrs = self._warmed(self.base_lrs)
+        lrs = [share * lr for lr in self._warmed(self.base_lrs)]
         for g in range(len(lrs)):
             for _ in range(drops(g)):
                 lower = _lower(lrs[g], factor, self._floor(g))
@@ -186,7 +188,7 @@ class MeteredScheduler(StepScheduler):
             ValueError, TypeError: an argument is wrong.
             RuntimeError: the warm-up is not over.
         """
-        if self._optimizer_steps < self.warmup_steps:
+        if self._optimizer_steps < self._linear_warmup:
             raise RuntimeError(
                 f"cooldown: expected a call after the warm-up of {self.warmup_steps} steps, got "
                 f"one after {self._optimizer_steps}"

@@ -35,19 +35,21 @@ def run(iterates: np.ndarray, **settings: Any) -> AnytimeAutoDrop:
     "nan_at", [None, 1_500, 1_100], ids=["finite", "nan", "nan after doubling"]
 )
 @pytest.mark.parametrize("kind", ["drift", "walk", "mean-reverting"])
-def test_the_rule_step_by_step(kind: str, nan_at: int | None) -> None:
+@pytest.mark.parametrize("automatic", [False, True], ids=["no warm-up", "automatic"])
+def test_the_rule_step_by_step(automatic: bool, kind: str, nan_at: int | None) -> None:
     iterates = process(kind, 3_000, n=100)
     if nan_at is not None:
         iterates[nan_at - 1] = np.nan  # one of the steps that are read: every fourth one
-    closes = anytime(iterates)
-    history = run(iterates).history
+    closes = anytime(iterates, automatic=automatic)
+    history = run(iterates, warmup_steps="auto" if automatic else 0).history
     # A meter reports from the third window on; nothing has been decided before.
     assert len(history) == len(closes) - 2
     for decision, (t, window, mean, power, lr) in zip(history, closes[2:], strict=True):
         assert (decision.step, decision.window_steps) == (t, window)
         assert (decision.mean_cosine is None) == (mean is None)
-        assert (decision.power is None) == (power is None)
-        if mean is not None and power is not None:
+        rises = decision.warmup is not None
+        assert (decision.power is None) == (power is None or rises)
+        if mean is not None and power is not None and not rises:
             # The same float64 numbers in another order, and merged means that are rounded.
             assert decision.mean_cosine == pytest.approx(mean, abs=1e-11)
             assert decision.power == pytest.approx(power, abs=5e-11)

@@ -1,0 +1,199 @@
+"""GrowingScheduler: a scheduler on windows that grow with the run, and its automatic warm-up."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from .. import checks
+from ..checks import cosine, none_or
+from ..reading import Reading
+from ..saved import Form, Later, list_of
+from .base import Outcome, in_precision_of
+from .metered import MeteredScheduler
+
+_FIRST_COSINES = 4  # before the first mean of them is trusted
+_FIRST_WINDOW = 2  # of the automatic warm-up, optimizer steps
+_FIRST_SHARE = 16 / 512  # of the rates that were set
+_STILL_STEPS = 16  # at its start, in which rates stay
+_TRUSTED_WINDOW = 8  # the shortest that may end it
+
+
+def walk_cosine(readings: int) -> float:
+    """Return the cosine between the displacements of a random walk's window means.
+
+    Args:
+        readings: ``k``, readings of each window: ``(k^2 - 1) / (2 (2 k^2 + 1))``, which is 0 for
+            one reading and 1/4 for many.
+    """
+    square = readings * readings
+    return (square - 1) / (2 * (2 * square + 1))
+
+
+def _check_share(name: str, value: Any) -> float:
+    return checks.number(name, value, "a number from 0 to 1", lambda x: 0 <= x <= 1)
+
+
+GROWTH: Form = {
+    "newest_cosines": list_of(cosine),
+    "doubled": checks.flag,
+    "mean_cosine": none_or(cosine),
+    "share": _check_share,
+    "rising": Later(checks.flag, False),
+}
+GROWN = {"newest_cosines": [], "doubled": True, "mean_cosine": None, "share": 1.0, "rising": False}
+"""Values of a scheduler without an automatic warm-up."""
+
+
+class GrowingScheduler(MeteredScheduler):
+    """A scheduler whose windows double as the run goes on, always or in its automatic warm-up.
+
+    In the automatic warm-up (``warmup_steps="auto"``) windows begin with 2 optimizer steps, and
+    every rate with 1/32 of the one that was set. At the end of each window of ``w`` steps after
+    step 16, rates are multiplied by ``(t / (t - w))^q`` with ``q = 2 (mean cosine - critical)``,
+    from 0 to 1: they rise at most in proportion to the steps, and only as far as parameters still
+    travel. A rate never passes the one that was set. The rise ends for good when that is reached,
+    or with the first mean cosine of windows of 8 steps or more that is below ``critical``.
+
+    Subclasses implement :meth:`_decide_risen`.
+    """
+
+    windows: int = 8
+    critical: float = 0.25
+    cosines: int = 8
+    warmup_steps: int | Literal["auto"]
+
+    def __init__(self, *args: Any, joins: bool, warmup: Any, window: int, **kwargs: Any) -> None:
+        self._newest_cosines: list[float] = []  # of windows of one length, once one is known
+        self._doubled = True  # whether the window has doubled since the newest cosine
+        self._mean_cosine: float | None = None
+        self._rising = warmup == "auto" and not joins
+        self._share = _FIRST_SHARE if self._rising else 1.0  # of the rates that were set
+        self._next_window = window  # length of the window after the last decision's
+        super().__init__(*args, window=window, **kwargs)
+
+    @staticmethod
+    def _windows_until(steps: int, settings: Mapping[str, Any]) -> list[int]:
+        """Return the lengths that windows may have had after a number of optimizer steps."""
+        warmup, windows = settings["warmup_steps"], settings.get("windows", 8)
+        automatic = warmup == "auto"
+        lengths = [_FIRST_WINDOW if automatic else settings["min_window"]]
+        while steps - (0 if automatic else warmup) >= 2 * windows * lengths[-1]:
+            lengths.append(2 * lengths[-1])
+        return lengths
+
+    def _initial_step(self) -> None:
+        super()._initial_step()
+        if self._rising and self._optimizer_steps == 0:
+            self._set_lrs(float(lr) * self._share for lr in self.base_lrs)
+            self._last_lr = self._lrs()
+
+    # ---- deciding ---------------------------------------------------------------------------
+
+    def _decide(self, reading: Reading) -> Outcome:
+        # The meter does not know of the warm-up.
+        reading = dataclasses.replace(reading, step=self._optimizer_steps)
+        return self._decide_rise(reading) if self._rising else self._decide_risen(reading)
+
+    def _decide_risen(self, reading: Reading) -> Outcome:
+        """Return what follows from a reading after an automatic warm-up, or without one."""
+        raise NotImplementedError
+
+    def _decide_rise(self, reading: Reading) -> Outcome:
+        state = self._grown(reading)
+        mean = self._usable_mean(reading, state)
+        t, w, critical = self._optimizer_steps, self.meter.window, self._critical_for(reading)
+        rise, share, warmup = 1.0, self._share, "rising"
+        if mean is not None and t > _STILL_STEPS:
+            if mean < critical and w >= _TRUSTED_WINDOW:
+                warmup = "confined"
+            else:
+                rise = (t / (t - w)) ** min(1.0, max(0.0, 2 * (mean - critical)))
+                share = min(1.0, share * rise)
+                if share == 1.0:
+                    warmup = "reached"
+        state |= {"_share": share, "_rising": warmup == "rising"}
+        return self._outcome(reading, self._raised(rise), state, warmup=warmup)
+
+    def _outcome(
+        self, reading: Reading, lrs: Sequence[float | None], state: dict[str, Any], **fields: Any
+    ) -> Outcome:
+        """Return an outcome with the subclass's record of the reading."""
+        raise NotImplementedError
+
+    def _raised(self, rise: float) -> list[float | None]:
+        """Return the rates times ``rise``, up to those that were set; None for those that stay."""
+        raised: list[float | None] = []
+        for lr, base in zip(self._rates(), self.base_lrs, strict=False):
+            new = in_precision_of(lr, min(float(base), rise * float(lr)))
+            raised.append(new if new > float(lr) else None)
+        return raised
+
+    def _grown(self, reading: Reading) -> dict[str, Any]:
+        """Return the state of cosines and windows after a reading."""
+        newest, mean = self._newest_cosines, self._mean_cosine
+        if reading.cosine is not None:
+            if self._doubled and mean is not None:
+                newest = []
+            newest = [*newest, reading.cosine][-self.cosines :]
+            if mean is not None or len(newest) >= min(_FIRST_COSINES, self.cosines):
+                mean = math.fsum(newest) / len(newest)
+        t, w = self._optimizer_steps - self._linear_warmup, self.meter.window
+        doubles = t >= 2 * self.windows * w and self.meter.windows_since_restart >= 2
+        return {
+            "_newest_cosines": newest,
+            "_doubled": doubles or (self._doubled and reading.cosine is None),
+            "_mean_cosine": mean,
+            "_next_window": 2 * w if doubles else w,
+            "_decided": reading.window,
+        }
+
+    def _usable_mean(self, reading: Reading, state: Mapping[str, Any]) -> float | None:
+        """Return the mean cosine if rates may follow it now.
+
+        The first angle of a doubled window is not known yet, and the mean stays in use. With any
+        other that is not known nothing follows: parameters were not finite, did not move, or were
+        replaced.
+        """
+        last = self.history[-1] if self.history else None
+        has_doubled = self._doubled and last is not None and last.cosine is not None
+        expected = has_doubled and self.meter.windows_since_restart == 2
+        known = reading.cosine is not None or expected
+        mean: float | None = state["_mean_cosine"]
+        return mean if known and self._cooldown is None else None
+
+    def _critical_for(self, reading: Reading) -> float:
+        """Return ``critical`` for as many readings as windows of the mean's length have."""
+        window = self.meter.window if reading.cosine is not None else self.meter.window // 2
+        snapshots = self.meter.snapshots
+        readings = window if snapshots is None else min(snapshots, window)
+        return self.critical * walk_cosine(readings) / 0.25
+
+    def _carry_out(self) -> None:
+        if self._unwritten is not None and self.meter.window != self._next_window:
+            doubles = self._next_window == 2 * self.meter.window
+            if doubles and self.meter.windows_since_restart >= 2:
+                self.meter.double_window()
+            else:  # the warm-up has ended; or an interrupt, where other ranks have doubled theirs
+                self.meter.start_over(self._next_window)
+        super()._carry_out()
+
+    # ---- state ------------------------------------------------------------------------------
+
+    def _grown_attributes(
+        self, growth: Mapping[str, Any], settings: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Return attributes from saved ones; raise ValueError if the settings forbid them."""
+        if growth["rising"] and settings["warmup_steps"] != "auto":
+            raise ValueError(
+                "state_dict['rising']: expected False with warmup_steps="
+                f"{settings['warmup_steps']}, got True"
+            )
+        newest = growth["newest_cosines"][-settings.get("cosines", self.cosines) :]
+        return {f"_{name}": growth[name] for name in GROWTH} | {"_newest_cosines": newest}
+
+    def _take_over(self, loaded: dict[str, Any]) -> None:
+        super()._take_over(loaded)
+        self._next_window = self.meter.window
