@@ -120,7 +120,8 @@ def anytime(
                 rising = False
             elif t > 16:
                 power = -min(1.0, max(0.0, 2 * (mean - null)))
-                lr = min(1.0, lr * (t / (t - window)) ** -power)
+                lr *= (t / (t - window)) ** -power
+                lr = 1.0 if lr > 1 - 1e-9 else lr
                 rising = lr < 1
         closes.append((t, window, mean, power, lr))
         last, before, doubled = m, last, False

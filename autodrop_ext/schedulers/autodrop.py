@@ -174,7 +174,7 @@ class AutoDrop(GrowingScheduler):
         lr = tuple(replaced(as_floats(self._rates()), lrs))
         decision = Decision(**vars(reading), lr=lr, threshold=self.threshold, **fields)
         if not state.get("_rising", True):
-            state = {**state, "_next_window": self.window}
+            state = {**state, "_next_window": self.window, "_doubled": False}
         return Outcome(decision, lrs, state)
 
     def _decide_risen(self, reading: Reading) -> Outcome:

@@ -19,6 +19,7 @@ _FIRST_WINDOW = 2  # of the automatic warm-up, optimizer steps
 _FIRST_SHARE = 16 / 512  # of the rates that were set
 _STILL_STEPS = 16  # at its start, in which rates stay
 _TRUSTED_WINDOW = 8  # the shortest that may end it
+_ALL = 1 - 1e-5  # of a rate is all of it: products of float32 rates are rounded
 
 
 def walk_cosine(readings: int) -> float:
@@ -111,9 +112,9 @@ class GrowingScheduler(MeteredScheduler):
                 warmup = "confined"
             else:
                 rise = (t / (t - w)) ** min(1.0, max(0.0, 2 * (mean - critical)))
-                share = min(1.0, share * rise)
-                if share == 1.0:
-                    warmup = "reached"
+                share *= rise
+                if share >= _ALL:
+                    share, warmup = 1.0, "reached"
         state |= {"_share": share, "_rising": warmup == "rising"}
         return self._outcome(reading, self._raised(rise), state, warmup=warmup)
 
@@ -127,7 +128,8 @@ class GrowingScheduler(MeteredScheduler):
         """Return the rates times ``rise``, up to those that were set; None for those that stay."""
         raised: list[float | None] = []
         for lr, base in zip(self._rates(), self.base_lrs, strict=False):
-            new = in_precision_of(lr, min(float(base), rise * float(lr)))
+            new = rise * float(lr)
+            new = in_precision_of(lr, float(base) if new >= _ALL * float(base) else new)
             raised.append(new if new > float(lr) else None)
         return raised
 
@@ -173,8 +175,7 @@ class GrowingScheduler(MeteredScheduler):
 
     def _carry_out(self) -> None:
         if self._unwritten is not None and self.meter.window != self._next_window:
-            doubles = self._next_window == 2 * self.meter.window
-            if doubles and self.meter.windows_since_restart >= 2:
+            if self._doubled and self.meter.windows_since_restart >= 2:
                 self.meter.double_window()
             else:  # the warm-up has ended; or an interrupt, where other ranks have doubled theirs
                 self.meter.start_over(self._next_window)
