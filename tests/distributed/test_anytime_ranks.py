@@ -150,6 +150,30 @@ def test_ranks_are_one_process(engine: str, world: int, one_process: Seen) -> No
     assert_same(run(world, on_engine, engine), one_process)
 
 
+# ---- the automatic warm-up ----------------------------------------------------------------------
+
+AUTOMATIC: dict[str, Any] = {**SETTINGS, "critical": 0.25, "warmup_steps": "auto"}
+
+
+def rising(rank: int, engine: str | None) -> tuple[list[Any], list[float], list[float]]:
+    model = Driven() if engine is None else wrapped(engine)
+    scheduler = AnytimeAutoDrop(optimizer_of(model), **AUTOMATIC)
+    seen = train(model, scheduler)
+    return [d.warmup for d in scheduler.history], seen.lrs, scheduler.base_lrs
+
+
+@pytest.mark.parametrize("engine", ["DDP", "FSDP2"])
+def test_rates_rise_alike_on_all_ranks(engine: str) -> None:
+    phases, lrs, base = rising(0, None)
+    assert phases.count("rising") > 10 and lrs[-1] > 1.5 * lrs[0]
+    assert max(lrs) <= base[0]
+    ranks = run(2, rising, engine)
+    assert ranks[0] == ranks[1]
+    assert ranks[0][0] == phases
+    # As in assert_same: sums of float32 values in another order.
+    np.testing.assert_allclose(ranks[0][1], lrs, rtol=1e-5)
+
+
 # ---- resharding around a doubling ---------------------------------------------------------------
 
 
