@@ -102,8 +102,8 @@ def _cells(values: Values) -> Iterator[tuple[str, Study, float]]:
 def regrets(values: Values) -> list[Regret]:
     """Regret of every schedule that needs no length, in every cell with at least two of them.
 
-    The seeds of a cell are those that the most schedules have, and schedules that lack one of them
-    are left out of it.
+    The seeds of a cell are three or more that the most schedules have, and schedules that lack one
+    of them are left out of it.
     """
     found = []
     for task, study, rate in _cells(values):
@@ -143,9 +143,13 @@ def regrets(values: Values) -> list[Regret]:
 
 
 def _common_seeds(of_schedule: Sequence[Mapping[int, Any]]) -> set[int]:
-    """The set of seeds that the most schedules have in full, the larger one of two such."""
+    """The set of seeds that the most schedules have in full; three seeds count more than that."""
     sets = [set(of_seed) for of_seed in of_schedule]
-    return max(sets, key=lambda seeds: (sum(seeds <= other for other in sets), len(seeds)))
+
+    def order(seeds: set[int]) -> tuple[int, int, int]:
+        return min(len(seeds), 3), sum(seeds <= other for other in sets), len(seeds)
+
+    return max(sets, key=order, default=set())
 
 
 def _score(study: Study, value: float | None) -> float:
@@ -168,8 +172,8 @@ def _regret_tables(values: Values) -> list[str]:
         "means is too good, so that all of them are a little too high. ± is one standard error of",
         "the paired difference. A run that diverged counts as chance: an error of 90 %, 8 bits; on",
         "the quadratic, where regret is a difference of decimal logarithms, such cells are left",
-        "out of the mean, and their number is given. The standard error of a mean over cells is that",
-        "of the means of each seed.",
+        "out of the mean, and their number is given. The standard error of a mean over cells is",
+        "that of the means of each seed.",
     ]
     for task, study in STUDIES.items():
         of_task = [r for r in found if r.task == task]
