@@ -126,8 +126,9 @@ def test_statistics_come_from_all_classes(
     with task.statistics(model), torch.no_grad():
         normalised = (images.float() - images.float().mean()) / images.float().std()
         expected = convolution(normalised).mean((0, 2, 3))
-        # One image in 12 stands for all, and each class has ten of its 120.
-        torch.testing.assert_close(norm.running_mean, expected, rtol=1e-4, atol=1e-6)
+        # One image in 12 stands for all, and each class has ten of its 120. Means of channels_last
+        # tensors are sums of 102,400 values in float32; one class instead of ten is off by 0.1.
+        torch.testing.assert_close(norm.running_mean, expected, rtol=0, atol=1e-3)
     assert torch.equal(norm.running_mean, before)
 
 
@@ -201,7 +202,8 @@ def test_regret_is_paired_with_the_best_that_needs_no_length(tmp_path: pathlib.P
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     lengths.report(tmp_path, tmp_path / "to")
     text = (tmp_path / "to" / "lengths.md").read_text()
-    assert "| AnytimeAutoDrop | 1 | 1 ± 0.3 | 1 ± 0.3 | 0.02, 1,000 steps |  |" in text
+    assert "| AnytimeAutoDrop | 1 | 1 ± 0.3 | 1 ± 0.3 | 1 ± 0.3 | 0.02, 1,000 steps |  |" in text
+    assert "| 0.02 | 1,000 | 1 ± 0.3 | 29 ± 29 | **3.00** |" in text
     assert "| digits | 0.02 | 1,000 | AnytimeAutoDrop | 4.00 | constant, averaged | 3.00 |" in text
     assert "| 31.8 (1 of 3 diverged) |" in text
 
