@@ -102,8 +102,8 @@ def _cells(values: Values) -> Iterator[tuple[str, Study, float]]:
 def regrets(values: Values) -> list[Regret]:
     """Regret of every schedule that needs no length, in every cell with at least two of them.
 
-    The seeds of a cell are those that the most schedules have, and schedules that lack one of them
-    are left out of it.
+    The seeds of a cell are three or more that the most schedules have, and schedules that lack one
+    of them are left out of it.
     """
     found = []
     for task, study, rate in _cells(values):
@@ -143,9 +143,13 @@ def regrets(values: Values) -> list[Regret]:
 
 
 def _common_seeds(of_schedule: Sequence[Mapping[int, Any]]) -> set[int]:
-    """The set of seeds that the most schedules have in full, the larger one of two such."""
+    """The set of seeds that the most schedules have in full; three seeds count more than that."""
     sets = [set(of_seed) for of_seed in of_schedule]
-    return max(sets, key=lambda seeds: (sum(seeds <= other for other in sets), len(seeds)))
+
+    def order(seeds: set[int]) -> tuple[int, int, int]:
+        return min(len(seeds), 3), sum(seeds <= other for other in sets), len(seeds)
+
+    return max(sets, key=order, default=set())
 
 
 def _score(study: Study, value: float | None) -> float:
@@ -168,8 +172,9 @@ def _regret_tables(values: Values) -> list[str]:
         "means is too good, so that all of them are a little too high. ± is one standard error of",
         "the paired difference. A run that diverged counts as chance: an error of 90 %, 8 bits; on",
         "the quadratic, where regret is a difference of decimal logarithms, such cells are left",
-        "out of the mean, and their number is given. The standard error of a mean over cells is that",
-        "of the means of each seed.",
+        "out of the mean, and their number is given. The standard error of a mean over cells is",
+        "that of the means of each seed. A second table has each cell, and in bold the value of",
+        "its best schedule.",
     ]
     for task, study in STUDIES.items():
         of_task = [r for r in found if r.task == task]
@@ -178,17 +183,25 @@ def _regret_tables(values: Values) -> list[str]:
         cells = len({(r.rate, r.steps) for r in of_task})
         unit = "log10 of the loss" if study.logarithm else study.make.measure  # type: ignore[attr-defined]
         lines += ["", f"### {task}, {unit}, {cells} cells", ""]
-        lines.append("| schedule | cells | mean regret | worst regret | at | runs that diverged |")
-        lines.append("|:--|--:|--:|--:|:--|--:|")
+        rates = sorted({r.rate for r in of_task})
+        head = "".join(f" at {rate:g} |" for rate in rates)
+        lines.append(
+            f"| schedule | cells | mean regret |{head} worst regret | cell | runs that diverged |"
+        )
+        lines.append("|:--|--:|--:|" + "--:|" * (len(rates) + 1) + ":--|--:|")
         for name in NAMES:
             own = [r for r in of_task if r.schedule == name]
             if own:
                 worst = max(own, key=lambda r: r.mean)
                 diverged = sum(r.diverged for r in own)
-                lines.append(
-                    f"| {NAMES[name]} | {len(own)} | {_mean_regret(own)} | {_text(worst)} | "
-                    f"{worst.rate:g}, {worst.steps:,} steps | {diverged or ''} |"
+                at_rates = "".join(
+                    f" {_mean_regret([r for r in own if r.rate == rate])} |" for rate in rates
                 )
+                lines.append(
+                    f"| {NAMES[name]} | {len(own)} | {_mean_regret(own)} |{at_rates} "
+                    f"{_text(worst)} | {worst.rate:g}, {worst.steps:,} steps | {diverged or ''} |"
+                )
+        lines += ["", *_cell_table(of_task)]
     lines += [
         "",
         "### All tasks",
@@ -221,6 +234,25 @@ def _regret_tables(values: Values) -> list[str]:
     return lines
 
 
+def _cell_table(of_task: Sequence[Regret]) -> list[str]:
+    """Regret in each cell, and in bold the quality of the best."""
+    names = [name for name in NAMES if any(r.schedule == name for r in of_task)]
+    lines = ["| rate | steps | " + " | ".join(NAMES[name] for name in names) + " |"]
+    lines.append("|" + "--:|" * (2 + len(names)))
+    for rate, steps in dict.fromkeys((r.rate, r.steps) for r in of_task):
+        own = {r.schedule: r for r in of_task if (r.rate, r.steps) == (rate, steps)}
+        texts = [
+            ""
+            if (r := own.get(name)) is None
+            else f"**{_three_digits(r.value)}**"
+            if name == r.best
+            else _text(r)
+            for name in names
+        ]
+        lines.append(f"| {rate:g} | {steps:,} | " + " | ".join(texts) + " |")
+    return lines
+
+
 def _text(regret: Regret) -> str:
     if math.isinf(regret.mean):
         return "diverged"
@@ -228,13 +260,15 @@ def _text(regret: Regret) -> str:
 
 
 def _with_error(value: float, error: float) -> str:
-    return f"{value:.2g}" + ("" if math.isnan(error) else f" ± {error:.1g}")
+    if math.isnan(error):
+        return f"{value:.2g}"
+    return f"{value:.2g} ± {error:.1g}" if error < 1 else f"{value:.2g} ± {error:.2g}"
 
 
 def _mean_regret(own: Sequence[Regret]) -> str:
     finite = [r for r in own if math.isfinite(r.mean)]
     if not finite:
-        return "diverged"
+        return "diverged" if own else ""
     mean = statistics.fmean(r.mean for r in finite)
     seeds = set.intersection(*(set(r.differences) for r in finite))
     of_seed = [statistics.fmean(r.differences[s] for r in finite) for s in sorted(seeds)]
