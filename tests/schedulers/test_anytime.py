@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from independent import anytime
+from independent import anytime, critical
 from torch import Tensor, nn
 from trajectories import Given, process
 
 from autodrop_ext import AngularVelocity, AnytimeAutoDrop, AutoDrop, EpochAutoDrop
+from autodrop_ext.schedulers.growing import walk_cosine
 from autodrop_ext.sketch import Sketch
 
 
@@ -62,6 +63,30 @@ def test_null_processes() -> None:
     assert left["drift"] > 0.9
     assert 0.6 < left["walk"] < 1.0
     assert left["ou"] < 0.2
+
+
+@pytest.mark.parametrize("readings", [1, 2, 3, 4, 7, 16, 32, 100])
+def test_the_cosine_of_a_walk_for_any_number_of_readings(readings: int) -> None:
+    assert walk_cosine(readings) == pytest.approx(critical(readings), abs=1e-15)
+    k = min(readings, 16)
+    windows = process("walk", 60_000)[: 60_000 // k * k].reshape(-1, k, 300).mean(axis=1)
+    s = np.diff(windows, axis=0)
+    lengths = np.linalg.norm(s, axis=1)
+    cosines = (s[1:] * s[:-1]).sum(axis=1) / (lengths[1:] * lengths[:-1])
+    # A cosine in 300 dimensions scatters by 1 / sqrt(300) = 0.06; there are 3,700 at least, and the
+    # mean of quotients is off by another 1 / 300.
+    assert cosines.mean() == pytest.approx(walk_cosine(k), abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [*({"snapshots": n} for n in (1, 2, 4)), {"min_window": 1}, {"min_window": 4, "snapshots": 2}],
+    ids=str,
+)
+def test_a_walk_keeps_its_rate_with_few_readings_in_a_window(settings: dict[str, int]) -> None:
+    left = run(process("walk", 10_000), average=False, **settings).get_last_lr()[0]
+    # 0.65 with the defaults; with 1/4 whatever the number of readings, 0.08 to 0.40.
+    assert left > 0.55
 
 
 def test_the_same_trajectory_in_twice_the_steps_has_the_same_rates() -> None:
