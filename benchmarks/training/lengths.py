@@ -49,10 +49,12 @@ from torch import Generator, nn
 from torch.optim import Optimizer, lr_scheduler
 
 from autodrop_ext import AnytimeAutoDrop, AutoDrop
-from autodrop_ext.average import ParameterAverage
 
-# Run as a file, this folder is not on the path.
+# Run as a file, these folders are not on the path.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "examples"))
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from demo.training import Average
 
 from training.regret import read, report
 from training.studies import AUTO, OPEN, STUDIES, WARM_UP, WARMED
@@ -86,20 +88,6 @@ class Run(NamedTuple):
     rate: float
     seed: int
     lengths: tuple[int, ...]
-
-
-class Average:
-    """The average of ``AnytimeAutoDrop`` without its meter: the same weights at the same steps."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._average = ParameterAverage(lambda: list(model.named_parameters()))
-        self.swapped = self._average.swapped
-
-    def step(self, t: int) -> None:
-        """Take the parameters after ``t`` optimizer steps, if it is time to."""
-        # A window has 2^floor(log2(t)) / 8 steps, at least 16, and is read 32 times.
-        if t > 0 and t % (1 << max(0, t.bit_length() - 9)) == 0:
-            self._average.update(t - self._average.steps)
 
 
 @functools.lru_cache(maxsize=1)

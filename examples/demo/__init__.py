@@ -1,1 +1,1 @@
-"""The demo: small tasks that train on a CPU under four schedules; ``run.py`` runs them."""
+"""The demo: small tasks that train on a CPU under six schedules; ``run.py`` runs them."""

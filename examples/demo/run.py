@@ -29,7 +29,7 @@ from autodrop_ext.schedulers.saturation import Kernel
 from demo.digits import Digits
 from demo.picture import plot_lengths
 from demo.text import Bytes
-from demo.training import SCHEDULES, SET_FOR_A_LENGTH, Run, Task, train
+from demo.training import CLOCKS, SCHEDULES, SET_FOR_A_LENGTH, Run, Task, train
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -91,7 +91,11 @@ def demo(
     kernel: Kernel | None,
     output: Path,
 ) -> None:
-    """Train under AnytimeAutoDrop, cosine, AutoDrop and a constant rate, and compare.
+    """Train under AnytimeAutoDrop, two clocks, cosine and AutoDrop, and compare.
+
+    AnytimeAutoDrop is also run at four times the initial rate, with the automatic warm-up. The
+    clocks are a constant rate and one that falls as the root of the time, with the average of
+    AnytimeAutoDrop but without its meter.
 
     Every schedule is read at three lengths: a tenth, three tenths and all of the steps. Cosine,
     which must know its length, is trained once for each; the others are one run.
@@ -164,7 +168,7 @@ def _train_all(
         for seed in seeds:
             for schedule in SCHEDULES:
                 progress.update(bar, description=f"{schedule}, seed {seed}")
-                logged = seed == seeds[0] and schedule.endswith("AutoDrop")
+                logged = seed == seeds[0] and "AutoDrop" in schedule
                 log = _new_log(output, task, schedule) if logged else None
                 for steps in of_schedule[schedule]:
                     run = train(
@@ -202,7 +206,7 @@ def _new_log(output: Path, task: Task, schedule: str) -> JsonLinesLog:
 
 
 def _log_path(output: Path, task: Task, schedule: str) -> Path:
-    return output / f"{task.name}-{schedule.lower()}.jsonl"
+    return output / f"{task.name}-{schedule.lower().replace(', ', '-')}.jsonl"
 
 
 def _table(task: Task, runs: dict[str, list[Run]], lengths: Sequence[int]) -> Table:
@@ -240,11 +244,14 @@ def _explain(
     steps = lengths[-1]
     most = steps // (_WINDOWS_PER_DROP * window)
     console.print(
-        "Cosine is trained once for every length, the others are one run that is read on the way; "
-        "AnytimeAutoDrop with averaged parameters. ±: standard deviation. in step(): share of the "
-        "training time spent in scheduler.step()."
+        "Cosine is trained once for every length, the others are one run that is read on the way. "
+        "AnytimeAutoDrop has averaged parameters; 4x: at four times the initial rate, with "
+        "warmup_steps='auto'. constant and sqrt(300 / (t + 300)) have the same average and no "
+        "meter. ±: standard deviation. in step(): share of the training time spent there."
     )
-    console.print(f"AnytimeAutoDrop minus cosine, paired over the seeds: {_paired(runs, lengths)}.")
+    for other in ("cosine", *CLOCKS):
+        difference = _paired(runs, other, lengths)
+        console.print(f"AnytimeAutoDrop minus {other}, paired over the seeds: {difference}.")
     console.print(
         f"AutoDrop ran with window={window} because the run is short: the rate falls by "
         f"{_FACTOR} at most once in {_WINDOWS_PER_DROP} windows, so {steps} steps allow at most "
@@ -264,12 +271,12 @@ def _explain(
         console.print(task.note)
 
 
-def _paired(runs: Mapping[str, Sequence[Run]], lengths: Sequence[int]) -> str:
-    """Mean difference at each length, with its standard error where there are several seeds."""
+def _paired(runs: Mapping[str, Sequence[Run]], other: str, lengths: Sequence[int]) -> str:
+    """Mean difference to another schedule at each length, and its standard error over seeds."""
     texts = []
     for length in lengths:
-        cosine = read(runs, "cosine", length)
-        differences = [v - cosine[s] for s, v in read(runs, "AnytimeAutoDrop", length).items()]
+        others = read(runs, other, length)
+        differences = [v - others[s] for s, v in read(runs, "AnytimeAutoDrop", length).items()]
         text = f"{statistics.fmean(differences):+.2f}"
         if len(differences) > 1:
             text += f" ± {statistics.stdev(differences) / math.sqrt(len(differences)):.2f}"

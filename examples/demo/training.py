@@ -5,19 +5,27 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 
 from autodrop_ext import AnytimeAutoDrop, AutoDrop, JsonLinesLog
+from autodrop_ext.average import ParameterAverage
 from autodrop_ext.schedulers.saturation import Kernel
 
-SCHEDULES = ("AnytimeAutoDrop", "cosine", "AutoDrop", "constant")
+CLOCKS: dict[str, Callable[[int], float]] = {
+    "constant, averaged": lambda t: 1.0,
+    "sqrt, averaged": lambda t: math.sqrt(300 / (t + 300)),
+}
+"""Schedules without a meter: the rate over the initial one after ``t`` steps."""
+FOUR_TIMES = "AnytimeAutoDrop, 4x"
+"""At four times the initial rate of the others, with the automatic warm-up."""
+SCHEDULES = ("AnytimeAutoDrop", FOUR_TIMES, *CLOCKS, "cosine", "AutoDrop")
 SET_FOR_A_LENGTH = ("cosine",)
 """Schedules that need a run for every length; the others are read on the way."""
 
@@ -50,6 +58,20 @@ class Task(Protocol):
 
     def quality(self, model: nn.Module) -> float:
         """On data that was not trained on; lower is better."""
+
+
+class Average:
+    """The average of ``AnytimeAutoDrop`` without its meter: the same weights at the same steps."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._average = ParameterAverage(lambda: list(model.named_parameters()))
+        self.swapped = self._average.swapped
+
+    def step(self, t: int) -> None:
+        """Take the parameters after ``t`` optimizer steps, if it is time to."""
+        # A window has 2^floor(log2(t)) / 8 steps, at least 16, and is read 32 times.
+        if t > 0 and t % (1 << max(0, t.bit_length() - 9)) == 0:
+            self._average.update(t - self._average.steps)
 
 
 @dataclass
@@ -105,6 +127,9 @@ def train(
         torch.manual_seed(seed)
         model = task.model()
         optimizer = task.optimizer(model)
+        if schedule == FOUR_TIMES:
+            optimizer.param_groups[0]["lr"] *= 4
+        average = Average(model)
         scheduler = _scheduler(schedule, optimizer, steps, window, kernel, log)
         random = Generator().manual_seed(seed)
         losses: list[float] = []
@@ -119,13 +144,15 @@ def train(
             losses.append(loss.item())
             before = time.perf_counter()
             scheduler.step()
+            if schedule in CLOCKS:
+                average.step(step)
             end = time.perf_counter()
             in_step, training = in_step + end - before, training + end - start
             if step % every == 0 and log is not None:
                 log.metrics(step, loss=math.fsum(losses[-every:]) / every)
             if step in reads:
-                averaged = isinstance(scheduler, AnytimeAutoDrop)
-                with scheduler.averaged_parameters() if averaged else nullcontext():
+                own = isinstance(scheduler, AnytimeAutoDrop)
+                with scheduler.averaged_parameters() if own else average.swapped():
                     quality = task.quality(model)
                 lr = float(optimizer.param_groups[0]["lr"])
                 run.points.append({"step": step, "quality": quality, "lr": lr})
@@ -148,10 +175,12 @@ def _scheduler(
 ) -> Any:
     if schedule == "AnytimeAutoDrop":
         return AnytimeAutoDrop(optimizer, on_reading=log)
+    if schedule == FOUR_TIMES:
+        return AnytimeAutoDrop(optimizer, warmup_steps="auto", on_reading=log)
     if schedule == "AutoDrop":
         return AutoDrop(optimizer, window=window, kernel=kernel, on_reading=log)
-    if schedule == "constant":
-        return ConstantLR(optimizer, factor=1.0)
+    if schedule in CLOCKS:
+        return LambdaLR(optimizer, CLOCKS[schedule])
     if schedule == "cosine":
         return CosineAnnealingLR(optimizer, T_max=steps)
     raise ValueError(f"schedule: expected one of {SCHEDULES}, got {schedule!r}")
