@@ -264,14 +264,14 @@ class AnytimeAutoDrop(MeteredScheduler):
 
     # ---- state ------------------------------------------------------------------------------
 
-    def _read(self, state: Mapping[str, Any]) -> dict[str, Any]:
+    def _read(self, state: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
         settings = state.get("settings") if isinstance(state, Mapping) else None
         if isinstance(settings, Mapping) and "average" in settings and "cosines" not in settings:
             # The name of then, when there was no average of parameters to choose.
             settings = {**settings, "cosines": settings["average"]}
             del settings["average"]
             state = {**state, "settings": settings}
-        return super()._read(state)
+        return super()._read(state, kept)
 
     def _restored(self, loaded: Mapping[str, Any]) -> dict[str, Any]:
         newest = loaded["newest_cosines"][-loaded["cosines"] :]
