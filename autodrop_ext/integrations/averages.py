@@ -6,15 +6,22 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
+
+from ..average import ParameterAverage
+from ..messages import Warnings
+from ..schedulers import AnytimeAutoDrop, AutoDrop
+
 
 def check_averages(schedulers: list[Any]) -> None:
     """Raise ValueError unless there are schedulers, and all of them average over the run."""
-    without = [type(s).__name__ for s in schedulers if getattr(s, "_mean", None) is None]
+    averaging = (AutoDrop, AnytimeAutoDrop)
+    without = [s for s in schedulers if not (isinstance(s, averaging) and s.average)]
     if without or not schedulers:
-        got = f"{', '.join(without)} without one" if without else "no scheduler"
+        got = ", ".join(type(s).__name__ for s in without) + " without one"
         raise ValueError(
             "evaluate_average: expected AutoDrop or AnytimeAutoDrop with an average (average=True, "
-            f"also in a checkpoint that was loaded), got {got}"
+            f"also in a checkpoint that was loaded), got {got if without else 'no scheduler'}"
         )
 
 
@@ -28,28 +35,34 @@ def averaged(schedulers: list[Any]) -> Iterator[None]:
 
 
 def write_averages(schedulers: list[Any], state: Any = None) -> None:
-    """Set the parameters to their averages for good, at the end of training.
-
-    Warns if this cannot be done.
+    """Set the parameters to their averages for good; warns if there is none of them.
 
     Args:
         schedulers: all schedulers of the run.
-        state: saved state of the scheduler, or list of states, whose averages are to be written;
-            None for the present averages.
+        state: saved state of the scheduler, or list of states, whose averages are taken; None for
+            the present ones.
     """
     states = [None] * len(schedulers) if state is None else _find_states(state)
     for scheduler, saved in zip(schedulers, states, strict=True):
-        problem = None
-        if saved is not None:
-            problem = "none was saved"
-            if "mean" in saved:
-                problem = scheduler._mean.load_state_dict(saved["mean"])
-        if problem is None and not scheduler._mean.write_back():
-            problem = "there is none of them"
-        if problem is not None:
-            scheduler._warnings.warn(
-                f"the model holds the parameters of the last step and not their average ({problem})"
+        if saved is None:
+            _write_present(scheduler)
+            continue
+        average = ParameterAverage(scheduler.meter.named_parameters)
+        problem = average.load_state_dict(saved["mean"]) if "mean" in saved else None
+        if problem or not average.write_back():
+            Warnings(type(scheduler).__name__).warn(
+                "the checkpoint's parameters stay as they are and are not averaged "
+                f"({problem or 'none was saved'})"
             )
+
+
+@torch.no_grad()
+def _write_present(scheduler: Any) -> None:
+    parameters = [p for _, p in scheduler.meter.named_parameters()]
+    with scheduler.averaged_parameters():  # it warns
+        averages = [p.clone() for p in parameters]
+    for p, average in zip(parameters, averages, strict=True):
+        p.copy_(average)
 
 
 def _find_states(state: Any) -> list[Mapping[str, Any]]:

@@ -196,7 +196,7 @@ def test_what_cannot_be_evaluated_is_refused(tmp_path: pathlib.Path) -> None:
     model = language_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     without = trainer_of(tmp_path, model=model, optimizers=(optimizer, AutoDrop(optimizer)))
-    with pytest.raises(ValueError, match="expected .* an average .*, got AutoDrop without one"):
+    with pytest.raises(ValueError, match=r"expected .* an average .*, got AutoDrop without one"):
         AutoDropCallback(evaluate_average=True).attach(without)
     assert "evaluate" not in vars(without)
 
@@ -219,5 +219,5 @@ def test_a_checkpoint_without_an_average(tmp_path: pathlib.Path) -> None:
     again = trainer_of(tmp_path, **options)
     AutoDropCallback(evaluate_average=True).attach(again)
     # Trainer itself drops a warning that comes alone while it loads.
-    with pytest.raises(ValueError, match="also in a checkpoint .*, got AutoDrop without one"):
+    with pytest.raises(ValueError, match=r"also in a checkpoint .*, got AutoDrop without one"):
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
