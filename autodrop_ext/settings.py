@@ -37,6 +37,7 @@ class Setting:
         unit: of the value, in titles.
         at_least: name of the setting that it must not be below.
         late: whether states of earlier releases lack it; it has its default there.
+        fixed: whether what a state has gathered depends on it, so that it cannot change on resume.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Setting:
     unit: str = ""
     at_least: str | None = None
     late: bool = False
+    fixed: bool = False
 
 
 Settings = tuple[Setting, ...]
@@ -103,7 +105,9 @@ def _tau0(name: str, value: Any) -> float:
     return checks.number(name, value, "a number between 0 and 2", lambda x: 0 < x < 2)
 
 
-WINDOW = Setting("window", 64, checks.window, "``k``, optimizer steps per window", always=True)
+WINDOW = Setting(
+    "window", 64, checks.window, "``k``, optimizer steps per window", always=True, fixed=True
+)
 SNAPSHOTS = Setting(
     "snapshots",
     None,
@@ -118,11 +122,18 @@ PER_TENSOR = Setting(
     "per_tensor", False, checks.flag, "whether there are angles of each parameter", saved=False
 )
 PER_GROUP = Setting(
-    "per_group", False, checks.flag, "whether every param group is on its own", late=True
+    "per_group",
+    False,
+    checks.flag,
+    "whether every param group is on its own",
+    late=True,
+    fixed=True,
 )
 FACTOR = Setting("factor", 0.95, checks.between_0_and_1, "``rho``, in (0, 1)", always=True)
 MIN_LR = Setting("min_lr", 0.0, checks.one_or_several, "lower bound of the rate")
-WARMUP_STEPS = Setting("warmup_steps", 0, at_least(0), "optimizer steps of linear warm-up")
+WARMUP_STEPS = Setting(
+    "warmup_steps", 0, at_least(0), "optimizer steps of linear warm-up", fixed=True
+)
 WARMUP = dataclasses.replace(WARMUP_STEPS, check=checks.steps_or_auto)
 
 AVERAGE = Setting(
@@ -146,10 +157,14 @@ AUTODROP: Settings = (
 )
 
 ANYTIME: Settings = (
-    Setting("min_window", 16, at_least(1), "length of the first windows, optimizer steps"),
+    Setting(
+        "min_window", 16, at_least(1), "length of the first windows, optimizer steps", fixed=True
+    ),
     # With 1, the window would double before it has had an angle.
-    Setting("windows", 8, at_least(2), "``N``: the window doubles after ``2 N`` windows"),
-    Setting("snapshots", 32, at_least(1), SNAPSHOTS.help),
+    Setting(
+        "windows", 8, at_least(2), "``N``: the window doubles after ``2 N`` windows", fixed=True
+    ),
+    Setting("snapshots", 32, at_least(1), SNAPSHOTS.help, fixed=True),
     Setting("critical", 0.25, checks.cosine, "cosine below which rates fall"),
     Setting("gain", 5.0, checks.number, "exponent for each unit of cosine below ``critical``"),
     Setting("max_power", 0.5, checks.number, "largest exponent"),

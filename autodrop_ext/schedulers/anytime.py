@@ -217,7 +217,7 @@ class AnytimeAutoDrop(GrowingScheduler):
 
     # ---- state ------------------------------------------------------------------------------
 
-    def _read(self, state: Mapping[str, Any]) -> dict[str, Any]:
+    def _read(self, state: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
         settings = state.get("settings") if isinstance(state, Mapping) else None
         if isinstance(settings, Mapping) and "average" in settings and "cosines" not in settings:
             # The name of then, when there was no average of parameters to choose.
@@ -226,7 +226,7 @@ class AnytimeAutoDrop(GrowingScheduler):
             state = {**state, "settings": settings}
         if isinstance(state, Mapping) and "factor" in state:
             state = {**state, "share": state["factor"]}  # the name of then
-        return super()._read(state)
+        return super()._read(state, kept)
 
     def _restored(self, loaded: Mapping[str, Any]) -> dict[str, Any]:
         return self._grown_attributes(loaded, loaded)

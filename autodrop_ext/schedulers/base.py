@@ -339,19 +339,31 @@ class StepScheduler(LRScheduler):
             "history": to_columns(history, self._record_type),
         }
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any], keep: Iterable[str] = ()) -> None:
         """Continue from a :meth:`state_dict`. Settings are restored too, as in torch.
 
+        One warning lists the settings that the state has changed.
+
+        Args:
+            state_dict: the state.
+            keep: names of settings that stay as they are, such as ``("min_lr",)``. What was
+                gathered so far depends on ``window``, ``min_window``, ``windows``, ``snapshots``,
+                ``per_group`` and ``warmup_steps``, so these always come from the state.
+
         Raises:
-            ValueError: not a state of this class; the message names the entry, and nothing has been
-                changed.
+            ValueError: not a state of this class, a name in ``keep`` is not that of a setting which
+                can be kept, or the kept value contradicts the state. The message names the entry,
+                and nothing has been changed.
         """
-        loaded = self._read(state_dict)
-        before = self._saved_settings()
+        possible = tuple(s.name for s in self._settings if s.saved and not s.fixed)
+        names = [keep] if isinstance(keep, str) else keep
+        kept = {checks.one_of("keep", name, possible): getattr(self, name) for name in names}
+        loaded = self._read(state_dict, kept)
+        before = self._all_settings()
         self._warnings.hold()  # a warning may be an error, and must not leave this half done
         try:
             self._take_over(loaded)
-            changed = {k: v for k, v in self._saved_settings().items() if before[k] != v}
+            changed = {k: v for k, v in self._all_settings().items() if before[k] != v}
             if changed:
                 self._warnings.warn(
                     "the checkpoint's settings replace those given: "
@@ -359,9 +371,22 @@ class StepScheduler(LRScheduler):
                 )
         finally:
             self._warnings.release()
+        self._begin_log()
 
-    def _read(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the checked entries of a state, the settings first; change nothing."""
+    def _begin_log(self) -> None:
+        """Begin a log, if there is one."""
+
+    def _all_settings(self) -> dict[str, Any]:
+        """Return the settings that a state may replace."""
+        return self._saved_settings()
+
+    def _read(self, state: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the checked entries of a state, the settings first; change nothing.
+
+        Args:
+            state: the state.
+            kept: settings that take the place of the state's.
+        """
         if isinstance(state, Mapping) and "version" not in state:
             raise ValueError(
                 f"state_dict: expected what state_dict() of {type(self).__name__} returns, got a "
@@ -371,7 +396,7 @@ class StepScheduler(LRScheduler):
         if load(state, head)["version"] == 1:  # it has its settings in a dict of their own
             form: Form = {"settings": inside(form_of(self._settings))}
             state = {**state, **load(state, form)["settings"]}
-        loaded = load(state, {**form_of(self._settings), **_COUNTS, **self._gathered})
+        loaded = load({**state, **kept}, {**form_of(self._settings), **_COUNTS, **self._gathered})
         loaded |= load(state, {"history": from_columns(self._record_type)})
         check_together(self._settings, loaded, "state_dict[{!r}]")
         check_drops(loaded, "num_drops", loaded["num_drops"])

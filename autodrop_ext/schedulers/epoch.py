@@ -313,9 +313,12 @@ class EpochAutoDrop(MeteredScheduler):
         steps, mean = self._hook.real_steps, self._delayed.state_dict()
         return {**super().state_dict(), "real_steps": steps, "mean": mean}
 
-    def _read(self, state: Mapping[str, Any]) -> dict[str, Any]:
+    def _read(self, state: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
         form: Form = {"real_steps": checks.at_least(0), "mean": checked_average}
-        return {**super()._read(state), **load(state, form)}
+        loaded = {**super()._read(state, kept), **load(state, form)}
+        if "threshold" in kept and loaded["num_drops"] == 0:  # until then it is theta
+            loaded["attributes"]["_current_threshold"] = loaded["threshold"]
+        return loaded
 
     def _restored(self, loaded: Mapping[str, Any]) -> dict[str, Any]:
         waited, delay = loaded["waited"], loaded["delay"]

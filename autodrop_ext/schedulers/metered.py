@@ -218,8 +218,7 @@ class MeteredScheduler(StepScheduler):
 
     def _described(self) -> dict[str, Any]:
         """Return what this scheduler was made with, for logs and titles of pictures."""
-        of_meter = {s.name: getattr(self.meter, s.name) for s in self._settings if not s.saved}
-        described = {"scheduler": type(self).__name__, **of_meter, **self._saved_settings()}
+        described = {"scheduler": type(self).__name__, **self._all_settings()}
         described["lr"] = as_floats(self.base_lrs)
         if self._cooldown is not None:
             begin, steps, shape, _ = self._cooldown
@@ -308,19 +307,15 @@ class MeteredScheduler(StepScheduler):
             state["mean"] = self._mean.state_dict()
         return state
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue from a :meth:`state_dict`. Settings are restored too, as in torch.
+    def _all_settings(self) -> dict[str, Any]:
+        of_meter = {s.name: getattr(self.meter, s.name) for s in self._settings if not s.saved}
+        return {**of_meter, **self._saved_settings()}
 
-        Raises:
-            ValueError: not a state of this class; the message names the entry, and nothing has been
-                changed.
-        """
-        super().load_state_dict(state_dict)
-        self._begin_log()
-
-    def _read(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        loaded = super()._read(state)
+    def _read(self, state: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
+        loaded = super()._read(state, kept)
         lows, groups = loaded["min_lr"], len(loaded["base_lrs"])
+        if "min_lr" in kept:
+            lows = lows[:groups]
         if not isinstance(lows, list) or len(lows) != groups:
             raise ValueError(
                 f"state_dict['min_lr']: expected a value for each of the {groups} param groups of "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from typing import Any
 
 import pytest
@@ -116,6 +117,29 @@ def test_settings_of_the_other_schedulers(kind: str, name: str, values: tuple[An
     assert step == 0 and f"got {values[0]!r} on rank 0, {values[1]!r} on rank 1" in message
     # A meter's settings come first; min_window is its window.
     assert message.startswith("window:" if name == "min_window" else f"{name}:")
+
+
+def kept_by_one(rank: int) -> tuple[str, int]:
+    model = model_of("ddp")
+    state = AutoDrop(optimizer_of(model), **SETTINGS).state_dict()
+    optimizer = optimizer_of(model)
+    scheduler = AutoDrop(optimizer, **(SETTINGS | {"factor": 0.25}))
+    warnings.simplefilter("ignore")  # rank 0's settings are replaced
+    scheduler.load_state_dict(state, keep=("factor",) if rank == 1 else ())
+    model(0).backward()
+    optimizer.step()
+    try:
+        scheduler.step()
+    except DisagreementError as error:
+        return str(error), 0
+    return "", -1
+
+
+def test_a_setting_that_one_rank_keeps_on_resume() -> None:
+    ended = run(2, kept_by_one)
+    assert ended[0] == ended[1]
+    assert ended[0][0].startswith("factor: expected the same on all ranks"), ended
+    assert "0.25 on rank 1" in ended[0][0]
 
 
 def drifting_apart(rank: int, what: str) -> tuple[str, int]:

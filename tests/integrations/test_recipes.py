@@ -11,7 +11,7 @@ import torch
 from material import needs
 
 import autodrop_ext
-from autodrop_ext import AutoDrop, read_log
+from autodrop_ext import AnytimeAutoDrop, AutoDrop, read_log
 
 pytestmark = needs("sklearn")
 
@@ -175,7 +175,7 @@ def run_blocks(heading: str, count: int = 1) -> dict[str, Any]:
 def test_all_integrations_are_tested() -> None:
     counts = {heading: len(code) for heading, code in blocks(DOCS / "integrations.md").items()}
     assert counts == {
-        "transformers": 2,
+        "transformers": 3,
         "accelerate": 1,
         "Lightning": 1,
         "Fabric": 1,
@@ -190,6 +190,15 @@ def test_all_integrations_are_tested() -> None:
 @pytest.mark.parametrize("count", [1, 2])
 def test_transformers_blocks(count: int) -> None:
     assert_dropped(run_blocks("transformers", count)["trainer"].lr_scheduler)
+
+
+@needs("transformers", "accelerate")
+@pytest.mark.usefixtures("somewhere")
+@pytest.mark.filterwarnings("ignore:'pin_memory'")
+def test_transformers_average_block() -> None:
+    names = run_blocks("transformers", 3)
+    assert isinstance(names["trainer"].lr_scheduler, AnytimeAutoDrop)
+    assert pathlib.Path("model/model.safetensors").exists()
 
 
 @needs("accelerate")

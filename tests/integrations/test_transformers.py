@@ -86,11 +86,12 @@ def arguments(folder: pathlib.Path, **options: Any) -> Any:
 def trainer_of(folder: pathlib.Path, accumulation: int = 1, **options: Any) -> Any:
     from transformers import Trainer
 
-    optimizers = options.pop("optimizers", None)
+    optimizers, eval_dataset = options.pop("optimizers", None), options.pop("eval_dataset", None)
     return Trainer(
         model=options.pop("model", None) or language_model(),
         args=arguments(folder, gradient_accumulation_steps=accumulation, **options),
         train_dataset=Passages(STEPS * BATCH * accumulation),
+        eval_dataset=eval_dataset,
         data_collator=Recorder(),
         # Which targets Trainer counts, and so its mean, differs between versions.
         compute_loss_func=lambda outputs, labels, num_items_in_batch=None: (
