@@ -10,7 +10,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -52,46 +52,19 @@ class PipelineStages:
             )
 
 
-class Layout(NamedTuple):
-    """What this rank holds, in the few numbers that ranks compare.
-
-    Attributes:
-        layout: digest of names, shapes, dtypes, placements and param groups.
-        held: digest of which elements are here; equal on replicas.
-        elements: weighted number of the elements here.
-        model_elements: elements of the whole model, or of this stage; NaN if an engine does not
-            say.
-        sharded: True if no rank alone holds everything.
-    """
-
-    layout: float
-    held: float
-    elements: float
-    model_elements: float
-    sharded: bool
-
-
 @dataclass(frozen=True)
 class Ranks:
     """The ranks whose tables are added up, this one among them.
 
     A process that trains by itself is one rank without a process group, and has no collectives.
-
-    Attributes:
-        group: their process group; None for a process alone.
-        size: how many there are.
-        rank: this one, counted within the group.
-        stage: stage of the pipeline that this rank holds; 0 without a pipeline.
-        num_stages: stages of the pipeline; 1 without one.
-        owner: class that the user made, for messages.
     """
 
-    group: Any = None
+    group: Any = None  # their process group; None for a process alone
     size: int = 1
-    rank: int = 0
-    stage: int = 0
-    num_stages: int = 1
-    owner: str = "AngularVelocity"
+    rank: int = 0  # this one, counted within the group
+    stage: int = 0  # of the pipeline
+    num_stages: int = 1  # 1 without a pipeline
+    owner: str = "AngularVelocity"  # class that the user made, for messages
 
     def weight(self, shard: LocalShard) -> float:
         """Return the weight of sums over a local part: every element counts once in total."""
@@ -103,15 +76,16 @@ class Ranks:
         mine, theirs = ((r.size, r.stage, r.num_stages) for r in (self, other))
         return mine == theirs
 
-    def layout(self, shards: Sequence[LocalShard]) -> Layout:
-        """Return what this rank holds."""
-        return Layout(
-            digest(f"{s.name}|{s.layout}|{s.group}" for s in shards),
-            digest(f"{s.name}|{s.layout}|{s.part}" for s in shards),
-            sum(s.tensor.numel() * s.parts for s in shards) * self.num_stages / self.size,
-            float(sum(math.nan if s.total is None else s.total for s in shards)),
-            any(s.split for s in shards) or self.num_stages > 1,
-        )
+    def layout(self, shards: Sequence[LocalShard]) -> dict[str, float]:
+        """Return the entries of a :class:`Row` that say what this rank holds."""
+        return {
+            "layout": digest(f"{s.name}|{s.layout}|{s.group}" for s in shards),
+            "held": digest(f"{s.name}|{s.layout}|{s.part}" for s in shards),
+            "stage": self.stage,
+            "num_stages": self.num_stages,
+            "elements": sum(s.tensor.numel() * self.weight(s) for s in shards),
+            "model_elements": sum(math.nan if s.total is None else s.total for s in shards),
+        }
 
     def agree(self, row: Row, facts: Facts) -> Agreement:
         """Return the verdict on a window; one collective if the ranks agree.
@@ -123,7 +97,7 @@ class Ranks:
         Raises:
             DisagreementError: ranks did not measure the same, or decide by other settings, state or
                 learning rates; raised on all of them alike.
-            RuntimeError: a rank is dead or late.
+            RuntimeError: a rank is dead or late, as in every method with a collective.
         """
         rows = self.gather(row)
         agreement = agree(rows)
@@ -132,52 +106,29 @@ class Ranks:
         return agreement
 
     def compare(self, facts: Facts) -> None:
-        """Compare facts by name.
-
-        Raises:
-            DisagreementError: a value differs; raised on all ranks alike.
-            RuntimeError: a rank is dead or late.
-        """
-        gathered = self.gather_objects(
-            (self.stage, dict(facts)), "its settings could not be compared"
-        )
+        """Compare facts by name; raises DisagreementError on all ranks alike if a value differs."""
+        gathered = self.gather_objects((self.stage, dict(facts)))
         check_facts([values for _, values in gathered], [stage for stage, _ in gathered])
 
     def gather(self, row: Row) -> list[Row]:
-        """Return the rows of all ranks, in rank order; one collective.
-
-        Raises:
-            RuntimeError: a rank is dead or late.
-        """
+        """Return the rows of all ranks, in rank order; one collective."""
         if self.group is None:
             return [row]
-        device = _device(self.group)
-        mine = torch.tensor([row], dtype=torch.float64, device=device)
-        rows = torch.empty(self.size, len(row), dtype=torch.float64, device=device)
+        mine = torch.tensor(row, dtype=torch.float64, device=_device(self.group))
+        rows = [torch.empty_like(mine) for _ in range(self.size)]
         with self._waiting(
             f"window {row.windows:.0f} ended after {row.steps:.0f} optimizer steps, but its sums "
             "could not be exchanged"
         ):
-            if hasattr(dist, "all_gather_single"):
-                dist.all_gather_single(rows, mine, group=self.group)
-            else:  # torch before 2.13
-                dist.all_gather_into_tensor(rows, mine, group=self.group)
-            return [Row(*values) for values in rows.tolist()]
+            dist.all_gather(rows, mine, group=self.group)
+            return [Row(*values) for values in torch.stack(rows).tolist()]
 
-    def gather_objects(self, here: Any, problem: str = "its objects could not be exchanged") -> Any:
-        """Return an object from each rank, in rank order; two collectives.
-
-        Args:
-            here: what this rank sends; it is pickled.
-            problem: what an error says has failed.
-
-        Raises:
-            RuntimeError: a rank is dead or late.
-        """
+    def gather_objects(self, here: Any) -> list[Any]:
+        """Return an object from each rank, in rank order; two collectives."""
         if self.group is None:
             return [here]
         gathered: list[Any] = [None] * self.size
-        with self._waiting(problem):
+        with self._waiting("its settings could not be compared"):
             dist.all_gather_object(gathered, here, group=self.group)
         return gathered
 
@@ -188,35 +139,16 @@ class Ranks:
         reduce every element in one place and send the result around.
 
         Args:
-            table: float64, equally many on every rank, on any device.
-
-        Raises:
-            RuntimeError: a rank is dead or late.
+            table: float64, contiguous, equally large on every rank, on any device.
         """
         if self.group is None:
             return
         served = {device.type for device in self.group._device_types}
-        here = table.device.type in served
-        sent = table if here and table.is_contiguous() else None
-        if sent is None:
-            sent = table.to(table.device if here else _device(self.group), copy=True).contiguous()
+        sent = table if table.device.type in served else table.to(_device(self.group))
         with self._waiting("its sums could not be added up"):
             dist.all_reduce(sent, group=self.group)
             if sent is not table:
                 table.copy_(sent)
-
-    def add_numbers(self, numbers: Sequence[float]) -> list[float]:
-        """Return the sums of numbers over all ranks, equal on all of them; one collective.
-
-        Raises:
-            RuntimeError: a rank is dead or late.
-        """
-        if self.group is None:
-            return list(numbers)
-        sums = torch.tensor(numbers, dtype=torch.float64, device=_device(self.group))
-        self.add_up(sums)
-        added: list[float] = sums.tolist()
-        return added
 
     @contextlib.contextmanager
     def _waiting(self, problem: str) -> Iterator[None]:

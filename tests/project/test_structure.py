@@ -106,7 +106,7 @@ ARROWS = {
     "sharding": "global_index memory",
     "parameters": "memory sharding",
     "average": "checks saved sharding",
-    "sketch": "checks ops ops.plan saved sharding",
+    "sketch": "checks ops ops.plan reading saved sharding",
     "ranks": "agreement sharding",
     "faults": "messages ranks sketch",
     "meter": "agreement checks faults memory messages ops parameters ranks reading saved settings "
@@ -364,7 +364,7 @@ def nothing_leaves_before_the_collective(given: Sources) -> list[str]:
     for module, owner, name, collective in (
         ("meter", "AngularVelocity", "_close_window", "ranks.agree"),
         ("ranks", "Ranks", "agree", "self.gather"),
-        ("ranks", "Ranks", "gather", "dist.all_gather_single"),
+        ("ranks", "Ranks", "gather", "dist.all_gather"),
     ):
         lines = leaves_early(function_of(given[module], owner, name).body, collective)
         if lines is None:
