@@ -39,11 +39,8 @@ class AngularVelocity:
     The meter reads every parameter once a step and adds it to a table of ``buckets`` float64 sums,
     of which it keeps three (6 MiB by default), whatever the size of the model. The angle has the
     standard error ``sin(angle) / sqrt(buckets)``, 0.11 degrees at most by default. It is exact if
-    the model has at most ``buckets`` elements. See ``docs/scaling.md``.
-
-    If ``torch.distributed`` is initialised, every rank adds its own part (DDP, FSDP, tensor
-    parallel, pipelines, ZeRO). At the end of each window one ``all_gather`` of a short row and one
-    ``all_reduce`` of the table give all ranks the same reading; see ``docs/distributed.md``.
+    the model has at most ``buckets`` elements. See ``docs/scaling.md``, and for several ranks
+    ``docs/distributed.md``.
 
     Args:
         params: tensors, ``(name, tensor)`` pairs, param groups, an optimizer, or a function that
@@ -298,12 +295,11 @@ class AngularVelocity:
     def double_window(self) -> None:
         """Double the window: the last two windows become the last one of the new length.
 
-        The mean that the next displacement is measured from is then the mean of both, and the next
-        angle comes after two windows. Call it at a window's end.
+        The next displacement is measured from the mean of both; the next angle comes after two
+        windows.
 
         Raises:
-            RuntimeError: a window is open, or two windows have not been closed since the meter
-                started or started over.
+            RuntimeError: a window is open, or fewer than two were closed since the meter started.
         """
         counter = self._counter
         if counter.position or self._sketch is None or counter.windows_since_restart < 2:
@@ -312,13 +308,9 @@ class AngularVelocity:
                 f"start, got one after {counter.position} of {counter.window} steps and "
                 f"{counter.windows_since_restart} windows"
             )
-        try:
-            counter.window *= 2
-            counter.windows_since_restart = 1
-            self._sketch.merge()
-        except BaseException:
-            self._start_over()
-            raise
+        counter.window *= 2
+        counter.windows_since_restart = 1
+        self._sketch.merge()
 
     def start_over(self, window: int) -> None:
         """Forget all windows, and measure with another window from now on."""
@@ -329,11 +321,11 @@ class AngularVelocity:
         """Measure the next displacement from the parameters as they are now.
 
         For parameters that were set by hand at a window's end (2021, Algorithm 1: averaging): the
-        jump is no displacement. The last displacement, which the next angle needs, stays. If the
-        meter has not :attr:`started`, the parameters stand for a first window's mean.
+        jump is no displacement, and the last displacement stays. If the meter has not
+        :attr:`started`, the parameters stand for a first window's mean.
 
         Raises:
-            RuntimeError: a window is open.
+            RuntimeError: a window is open, or the parameters cannot be read.
         """
         counter = self._counter
         if counter.position:
@@ -431,15 +423,14 @@ class AngularVelocity:
     def compare(self, facts: GetFacts = dict) -> None:
         """Compare settings between the ranks, once; :meth:`observe` does it if nobody has.
 
-        Call it at a place that all ranks come to. Ranks with different windows would otherwise wait
+        Call it at a place that all ranks come to: ranks with different windows would otherwise wait
         for each other.
 
         Args:
             facts: as in :meth:`observe`.
 
         Raises:
-            DisagreementError: ranks have different settings; the message names the first of them,
-                the ranks and their values. Raised on all ranks alike.
+            DisagreementError: ranks have different settings; raised on all of them alike.
         """
         if not self._compared and not is_alone(self._process_group):
             shards = self._source.shards() if self._sketch is None else self._sketch.shards
@@ -459,12 +450,10 @@ class AngularVelocity:
     def state_dict(self) -> dict[str, Any]:
         """Return counts and tables, which any rank can continue on any number of ranks.
 
-        Plain values and tensors only, so that ``torch.load(weights_only=True)`` reads it. The
-        history is not part of it. The table of the open window is included if every rank has all
-        parameters; if they are sharded, the open window is left out after a resume. With
-        ``buckets=None`` on sharded parameters there are no tables in it, and the meter warms up
-        again. It also does if this is called while :meth:`observe` runs, by the handler of a signal
-        or another thread. Before the first step there are tables of zeros in it, into which
+        Plain values and tensors only, without the history. If parameters are sharded, the open
+        window is left out after a resume; with ``buckets=None`` the meter then warms up again. It
+        also does if this is called while :meth:`observe` runs, by the handler of a signal or
+        another thread. Before the first step there are tables of zeros, into which
         ``torch.distributed.checkpoint`` can load.
         """
         sketch, counter = self._sketch, self._counter
@@ -478,18 +467,14 @@ class AngularVelocity:
             tables = self._new_sketch()[0].state_dict(running=False)
         elif self._source.unchanged():  # no tables of other parameters
             tables = sketch.state_dict(running=not counter.spoiled)
-        return {
-            "version": 2,
-            **counts,
-            "still": self._faults.still_windows,
-            "tables": dict(tables),
-        }
+        still = self._faults.still_windows
+        return {"version": 2, **counts, "still": still, "tables": dict(tables)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], name: str = "state_dict") -> None:
         """Continue where :meth:`state_dict` was taken, with its window.
 
         If the state has no tables, or they do not fit the parameters, counts are restored, the
-        meter warms up again, and a warning says so. The same goes for a state of version 1.
+        meter warms up again, and a warning says so.
 
         Args:
             state_dict: the state.
@@ -499,7 +484,7 @@ class AngularVelocity:
             ValueError: not a state of this class; the message names the entry, and nothing has been
                 changed.
         """
-        saved = read_state(state_dict, name)
+        saved = _checked(state_dict, name)
         self._sketch = None
         self._counter.restore(saved)
         self._faults.still_windows = saved["still"]
@@ -515,11 +500,10 @@ class AngularVelocity:
         return {**self.__dict__, **live}
 
 
-def read_state(state: Any, name: str) -> dict[str, Any]:
-    """Return a saved state of a meter, checked; raises ValueError, which names the entry."""
+def _checked(state: Any, name: str) -> dict[str, Any]:
+    """Return a saved state of a meter; raises ValueError, which names the entry."""
     saved = load(state, _COUNTS, name)
-    if saved["version"] == 1:
-        # Its sums are those of an earlier release: only the counts are taken over.
+    if saved["version"] == 1:  # its sums are those of an earlier release
         return {**saved, "position": 0, "usable": 0, "spoiled": False, "tables": NO_TABLES}
     saved |= load(state, _TABLES, name)
     window, steps, position = saved["window"], saved["steps"], saved["position"]

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from .memory import distinct, has_memory
 from .sharding import (
     LocalShard,
+    is_dtensor,
     is_partitioned,
     local_shards,
     local_tensor,
@@ -124,7 +125,7 @@ class ParameterSource:
             measured = set(map(id, self._measured))
             frozen = [p for _, p in held if id(p) not in measured]
         kept = distinct([(shard.name, shard.tensor) for shard in every])
-        whole = all(s.sharding is None and not s.offset for s in every)
+        whole = not any(is_dtensor(s.origin) or s.offset for s in every)
         plain = [s.origin for s in every] if whole else []
         with torch._C.DisableTorchFunction():
             self._found = _Found(_ids(items), frozen, every, kept, _forms(every), plain)

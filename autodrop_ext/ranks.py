@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .agreement import Agreement, Facts, Row, agree, check_facts, digest, facts_differ
-from .sharding import LocalShard
+from .sharding import LocalShard, is_dtensor
 
 PIPELINE_DIMENSION = "pp"
 """Name of the mesh dimension that is taken for pipeline stages."""
@@ -232,8 +232,9 @@ def _group_of(given: Any) -> Any:
 
 
 def _stages_of(given: Any, shards: Sequence[LocalShard]) -> tuple[int, int]:
+    origins: list[Any] = [shard.origin for shard in shards]
     meshes = [given] if _is_mesh(given) else []
-    meshes += [s.sharding.mesh for s in shards if s.sharding is not None]
+    meshes += [origin.device_mesh for origin in origins if is_dtensor(origin)]
     for mesh in {id(m): m for m in meshes}.values():
         root = _root(mesh)
         if PIPELINE_DIMENSION in (root.mesh_dim_names or ()):
