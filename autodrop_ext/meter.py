@@ -340,7 +340,7 @@ class AngularVelocity:
             raise RuntimeError("rebase: expected parameters that can be read")
         self._sketch.add(addresses)
         table = self._sketch.join()
-        if not self._sketch.own:
+        if self._sketch.sharded and not self._sketch.own:
             self._ranks.add_up(table)
         self._sketch.rebase()
         if not self.started:

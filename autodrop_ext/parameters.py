@@ -34,23 +34,14 @@ _MEASURABLE = (*_REAL, torch.complex64, torch.complex128, torch.complex32)
 
 
 class _Found(NamedTuple):
-    """What the last search found.
+    """What the last search found."""
 
-    Attributes:
-        ids: of all parameters that were held, measured or not, by param group.
-        frozen: held and not measured.
-        every: the shards of all measured parameters.
-        kept: indices of those that are not the same memory as an earlier one.
-        forms: of ``every``.
-        plain: the parameters, if each is a shard by itself; otherwise empty.
-    """
-
-    ids: list[Any]
-    frozen: list[Tensor]
-    every: list[LocalShard]
-    kept: list[int]
-    forms: list[Any]
-    plain: list[Tensor]
+    ids: list[Any]  # of all parameters that were held, measured or not, by param group
+    frozen: list[Tensor]  # held and not measured
+    every: list[LocalShard]  # of all measured parameters
+    kept: list[int]  # indices of those that are not the same memory as an earlier one
+    forms: list[Any]  # of ``every``
+    plain: list[Tensor]  # the parameters, if each is a shard by itself; otherwise empty
 
 
 class ParameterSource:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import checks
 from .agreement import Agreement, Facts, Row, agree, check_facts, digest, facts_differ
 from .sharding import LocalShard, is_dtensor
 
@@ -31,10 +32,12 @@ class PipelineStages:
     named "pp", or if such a mesh is given as ``process_group=``.
 
     Args:
-        stage: of this rank, counted from 0. A rank with several stages (an interleaved schedule)
-            gives its position in the pipeline.
+        stage: position of this rank in the pipeline, counted from 0.
         num_stages: into how many ranks the pipeline cuts one copy of the model.
         group: all ranks that train the model, a process group or mesh; None: all there are.
+
+    Raises:
+        TypeError, ValueError: an argument is no int or out of range.
     """
 
     stage: int
@@ -42,13 +45,10 @@ class PipelineStages:
     group: Any = None
 
     def __post_init__(self) -> None:
-        for name, value in (("stage", self.stage), ("num_stages", self.num_stages)):
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name}: expected an int, got {value!r}")
-        if not 0 <= self.stage < self.num_stages:
+        checks.count("num_stages", self.num_stages, 1)
+        if checks.count("stage", self.stage, 0) >= self.num_stages:
             raise ValueError(
-                f"stage: expected at least 0 and less than num_stages={self.num_stages}, "
-                f"got {self.stage}"
+                f"stage: expected less than num_stages={self.num_stages}, got {self.stage}"
             )
 
 
@@ -91,8 +91,8 @@ class Ranks:
         """Return the verdict on a window; one collective if the ranks agree.
 
         Args:
-            row: of this rank.
-            facts: what its ``settings`` and ``rates`` are the digests of.
+            row: of this rank; its ``settings`` and ``rates`` are the digests of ``facts``.
+            facts: what decisions depend on.
 
         Raises:
             DisagreementError: ranks did not measure the same, or decide by other settings, state or
@@ -180,8 +180,8 @@ def find_group(
 ) -> Ranks:
     """Find the ranks that decide together, as they are now.
 
-    Call it at the beginning of every window and do not keep the result longer: a process group may
-    have been destroyed and made again, of another size as well.
+    Call it at the beginning of every window: a process group may have been destroyed and made
+    again, of another size as well.
 
     Args:
         process_group: None for all ranks there are; or a process group, a mesh, PipelineStages.

@@ -58,12 +58,9 @@ def angle_of(dot: float, norm: float, previous_norm: float) -> tuple[float | Non
 class Totals(NamedTuple):
     """Sums over parts of the model at a window's end, each float64 ``[num_parts]``."""
 
-    dot: FloatArray
-    """``<s_i, s_{i-1}>``"""
-    norm: FloatArray
-    """``|s_i|^2``"""
-    previous_norm: FloatArray
-    """``|s_{i-1}|^2``"""
+    dot: FloatArray  # <s_i, s_{i-1}>
+    norm: FloatArray  # |s_i|^2
+    previous_norm: FloatArray  # |s_{i-1}|^2
 
 
 class _Bank:
@@ -264,7 +261,8 @@ class Sketch:
 
     def rebase(self) -> None:
         """Let the joined table stand for the mean that the next displacement starts from."""
-        torch.mul(self._tables[0], self._weight, out=self._tables[1])
+        weight = self._weight if self.sharded else 1.0  # replicas are not added up
+        torch.mul(self._tables[0], weight, out=self._tables[1])
         self.discard_running()
 
     def merge(self) -> None:
@@ -304,12 +302,9 @@ class Sketch:
     def state_dict(self, *, running: bool) -> dict[str, Any]:
         """Return the tables as CPU copies; none if other ranks hold the rest of them.
 
-        The table of the open window is zero, and ``whole`` False, if it is not wanted or if other
-        ranks have added to theirs. Its place is kept because ``torch.distributed.checkpoint`` loads
-        only what a state has a place for.
-
-        Args:
-            running: whether the open window's table is wanted.
+        The table of the open window is zero, and ``whole`` False, unless ``running`` is True and no
+        other rank has added to its own. ``torch.distributed.checkpoint`` loads only what a state
+        has a place for.
         """
         whole = running and not self.sharded
         state = {"layout": self.layout, "norms": self._previous.tolist(), "whole": whole}
@@ -341,16 +336,8 @@ class Sketch:
         self._previous = np.array(state["norms"], np.float64)
 
 
-TABLES = ("running", "mean", "displacement")
-"""Names of the tables in a state."""
-
-NO_TABLES: Mapping[str, Any] = {
-    "layout": "",
-    "norms": [],
-    "whole": False,
-    **dict.fromkeys(TABLES),
-}
-"""What a state has in place of tables."""
+TABLES = ("running", "mean", "displacement")  # in a state
+NO_TABLES: Mapping[str, Any] = {"layout": "", "norms": [], "whole": False, **dict.fromkeys(TABLES)}
 
 
 def _table(name: str, value: Any) -> Any:
@@ -368,7 +355,6 @@ TABLES_FORM: Form = {
     "whole": checks.flag,
     **dict.fromkeys(TABLES, _table),
 }
-"""Form of the tables in a saved state."""
 
 
 def _key(shard: LocalShard, stage: int | None) -> str:

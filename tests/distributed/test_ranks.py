@@ -169,7 +169,7 @@ def test_rates_may_differ_between_stages() -> None:
 @pytest.mark.parametrize(
     ("stage", "num_stages", "error", "message"),
     [
-        (2, 2, ValueError, "stage: expected at least 0 and less than num_stages=2, got 2"),
+        (2, 2, ValueError, "stage: expected less than num_stages=2, got 2"),
         (-1, 2, ValueError, "stage: expected at least 0"),
         ("a", 2, TypeError, "stage: expected an int, got 'a'"),
         (0, 2.0, TypeError, "num_stages: expected an int, got 2.0"),

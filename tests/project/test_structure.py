@@ -107,7 +107,7 @@ ARROWS = {
     "parameters": "memory sharding",
     "average": "checks saved sharding",
     "sketch": "checks ops ops.plan reading saved sharding",
-    "ranks": "agreement sharding",
+    "ranks": "agreement checks sharding",
     "faults": "messages ranks sketch",
     "meter": "agreement checks faults memory messages ops parameters ranks reading saved settings "
     "sharding sketch windows",
