@@ -150,7 +150,8 @@ class Sketch:
                 f"buckets={buckets} for {sum(sizes):,} elements; use buckets=None"
             )
         self._num_groups = num_groups
-        self._group_of = [shard.group if num_groups > 1 else 0 for shard in shards]
+        groups = [shard.group if num_groups > 1 else 0 for shard in shards]
+        self._group_of = np.array(groups, np.int64)
         self._per_tensor = per_tensor
         self._num_parts = num_groups + (len(shards) if per_tensor else 0)
         self._previous = np.zeros(self._num_parts)
@@ -159,8 +160,9 @@ class Sketch:
         self._weight = weights[0] if same else 1.0
         self._weights = np.array(weights if self.own else [], np.float64)
         ends = np.cumsum([0, *sizes], dtype=np.int64)
-        groups = np.arange(num_groups + 1, dtype=np.int64)
-        self._bounds = groups * self.buckets if self.buckets else ends
+        self._bounds = ends  # of the parts of a table
+        if self.buckets:
+            self._bounds = self.buckets * np.arange(num_groups + 1, dtype=np.int64)
         self._banks: list[_Bank] = []
         devices = list(dict.fromkeys(shard.tensor.device for shard in shards))
         for device in devices or [torch.device("cpu")]:
@@ -172,7 +174,7 @@ class Sketch:
                     numel=shards[i].tensor.numel(),
                     dtype=shards[i].tensor.dtype,
                     weight=1.0 if self.own or same else weights[i],
-                    group=self._group_of[i],
+                    group=groups[i],
                     runs=None if self.own else shards[i].runs,
                     bucket=int(ends[i]),
                     staged=shards[i].staged,
@@ -231,8 +233,8 @@ class Sketch:
             return sums
         if self.own:
             sums *= self._weights[:, None]
-        of_groups = np.zeros((self._num_groups, 2))
-        np.add.at(of_groups, self._group_of, sums)
+        columns = [np.bincount(self._group_of, column, self._num_groups) for column in sums.T]
+        of_groups: FloatArray = np.stack(columns, axis=1)
         return np.concatenate([of_groups, sums]) if self._per_tensor else of_groups
 
     def totals(self, sums: FloatArray) -> Totals:
