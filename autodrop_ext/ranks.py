@@ -114,14 +114,17 @@ class Ranks:
         """Return the rows of all ranks, in rank order; one collective."""
         if self.group is None:
             return [row]
-        mine = torch.tensor(row, dtype=torch.float64, device=_device(self.group))
-        rows = [torch.empty_like(mine) for _ in range(self.size)]
+        mine = torch.tensor([row], dtype=torch.float64, device=_device(self.group))
+        rows = mine.new_empty(self.size, len(row))  # a list of tensors would be copied one by one
         with self._waiting(
             f"window {row.windows:.0f} ended after {row.steps:.0f} optimizer steps, but its sums "
             "could not be exchanged"
         ):
-            dist.all_gather(rows, mine, group=self.group)
-            return [Row(*values) for values in torch.stack(rows).tolist()]
+            if hasattr(dist, "all_gather_single"):
+                dist.all_gather_single(rows, mine, group=self.group)
+            else:  # torch before 2.13
+                dist.all_gather_into_tensor(rows, mine, group=self.group)
+            return [Row(*values) for values in rows.tolist()]
 
     def gather_objects(self, here: Any) -> list[Any]:
         """Return an object from each rank, in rank order; two collectives."""

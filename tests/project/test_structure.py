@@ -364,7 +364,7 @@ def nothing_leaves_before_the_collective(given: Sources) -> list[str]:
     for module, owner, name, collective in (
         ("meter", "AngularVelocity", "_close_window", "ranks.agree"),
         ("ranks", "Ranks", "agree", "self.gather"),
-        ("ranks", "Ranks", "gather", "dist.all_gather"),
+        ("ranks", "Ranks", "gather", "dist.all_gather_single"),
     ):
         lines = leaves_early(function_of(given[module], owner, name).body, collective)
         if lines is None:
