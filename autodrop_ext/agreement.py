@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 REPLICA_TOLERANCE = 1e-6
@@ -28,57 +29,33 @@ class DisagreementError(RuntimeError):
 
 
 class Row(NamedTuple):
-    """What a rank reports at the end of a window; every entry is a float64.
+    """What a rank reports at the end of a window; every entry is a float64."""
 
-    Attributes:
-        steps: optimizer steps observed.
-        windows: windows closed before this one.
-        window: steps per window.
-        calls: of the scheduler's ``step()``; 0 without a scheduler.
-        windows_since_restart: windows since the meter started over, this one included.
-        restart: 1 if this rank cannot use the window and has to start over, otherwise 0.
-        incomplete: 1 if this rank has not read the whole window, because it has just resumed.
-        not_finite: 1 if the sums of this rank are not finite, otherwise 0.
-        settings: :func:`digest` of the settings and the state of what decides here.
-        rates: digest of the learning rates.
-        layout, held, elements, model_elements: see :class:`~autodrop_ext.ranks.Layout`.
-        stage: stage of the pipeline.
-        num_stages: stages of the pipeline.
-        checksum: squared norm of the table of this rank's sums over the window.
-    """
-
-    steps: float
-    windows: float
-    window: float
-    calls: float
-    windows_since_restart: float
-    restart: float
-    incomplete: float
-    not_finite: float
-    settings: float
-    rates: float
-    layout: float
-    held: float
-    stage: float
-    num_stages: float
-    elements: float
-    model_elements: float
-    checksum: float
+    steps: float  # optimizer steps observed
+    windows: float  # closed before this one
+    window: float  # steps per window
+    calls: float  # of the scheduler's step(); 0 without a scheduler
+    windows_since_restart: float  # this one included
+    restart: float  # 1 if this rank cannot use the window and has to start over
+    incomplete: float  # 1 if it has not read the whole window, because it has just resumed
+    not_finite: float  # 1 if its sums are not finite
+    settings: float  # digest of the settings and the state of what decides here
+    rates: float  # digest of the learning rates
+    layout: float  # digest of names, shapes, dtypes, placements and param groups
+    held: float  # digest of which elements are here; equal on replicas
+    stage: float  # of the pipeline
+    num_stages: float  # of the pipeline
+    elements: float  # here, weighted
+    model_elements: float  # of the model, or of this stage; NaN if an engine does not say
+    checksum: float  # squared norm of the table of this rank's sums over the window
 
 
 class Agreement(NamedTuple):
-    """What all ranks conclude.
+    """What all ranks conclude."""
 
-    Attributes:
-        restart: True if some rank cannot use this window, so that all start over.
-        incomplete: True if some rank has not read the whole window, so that all leave it out and
-            keep those before it.
-        not_finite: ranks whose sums are not finite.
-    """
-
-    restart: bool
-    incomplete: bool
-    not_finite: list[int]
+    restart: bool  # some rank cannot use this window, so that all start over
+    incomplete: bool  # some rank has not read all of it: all leave it out and keep those before it
+    not_finite: list[int]  # ranks whose sums are not finite
 
 
 def digest(lines: Iterable[str]) -> float:
@@ -94,13 +71,36 @@ def digests_of(facts: Facts) -> tuple[float, float]:
     return digest([json.dumps(values)]), digest([json.dumps(rates)])
 
 
+_COUNTS = (
+    ("window", "expected the same window on all ranks", "window={:.0f}"),
+    (
+        "windows",
+        "expected all ranks to end the same window; did one start late or load another checkpoint?",
+        "window number {:.0f}",
+    ),
+    ("steps", "expected all ranks to have observed as many optimizer steps", "{:.0f} steps"),
+    (
+        "calls",
+        "a rank skipped optimizer steps: as many were taken over different numbers of calls of "
+        "the scheduler's step()",
+        "{:.0f} calls",
+    ),
+    (
+        "num_stages",
+        "expected the same number of pipeline stages on all ranks",
+        "{:.0f} stages",
+    ),
+)
+
+
 def agree(rows: Sequence[Row]) -> Agreement:
     """Return the verdict on the rows of all ranks, in rank order.
 
     Raises:
         DisagreementError: the ranks did not measure the same; the message names them.
     """
-    _check_counting(rows)
+    for name, message, form in _COUNTS:
+        _same(rows, range(len(rows)), (name,), message, form)
     _check_layouts(rows)
     restart = any(row.restart for row in rows)
     restart = restart or len({row.windows_since_restart for row in rows}) > 1
@@ -130,13 +130,8 @@ def check_facts(facts: Sequence[Facts], stages: Sequence[float]) -> None:
         DisagreementError: a value differs; the message gives its name, the ranks and their values.
     """
     for name in dict.fromkeys(name for values in facts for name in values):
-        groups: dict[float, list[int]] = {}
-        for rank, stage in enumerate(stages):
-            groups.setdefault(stage if name == "lr" else 0.0, []).append(rank)
-        for members in groups.values():
-            holders: dict[str, list[int]] = {}
-            for rank in members:
-                holders.setdefault(repr(facts[rank].get(name)), []).append(rank)
+        for members in _ranks_by(stages if name == "lr" else [0.0] * len(facts)).values():
+            holders = _ranks_by([repr(facts[rank].get(name)) for rank in members], members)
             if len(holders) > 1:
                 raise DisagreementError(
                     f"{name}: expected the same on all ranks, got "
@@ -145,39 +140,8 @@ def check_facts(facts: Sequence[Facts], stages: Sequence[float]) -> None:
                 )
 
 
-def _check_counting(rows: Sequence[Row]) -> None:
-    _same(rows, lambda r: r.window, "expected the same window on all ranks", "window={:.0f}")
-    _same(
-        rows,
-        lambda r: r.windows,
-        "expected all ranks to end the same window; did one start late or load another checkpoint?",
-        "window number {:.0f}",
-    )
-    _same(
-        rows,
-        lambda r: r.steps,
-        "expected all ranks to have observed as many optimizer steps",
-        "{:.0f} steps",
-    )
-    _same(
-        rows,
-        lambda r: r.calls,
-        "a rank skipped optimizer steps: as many were taken over different numbers of calls of "
-        "the scheduler's step()",
-        "{:.0f} calls",
-    )
-
-
 def _check_layouts(rows: Sequence[Row]) -> None:
-    _same(
-        rows,
-        lambda r: r.num_stages,
-        "expected the same number of pipeline stages on all ranks",
-        "{:.0f} stages",
-    )
-    stages: dict[float, list[int]] = {}
-    for rank, row in enumerate(rows):
-        stages.setdefault(row.stage, []).append(rank)
+    stages = _ranks_by([row.stage for row in rows])
     if len(stages) != rows[0].num_stages:
         raise DisagreementError(
             f"expected ranks in each of {rows[0].num_stages:.0f} pipeline stages, got stages "
@@ -186,14 +150,14 @@ def _check_layouts(rows: Sequence[Row]) -> None:
     for stage, members in sorted(stages.items()):
         _same(
             rows,
-            lambda r: (r.layout, r.model_elements),
+            members,
+            ("layout", "model_elements"),
             "expected the same parameters on all ranks"
             + (f" of stage {stage:.0f}" if len(stages) > 1 else "")
             + ", and meters with the same settings; declare the stages of a pipeline with "
             "process_group=PipelineStages(stage, num_stages), and freeze or thaw parameters on all "
             "ranks alike",
-            "{1:,.0f} elements (layout {0:012x})",
-            members=members,
+            "{1:,.0f} elements (layout {0:.0f})",
         )
 
 
@@ -213,13 +177,9 @@ def _check_elements(rows: Sequence[Row]) -> None:
 
 def _check_replicas(rows: Sequence[Row]) -> None:
     """Ranks that hold the same elements must have the same sums."""
-    holders: dict[tuple[float, float], list[int]] = {}
-    for rank, row in enumerate(rows):
-        holders.setdefault((row.stage, row.held), []).append(rank)
-    for members in holders.values():
-        values = {rank: rows[rank].checksum for rank in members}
-        lowest, highest = min(members, key=values.__getitem__), max(members, key=values.__getitem__)
-        low, high = values[lowest], values[highest]
+    for members in _ranks_by([(row.stage, row.held) for row in rows]).values():
+        by_checksum = sorted((rows[rank].checksum, rank) for rank in members)
+        (low, lowest), (high, highest) = by_checksum[0], by_checksum[-1]
         if high - low > REPLICA_TOLERANCE * high:
             raise DisagreementError(
                 f"ranks {_listed(members)} hold copies of the same parameters, but the sums over "
@@ -232,27 +192,29 @@ def _check_replicas(rows: Sequence[Row]) -> None:
 
 
 def _same(
-    rows: Sequence[Row],
-    of: Callable[[Row], object],
-    message: str,
-    form: str,
-    members: Sequence[int] | None = None,
+    rows: Sequence[Row], members: Sequence[int], names: tuple[str, ...], message: str, form: str
 ) -> None:
-    members = range(len(rows)) if members is None else members
-    if len({of(rows[rank]) for rank in members}) == 1:
+    """Raise an error with the values on each rank unless the members' entries are equal."""
+    of = operator.attrgetter(*names)
+    values = [of(rows[rank]) for rank in members]
+    if len(set(values)) == 1:
         return  # thousands of ranks take milliseconds this way
-    groups: dict[object, list[int]] = {}
-    for rank in members:
-        # NaN, for what is not known, equals itself here.
-        groups.setdefault(str(of(rows[rank])), []).append(rank)
-    if len(groups) > 1:
+    # NaN, for what is not known, equals itself as text.
+    holders = _ranks_by([str(value) for value in values], members)
+    if len(holders) > 1:
         who = []
-        for ranks in groups.values():
-            value = of(rows[ranks[0]])
-            parts = value if isinstance(value, tuple) else (value,)
-            parts = tuple(int(p) if isinstance(p, float) and p.is_integer() else p for p in parts)
-            who.append(f"{form.format(*parts)} on {_ranks(ranks)}")
+        for ranks in holders.values():
+            entries = [getattr(rows[ranks[0]], name) for name in names]
+            who.append(f"{form.format(*entries)} on {_ranks(ranks)}")
         raise DisagreementError(f"{message}; got " + ", ".join(who))
+
+
+def _ranks_by(keys: Sequence[Any], ranks: Iterable[int] | None = None) -> dict[Any, list[int]]:
+    """Return the ranks that have each key, in order."""
+    grouped: dict[Any, list[int]] = {}
+    for key, rank in zip(keys, range(len(keys)) if ranks is None else ranks, strict=True):
+        grouped.setdefault(key, []).append(rank)
+    return grouped
 
 
 def _ranks(ranks: Sequence[int]) -> str:

@@ -20,30 +20,19 @@ class Runs(NamedTuple):
 
     They cover the local tensor from its first element to its last, and neighbours are never
     contiguous in the global order as well.
-
-    Attributes:
-        local_offset: [n] of each stretch in the local tensor, ascending.
-        global_index: [n] of its first element.
-        length: [n] elements, at least 1.
     """
 
-    local_offset: NDArray[np.int64]
-    global_index: NDArray[np.int64]
-    length: NDArray[np.int64]
+    local_offset: NDArray[np.int64]  # [n] of each stretch in the local tensor, ascending
+    global_index: NDArray[np.int64]  # [n] of its first element
+    length: NDArray[np.int64]  # [n] elements, at least 1
 
 
 class Cut(NamedTuple):
-    """How a mesh dimension cuts a dimension of a tensor.
+    """How a mesh dimension cuts a dimension of a tensor."""
 
-    Attributes:
-        parts: size of the mesh dimension.
-        which: this rank's coordinate in it.
-        factor: ``split_factor`` of a ``_StridedShard``, 1 for a ``Shard``.
-    """
-
-    parts: int
-    which: int
-    factor: int
+    parts: int  # size of the mesh dimension
+    which: int  # this rank's coordinate in it
+    factor: int  # split_factor of a _StridedShard, 1 for a Shard
 
 
 def axis_of(size: int, cuts: Sequence[Cut], local: int) -> Index | None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
+import torch
 from torch import Tensor
 
 from . import checks
@@ -16,12 +16,12 @@ from .memory import no_garbage_collection
 from .messages import Warnings
 from .ops import check_name
 from .parameters import ParameterSource
-from .ranks import Layout, Ranks, check_group, find_group, is_alone
-from .reading import HISTORY, PartReading, Reading, remember
+from .ranks import Ranks, check_group, find_group, is_alone
+from .reading import HISTORY, UNDEFINED, Reading, remember
 from .saved import Form, Later, exactly, inside, load
 from .settings import METER, USE_BUCKETS, check_arguments, removed
 from .sharding import LocalShard
-from .sketch import NO_TABLES, TABLES_FORM, Sketch, Totals, angle_of, standard_error
+from .sketch import NO_TABLES, TABLES_FORM, Sketch
 from .windows import Windows
 
 WINDOWS_FOR_ANGLE = 3  # two displacements need three means
@@ -39,11 +39,8 @@ class AngularVelocity:
     The meter reads every parameter once a step and adds it to a table of ``buckets`` float64 sums,
     of which it keeps three (6 MiB by default), whatever the size of the model. The angle has the
     standard error ``sin(angle) / sqrt(buckets)``, 0.11 degrees at most by default. It is exact if
-    the model has at most ``buckets`` elements. See ``docs/scaling.md``.
-
-    If ``torch.distributed`` is initialised, every rank adds its own part (DDP, FSDP, tensor
-    parallel, pipelines, ZeRO). At the end of each window one ``all_gather`` of a short row and one
-    ``all_reduce`` of the table give all ranks the same reading; see ``docs/distributed.md``.
+    the model has at most ``buckets`` elements. See ``docs/scaling.md``, and for several ranks
+    ``docs/distributed.md``.
 
     Args:
         params: tensors, ``(name, tensor)`` pairs, param groups, an optimizer, or a function that
@@ -66,7 +63,8 @@ class AngularVelocity:
 
     Attributes:
         history: the last 10,000 readings.
-        snapshots, buckets, per_tensor, per_group: the arguments.
+        buckets, per_tensor, per_group: the arguments.
+        has_read: whether the last :meth:`observe` has read the parameters.
     """
 
     @removed(sample=USE_BUCKETS, seed=USE_BUCKETS, form="every angle is resolved without it")
@@ -90,19 +88,19 @@ class AngularVelocity:
         check_group(process_group)
         check_name(backend)
         self.history: list[Reading] = []
+        self.has_read = False
         self._source = ParameterSource(params)
         self._source.check()  # wrong arguments fail here, not at the first step
         self._process_group = process_group
         self._backend = backend
         self._faults = Faults(Warnings(type(self).__name__))
         self._warns_by_itself = True
-        self._has_read = False
         self._observing = False  # state_dict() may be called in the middle of a step
         self._compared = False  # whether the ranks have compared their settings
         self._sketch: Sketch | None = None
         self._saved: Mapping[str, Any] | None = None  # tables of a checkpoint, until the next step
         self._ranks = Ranks()
-        self._layout: Layout
+        self._layout: dict[str, float] = {}  # what this rank holds
 
     # Counts --------------------------------------------------------------------------------------
 
@@ -132,9 +130,19 @@ class AngularVelocity:
         return self._counter.windows_since_restart
 
     @property
-    def has_read(self) -> bool:
-        """Whether the last :meth:`observe` has read the parameters."""
-        return self._has_read
+    def started(self) -> bool:
+        """Whether there is a mean that the next displacement is measured from."""
+        return self._counter.windows_since_restart > 0
+
+    @property
+    def num_groups(self) -> int:
+        """Param groups that the measured parameters come in now."""
+        return self._source.num_groups()
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of the tables and plans on all devices; 0 before the first step."""
+        return 0 if self._sketch is None else self._sketch.device_bytes
 
     def named_parameters(self) -> list[tuple[str, Tensor]]:
         """Names and parameters that are measured, as they are now; sharded ones as DTensors."""
@@ -166,12 +174,12 @@ class AngularVelocity:
         try:
             reading = self._observe(calls, facts)
         except BaseException:
-            self._observing = False
             if self._warns_by_itself:
                 self.discard()
             # Otherwise a scheduler does: other ranks may decide on the reading that was lost here.
             raise
-        self._observing = False
+        finally:
+            self._observing = False
         if self._warns_by_itself:
             self._faults.warnings.release()
         return reading
@@ -181,31 +189,25 @@ class AngularVelocity:
         counter.steps += 1
         if counter.position == 1 or self._sketch is None:
             self._begin_window()
-        self._compare_once(facts)
-        self._has_read = False
+        self.compare(facts)
+        self.has_read = False
         if counter.is_snapshot():
             self._read()
-        if counter.position < counter.window:
-            return None
-        return self._close_window(calls, facts)
+        return self._close_window(calls, facts) if counter.position >= counter.window else None
 
     def _begin_window(self) -> None:
-        """Follow parameters and ranks: make the tables, or make them again if these changed."""
-        if self._sketch is not None and not self._source.unchanged():
-            self._parameters_changed()
-            self._counter.start_over(self._counter.position)
+        """Follow the ranks: a process group may have been made again, of another size as well."""
         if self._sketch is not None:
-            self._follow_group(self._sketch)
+            ranks = self._find_ranks(self._sketch.shards)
+            if not ranks.weighs_like(self._ranks):
+                # Weights follow from the number of ranks; the closed windows' tables do not.
+                self._saved, self._sketch = self._sketch.state_dict(running=False), None
+            self._ranks = ranks
         if self._sketch is None:
-            self._build()
-
-    def _follow_group(self, sketch: Sketch) -> None:
-        """A process group may have been destroyed and made again, of another size as well."""
-        ranks = self._find_ranks(sketch.shards)
-        if not ranks.weighs_like(self._ranks):
-            # Weights follow from the number of ranks; the closed windows' tables do not.
-            self._saved, self._sketch = sketch.state_dict(running=False), None
-        self._ranks = ranks
+            sketch, self._ranks = self._new_sketch()
+            self._layout = self._ranks.layout(sketch.shards)
+            self._continue(sketch)
+            self._sketch, self._saved = sketch, None
 
     def _read(self) -> None:
         assert self._sketch is not None
@@ -216,23 +218,24 @@ class AngularVelocity:
                 self._counter.spoiled = True
             else:
                 self._sketch.add(addresses)
-                self._has_read = True
+                self.has_read = True
         self._counter.taken += 1
 
     def _close_window(self, calls: int, facts: GetFacts) -> Reading | None:
         """Nothing on the way to the collective may return or raise on one rank alone."""
         assert self._sketch is not None
         sketch, counter, ranks = self._sketch, self._counter, self._ranks
-        counter.begin_close()
+        counter.closing = counter.windows + 1
         changed = not self._source.unchanged()
         restart = changed or counter.spoiled
-        table = None if restart else sketch.join()
+        table = sketch.join()
         values = self._with_settings(facts)
-        row = self._row(calls, restart, values)
+        row = self._row(calls, restart, table, values)
         verdict = ranks.agree(row, values)
         counter.next_window()
         if changed:
-            self._parameters_changed()
+            self._faults.parameters_changed(WINDOWS_FOR_ANGLE)
+            self._sketch = None
         if verdict.restart:
             self._start_over()
             return None
@@ -241,24 +244,30 @@ class AngularVelocity:
             return None
         counter.windows += 1
         if verdict.not_finite:
-            self._not_finite(verdict.not_finite)
-            return self._keep(self._undefined())
-        counter.windows_since_restart = int(row.windows_since_restart)
-        if table is not None:
+            self._faults.not_finite(
+                sketch.tensors, self.windows - 1, WINDOWS_FOR_ANGLE, ranks, verdict.not_finite
+            )
+            self._start_over()
+            return self._keep(Reading(self.steps, self.windows - 1, *UNDEFINED))
+        counter.windows_since_restart += 1
+        if not sketch.own:
             ranks.add_up(table)
-        sums = sketch.close(counter.snapshots_per_window, sketch.weight)
+        sums = sketch.close(counter.snapshots_per_window)
         if sketch.own:
-            sums = np.array(ranks.add_numbers(sums.ravel().tolist())).reshape(sums.shape)
+            ranks.add_up(torch.from_numpy(sums))
         totals = sketch.totals(sums)
         self._faults.watch_motion(sketch, totals, counter.windows_since_restart)
         if counter.windows_since_restart < WINDOWS_FOR_ANGLE:
-            return self._keep(self._undefined())
-        return self._keep(self._reading(totals))
+            return self._keep(Reading(self.steps, self.windows - 1, *UNDEFINED))
+        whole, of_groups, of_tensors = sketch.angles(totals)
+        per_group = of_groups if self.per_group or self.per_tensor else None
+        per_tensor = of_tensors if self.per_tensor else None
+        return self._keep(Reading(self.steps, self.windows - 1, *whole, per_tensor, per_group))
 
-    def _row(self, calls: int, restart: bool, facts: Facts) -> Row:
-        assert self._sketch is not None
-        counter, ranks, layout = self._counter, self._ranks, self._layout
-        checksum = 0.0 if restart else self._sketch.checksum()
+    def _row(self, calls: int, restart: bool, table: Tensor, facts: Facts) -> Row:
+        counter = self._counter
+        # Not a dot product: on a CPU, that waits for all threads of a busy machine.
+        length = 0.0 if restart else float(torch.linalg.vector_norm(table))
         settings, rates = digests_of(facts)
         return Row(
             steps=counter.steps,
@@ -268,41 +277,12 @@ class AngularVelocity:
             windows_since_restart=0 if restart else counter.windows_since_restart + 1,
             restart=restart,
             incomplete=counter.incomplete,
-            not_finite=not math.isfinite(checksum),
+            not_finite=not math.isfinite(length),
             settings=settings,
             rates=rates,
-            layout=layout.layout,
-            held=layout.held,
-            stage=ranks.stage,
-            num_stages=ranks.num_stages,
-            elements=layout.elements,
-            model_elements=layout.model_elements,
-            checksum=checksum,
+            checksum=length * length,
+            **self._layout,
         )
-
-    def _reading(self, totals: Totals) -> Reading:
-        assert self._sketch is not None
-        groups = len(totals.dot) - (len(self._sketch.names) if self.per_tensor else 0)
-        parts = [self._part(totals, i) for i in range(len(totals.dot))]
-        whole = self._part(Totals(*(column[:groups].sum(keepdims=True) for column in totals)), 0)
-        names = self._sketch.names if self.per_tensor else []
-        return Reading(
-            step=self.steps,
-            window=self.windows - 1,
-            **whole._asdict(),
-            per_tensor=dict(zip(names, parts[groups:], strict=True)) if self.per_tensor else None,
-            per_group=tuple(parts[:groups]) if self.per_group or self.per_tensor else None,
-        )
-
-    def _part(self, totals: Totals, i: int) -> PartReading:
-        assert self._sketch is not None
-        dot, norm, previous = (float(column[i]) for column in totals)
-        angle, cosine = angle_of(dot, norm, previous)
-        error = math.nan if angle is None else standard_error(angle, self._sketch.buckets)
-        return PartReading(angle, cosine, math.sqrt(norm), math.sqrt(previous), error)
-
-    def _undefined(self) -> Reading:
-        return Reading(self.steps, self.windows - 1, None, None, math.nan, math.nan, math.nan)
 
     def _keep(self, reading: Reading) -> Reading | None:
         if self.windows < WINDOWS_FOR_ANGLE:
@@ -315,12 +295,11 @@ class AngularVelocity:
     def double_window(self) -> None:
         """Double the window: the last two windows become the last one of the new length.
 
-        The mean that the next displacement is measured from is then the mean of both, and the next
-        angle comes after two windows. Call it at a window's end.
+        The next displacement is measured from the mean of both; the next angle comes after two
+        windows.
 
         Raises:
-            RuntimeError: a window is open, or two windows have not been closed since the meter
-                started or started over.
+            RuntimeError: a window is open, or fewer than two were closed since the meter started.
         """
         counter = self._counter
         if counter.position or self._sketch is None or counter.windows_since_restart < 2:
@@ -329,12 +308,9 @@ class AngularVelocity:
                 f"start, got one after {counter.position} of {counter.window} steps and "
                 f"{counter.windows_since_restart} windows"
             )
-        try:
-            counter.double()
-            self._sketch.merge()
-        except BaseException:
-            self._start_over()
-            raise
+        counter.window *= 2
+        counter.windows_since_restart = 1
+        self._sketch.merge()
 
     def start_over(self, window: int) -> None:
         """Forget all windows, and measure with another window from now on."""
@@ -345,11 +321,11 @@ class AngularVelocity:
         """Measure the next displacement from the parameters as they are now.
 
         For parameters that were set by hand at a window's end (2021, Algorithm 1: averaging): the
-        jump is no displacement. The last displacement, which the next angle needs, stays. If the
-        meter has not :attr:`started`, the parameters stand for a first window's mean.
+        jump is no displacement, and the last displacement stays. If the meter has not
+        :attr:`started`, the parameters stand for a first window's mean.
 
         Raises:
-            RuntimeError: a window is open.
+            RuntimeError: a window is open, or the parameters cannot be read.
         """
         counter = self._counter
         if counter.position:
@@ -362,16 +338,14 @@ class AngularVelocity:
         addresses = self._source.addresses()
         if addresses is None:
             raise RuntimeError("rebase: expected parameters that can be read")
-        first = counter.windows_since_restart == 0
-        self._sketch.rebase(addresses, self._ranks.add_up)
-        if first:
+        self._sketch.add(addresses)
+        table = self._sketch.join()
+        if self._sketch.sharded and not self._sketch.own:
+            self._ranks.add_up(table)
+        self._sketch.rebase()
+        if not self.started:
             counter.windows_since_restart = 1
             counter.windows += 1
-
-    @property
-    def started(self) -> bool:
-        """Whether there is a mean that the next displacement is measured from."""
-        return self._counter.windows_since_restart > 0
 
     def close(self) -> None:
         """Free the tables. A later :meth:`observe` starts over."""
@@ -394,29 +368,12 @@ class AngularVelocity:
         if self._sketch is not None:
             self._sketch.start_over()
 
-    def _parameters_changed(self) -> None:
-        self._faults.parameters_changed(WINDOWS_FOR_ANGLE)
-        self._sketch = None
-
-    def _not_finite(self, ranks: list[int]) -> None:
-        assert self._sketch is not None
-        self._faults.not_finite(
-            self._sketch.tensors, self.windows - 1, WINDOWS_FOR_ANGLE, self._ranks, ranks
-        )
-        self._start_over()
-
     # Building ------------------------------------------------------------------------------------
-
-    @no_garbage_collection()
-    def _build(self) -> None:
-        sketch, ranks = self._new_sketch()
-        self._ranks, self._layout = ranks, ranks.layout(sketch.shards)
-        self._continue(sketch)
-        self._sketch, self._saved = sketch, None
 
     def _find_ranks(self, shards: Sequence[LocalShard]) -> Ranks:
         return find_group(self._process_group, shards, self._faults.warnings.owner)
 
+    @no_garbage_collection()
     def _new_sketch(self) -> tuple[Sketch, Ranks]:
         """Return empty tables for the parameters and the ranks as they are now."""
         shards = self._source.shards()
@@ -446,13 +403,13 @@ class AngularVelocity:
     def _continue(self, sketch: Sketch) -> None:
         """Fill new tables with saved ones, or start over if they do not fit."""
         saved, counter = self._saved, self._counter
-        if saved is None or not (counter.windows_since_restart or counter.position > 1):
-            return  # position 1: the present step
+        late = counter.position > 1  # 1: the present step
+        if saved is None or not (late or self.started):
+            return
         problem = sketch.problem_of(saved)
         if problem is not None:
-            if counter.windows or counter.position > 1:  # otherwise nothing is lost
+            if counter.windows or late:  # otherwise nothing is lost
                 self._faults.cannot_continue(problem, WINDOWS_FOR_ANGLE)
-            late = counter.position > 1
             counter.start_over(counter.position)
             counter.spoiled = late
             return
@@ -463,42 +420,25 @@ class AngularVelocity:
             sketch.discard_running()
             counter.incomplete = counter.taken > 0
 
-    def _compare_once(self, facts: GetFacts) -> None:
-        if not self._compared:
-            self._ranks.compare(self._with_settings(facts))
-            self._compared = True
-
     def compare(self, facts: GetFacts = dict) -> None:
         """Compare settings between the ranks, once; :meth:`observe` does it if nobody has.
 
-        Call it at a place that all ranks come to. Ranks with different windows would otherwise wait
+        Call it at a place that all ranks come to: ranks with different windows would otherwise wait
         for each other.
 
         Args:
             facts: as in :meth:`observe`.
 
         Raises:
-            DisagreementError: ranks have different settings; the message names the first of them,
-                the ranks and their values. Raised on all ranks alike.
+            DisagreementError: ranks have different settings; raised on all of them alike.
         """
-        if self._sketch is None and not self._compared and not is_alone(self._process_group):
-            self._ranks = self._find_ranks(self._source.shards())
-        self._compare_once(facts)
+        if not self._compared and not is_alone(self._process_group):
+            shards = self._source.shards() if self._sketch is None else self._sketch.shards
+            self._find_ranks(shards).compare(self._with_settings(facts))
+        self._compared = True
 
     def _with_settings(self, facts: GetFacts) -> Facts:
         return {**{setting.name: getattr(self, setting.name) for setting in METER}, **facts()}
-
-    # Looking -------------------------------------------------------------------------------------
-
-    @property
-    def device_bytes(self) -> int:
-        """Bytes of the tables and plans on all devices; 0 before the first step."""
-        return 0 if self._sketch is None else self._sketch.device_bytes
-
-    @property
-    def num_groups(self) -> int:
-        """Param groups that the measured parameters come in now."""
-        return self._source.num_groups()
 
     def warn_through(self, warnings: Warnings) -> None:
         """Give warnings to the object that uses this meter, which decides when to release them."""
@@ -510,12 +450,10 @@ class AngularVelocity:
     def state_dict(self) -> dict[str, Any]:
         """Return counts and tables, which any rank can continue on any number of ranks.
 
-        Plain values and tensors only, so that ``torch.load(weights_only=True)`` reads it. The
-        history is not part of it. The table of the open window is included if every rank has all
-        parameters; if they are sharded, the open window is left out after a resume. With
-        ``buckets=None`` on sharded parameters there are no tables in it, and the meter warms up
-        again. It also does if this is called while :meth:`observe` runs, by the handler of a signal
-        or another thread. Before the first step there are tables of zeros in it, into which
+        Plain values and tensors only, without the history. If parameters are sharded, the open
+        window is left out after a resume; with ``buckets=None`` the meter then warms up again. It
+        also does if this is called while :meth:`observe` runs, by the handler of a signal or
+        another thread. Before the first step there are tables of zeros, into which
         ``torch.distributed.checkpoint`` can load.
         """
         sketch, counter = self._sketch, self._counter
@@ -529,18 +467,14 @@ class AngularVelocity:
             tables = self._new_sketch()[0].state_dict(running=False)
         elif self._source.unchanged():  # no tables of other parameters
             tables = sketch.state_dict(running=not counter.spoiled)
-        return {
-            "version": 2,
-            **counts,
-            "still": self._faults.still_windows,
-            "tables": dict(tables),
-        }
+        still = self._faults.still_windows
+        return {"version": 2, **counts, "still": still, "tables": dict(tables)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], name: str = "state_dict") -> None:
         """Continue where :meth:`state_dict` was taken, with its window.
 
         If the state has no tables, or they do not fit the parameters, counts are restored, the
-        meter warms up again, and a warning says so. The same goes for a state of version 1.
+        meter warms up again, and a warning says so.
 
         Args:
             state_dict: the state.
@@ -550,20 +484,12 @@ class AngularVelocity:
             ValueError: not a state of this class; the message names the entry, and nothing has been
                 changed.
         """
-        saved = read_state(state_dict, name)
-        tables = saved["tables"]
+        saved = _checked(state_dict, name)
         self._sketch = None
-        self._counter.window, self._counter.snapshots = saved["window"], saved["snapshots"]
-        self._counter.restore(
-            saved["steps"],
-            saved["windows"],
-            saved["position"],
-            saved["usable"],
-            spoiled=saved["spoiled"],
-        )
+        self._counter.restore(saved)
         self._faults.still_windows = saved["still"]
         # A state from before the first step has nothing to continue.
-        self._saved = tables if saved["usable"] or saved["position"] else None
+        self._saved = saved["tables"] if saved["usable"] or saved["position"] else None
         if saved["version"] == 1:
             self._faults.cannot_continue("it is of an earlier release", WINDOWS_FOR_ANGLE)
 
@@ -571,14 +497,13 @@ class AngularVelocity:
         # A copy finds its own tensors: the plan's addresses are those of the original.
         saved = self._saved if self._sketch is None else self.state_dict()["tables"]
         live = {"_sketch": None, "_ranks": Ranks(), "_saved": saved}
-        return {**{k: v for k, v in self.__dict__.items() if k != "_layout"}, **live}
+        return {**self.__dict__, **live}
 
 
-def read_state(state: Any, name: str) -> dict[str, Any]:
-    """Return a saved state of a meter, checked; raises ValueError, which names the entry."""
+def _checked(state: Any, name: str) -> dict[str, Any]:
+    """Return a saved state of a meter; raises ValueError, which names the entry."""
     saved = load(state, _COUNTS, name)
-    if saved["version"] == 1:
-        # Its sums are those of an earlier release: only the counts are taken over.
+    if saved["version"] == 1:  # its sums are those of an earlier release
         return {**saved, "position": 0, "usable": 0, "spoiled": False, "tables": NO_TABLES}
     saved |= load(state, _TABLES, name)
     window, steps, position = saved["window"], saved["steps"], saved["position"]

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from .memory import distinct, has_memory, no_garbage_collection
+from .memory import distinct, has_memory
 from .sharding import (
     LocalShard,
+    is_dtensor,
     is_partitioned,
     local_shards,
     local_tensor,
@@ -23,6 +26,7 @@ from .sharding import (
 )
 
 Named = tuple[str, Tensor]
+IntArray = npt.NDArray[np.int64]
 _ADDRESS = torch._C.TensorBase.data_ptr
 
 _REAL = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -30,25 +34,14 @@ _MEASURABLE = (*_REAL, torch.complex64, torch.complex128, torch.complex32)
 
 
 class _Found(NamedTuple):
-    """What the last search found.
+    """What the last search found."""
 
-    Attributes:
-        ids: of all parameters that were held, measured or not, by param group.
-        frozen: held and not measured.
-        every: the shards of all measured parameters.
-        kept: indices of those that are not the same memory as an earlier one.
-        forms: of ``every``.
-        addresses: of the first elements of ``every``.
-        plain: the parameters, if each is a shard by itself; otherwise empty.
-    """
-
-    ids: list[Any]
-    frozen: list[Tensor]
-    every: list[LocalShard]
-    kept: list[int]
-    forms: list[Any]
-    addresses: list[int]
-    plain: list[Tensor]
+    ids: list[Any]  # of all parameters that were held, measured or not, by param group
+    frozen: list[Tensor]  # held and not measured
+    every: list[LocalShard]  # of all measured parameters
+    kept: list[int]  # indices of those that are not the same memory as an earlier one
+    forms: list[Any]  # of ``every``
+    plain: list[Tensor]  # the parameters, if each is a shard by itself; otherwise empty
 
 
 class ParameterSource:
@@ -63,9 +56,7 @@ class ParameterSource:
     master weights, are always measured.
 
     Args:
-        params: an optimizer, also one wrapped by accelerate or DeepSpeed; or an iterable of
-            tensors, of ``(name, tensor)`` pairs or of param groups; or a function without arguments
-            that returns such an iterable.
+        params: as that of :class:`~autodrop_ext.AngularVelocity`.
     """
 
     def __init__(self, params: Any) -> None:
@@ -75,8 +66,7 @@ class ParameterSource:
         self._fixed: list[Any] = []
         self._measured: list[Tensor] = []  # when this object looked last
         self._found: _Found | None = None
-        self._readable: list[int] = []  # addresses at which the shards had their form and memory
-        self._kept: list[int] = []  # those of distinct shards
+        self._readable: IntArray  # addresses at which the shards had their form and memory
         params = unwrap_optimizer(params)
         if isinstance(params, Optimizer):
             self._optimizer = params
@@ -91,12 +81,12 @@ class ParameterSource:
 
         To be called early. Parameters may be sharded, replaced and filled later.
         """
-        for name, parameter in self._look(self._items()):
+        for name, parameter in self.named():
             _check_measurable(name, parameter)
 
     def named(self) -> list[Named]:
         """Return names and parameters to measure, as they are now."""
-        return self._look(self._items())
+        return self._measured_of(_named(self._items()))
 
     def num_groups(self) -> int:
         """Return the param groups that the parameters come in; 1 if they come without."""
@@ -113,10 +103,6 @@ class ParameterSource:
             ValueError: two parameters overlap in memory without being the same.
             RuntimeError: an engine keeps the parameters where they cannot be read.
         """
-        with no_garbage_collection():
-            return self._search()
-
-    def _search(self) -> list[LocalShard]:
         self._found = None
         if self._optimizer is not None:
             self._zero = zero_optimizer_of(self._optimizer)
@@ -130,24 +116,22 @@ class ParameterSource:
             measured = set(map(id, self._measured))
             frozen = [p for _, p in held if id(p) not in measured]
         kept = distinct([(shard.name, shard.tensor) for shard in every])
-        with torch._C.DisableTorchFunction():
-            forms, addresses = _forms(every), _addresses(every)
-        whole = all(s.sharding is None and not s.offset for s in every)
+        whole = not any(is_dtensor(s.origin) or s.offset for s in every)
         plain = [s.origin for s in every] if whole else []
-        self._found = _Found(_ids(items), frozen, every, kept, forms, addresses, plain)
-        self._readable = addresses
-        self._kept = [addresses[i] for i in kept]
+        with torch._C.DisableTorchFunction():
+            self._found = _Found(_ids(items), frozen, every, kept, _forms(every), plain)
+            self._readable = _addresses(self._found)
         return [every[i] for i in kept]
 
-    def addresses(self) -> list[int] | None:
-        """Return the address of each shard's first element now, in the order of :meth:`shards`.
+    def addresses(self) -> IntArray | None:
+        """Return the address of each shard's first element now, int64 ``[num_shards]``.
 
         An address in another memory than before is fine: the parameter is the same.
 
         Returns:
-            The same list as before if no address has changed; None if the shards cannot be read as
-            they were found: a parameter's memory is gone, or it has another shape, order in memory,
-            dtype or device.
+            Addresses in the order of :meth:`shards`; None if the shards cannot be read as they were
+            found: a parameter's memory is gone, or it has another shape, order in memory, dtype or
+            device.
 
         Raises:
             RuntimeError: :meth:`shards` has found nothing yet.
@@ -156,62 +140,35 @@ class ParameterSource:
         if found is None:
             raise RuntimeError("addresses: expected a call after shards(), got one before it")
         with torch._C.DisableTorchFunction():
-            # Half of the time of a loop: 40 ns a parameter, and this is called at every read.
-            now = list(map(_ADDRESS, found.plain)) if found.plain else _addresses(found.every)
-            if now == self._readable:
-                return self._kept
-            if _forms(found.every) != found.forms or not _in_memory(found.every):
-                return None
-        self._readable = now
-        self._kept = now if len(found.kept) == len(now) else [now[i] for i in found.kept]
-        return self._kept
+            now = _addresses(found)
+            if not np.array_equal(now, self._readable):
+                if _forms(found.every) != found.forms:
+                    return None
+                if not all(has_memory(_local(shard.origin)) for shard in found.every):
+                    return None
+                self._readable = now
+        return now if len(found.kept) == len(now) else now[found.kept]
 
     def unchanged(self) -> bool:
         """Return True if :meth:`shards` would find the same parameters again.
 
         A parameter is the same if it is the same object with the same shape, order in memory, dtype
-        and device, whatever memory it has now, or none for the moment. A new object is the same if
-        its memory is, because some functions given as ``params=`` make new objects at every call.
+        and device, whatever memory it has now, or none for the moment. A new object from a function
+        is the same if its memory is.
         """
         found = self._found
         if found is None:
             return False
         items = self._items()
         if _ids(items) != found.ids:
-            return self._same_memory(found, items)
+            if self._read is None:
+                return False
+            shards = local_shards(self._measured_of(_named(items)), _group_of(items))
+            return _places(shards) == _places(found.every)
         with torch._C.DisableTorchFunction():
             if any(parameter.requires_grad for parameter in found.frozen):
                 return False
-            if _forms(found.every) != found.forms:
-                return False
-            now = _addresses(found.every)
-            if now == found.addresses or not _in_memory(found.every):
-                return True
-            current = [(shard.name, shard.current()) for shard in found.every]
-        try:
-            same = distinct(current) == found.kept
-        except ValueError:  # shards() says which ones overlap now
-            return False
-        if same:
-            self._found = found._replace(addresses=now)
-        return same
-
-    def _same_memory(self, found: _Found, items: Sequence[Any]) -> bool:
-        """Return True if new objects hold the memory that was found, in the same form."""
-        if self._zero is not None:
-            return False
-        named = self._look(items)
-        if any(is_partitioned(parameter) for _, parameter in named):
-            return False
-        memory = {_local(parameter).data_ptr() for _, parameter in named}
-        if memory != {_local(shard.origin).data_ptr() for shard in found.every}:
-            return False  # soon, because a look at shards takes long
-        now = local_shards(named, _group_of(items))
-        facts = [
-            [(s.name, s.layout, s.group, s.part) for s in shards] for shards in (now, found.every)
-        ]
-        same = facts[0] == facts[1] and _forms(now) == found.forms
-        return same and _addresses(now) == _addresses(found.every)
+            return _forms(found.every) == found.forms
 
     def _items(self) -> Sequence[Any]:
         """Return tensors, pairs and param groups as they are now."""
@@ -221,11 +178,8 @@ class ParameterSource:
             return self._optimizer.param_groups
         return self._fixed if self._read is None else _listed(self._read())
 
-    def _look(self, items: Sequence[Any]) -> list[Named]:
-        """Return the parameters to measure, and remember that they are measured."""
-        return self._measured_of(_named(items))
-
     def _measured_of(self, held: Sequence[Named]) -> list[Named]:
+        """Return the parameters to measure, and remember that they are measured."""
         before = set(map(id, self._measured))
         by_hand = self._optimizer is None
         named = [
@@ -264,17 +218,14 @@ def _local(tensor: Any) -> Tensor:
     return local
 
 
-def _addresses(shards: Sequence[LocalShard]) -> list[int]:
-    return [
-        _local(s.origin).data_ptr() + s.offset * s.origin.element_size()
-        if s.sharding is not None or s.offset
-        else s.origin.data_ptr()
-        for s in shards
-    ]
+def _addresses(found: _Found) -> IntArray:
+    # Half of the time of a loop in Python: 45 ns a parameter, and this is called at every read.
+    pointers = map(_ADDRESS, found.plain) if found.plain else map(_address, found.every)
+    return np.fromiter(pointers, np.int64, len(found.every))
 
 
-def _in_memory(shards: Sequence[LocalShard]) -> bool:
-    return all(has_memory(_local(shard.origin)) for shard in shards)
+def _address(shard: LocalShard) -> int:
+    return _local(shard.origin).data_ptr() + shard.offset * shard.origin.element_size()
 
 
 def _forms(shards: Sequence[LocalShard]) -> list[Any]:
@@ -288,6 +239,13 @@ def _forms(shards: Sequence[LocalShard]) -> list[Any]:
         [tensor.shape for tensor in tensors],
         [tensor.stride() for tensor in tensors],
         [(o.shape, o.placements) for o, t in zip(origins, tensors, strict=True) if o is not t],
+    ]
+
+
+def _places(shards: Sequence[LocalShard]) -> list[Any]:
+    """Return what is equal of new objects for the same memory."""
+    return [
+        (s.name, s.layout, s.group, s.part, s.tensor.data_ptr(), s.tensor.stride()) for s in shards
     ]
 
 
@@ -329,7 +287,12 @@ def _named(items: Sequence[Any]) -> list[Named]:
         if isinstance(item, Tensor):
             named.append((f"params[{i}]", item))
         elif isinstance(item, dict) and "params" in item:
-            named.extend(_named_group(i, item))
+            tensors = item["params"]
+            # torch fills in "param_names" for optimizers made of named parameters.
+            names = item.get("param_names") or [
+                f"param_groups[{i}]['params'][{j}]" for j in range(len(tensors))
+            ]
+            named.extend(zip(names, tensors, strict=True))
         elif isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], Tensor):
             named.append((str(item[0]), item[1]))
         else:
@@ -346,14 +309,6 @@ def _named(items: Sequence[Any]) -> list[Named]:
             other = f"{name} ({number})"
         unique.append((other, tensor))
     return unique
-
-
-def _named_group(g: int, group: dict[str, Any]) -> list[Named]:
-    tensors: Sequence[Tensor] = group["params"]
-    names = group.get("param_names")  # torch fills it for optimizers made of named parameters
-    if names is None:
-        names = [f"param_groups[{g}]['params'][{i}]" for i in range(len(tensors))]
-    return list(zip(names, tensors, strict=True))
 
 
 def _check_measurable(name: str, parameter: Tensor) -> None:

@@ -10,14 +10,15 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import checks
 from .agreement import Agreement, Facts, Row, agree, check_facts, digest, facts_differ
-from .sharding import LocalShard
+from .sharding import LocalShard, is_dtensor
 
 PIPELINE_DIMENSION = "pp"
 """Name of the mesh dimension that is taken for pipeline stages."""
@@ -31,10 +32,12 @@ class PipelineStages:
     named "pp", or if such a mesh is given as ``process_group=``.
 
     Args:
-        stage: of this rank, counted from 0. A rank with several stages (an interleaved schedule)
-            gives its position in the pipeline.
+        stage: position of this rank in the pipeline, counted from 0.
         num_stages: into how many ranks the pipeline cuts one copy of the model.
         group: all ranks that train the model, a process group or mesh; None: all there are.
+
+    Raises:
+        TypeError, ValueError: an argument is no int or out of range.
     """
 
     stage: int
@@ -42,33 +45,11 @@ class PipelineStages:
     group: Any = None
 
     def __post_init__(self) -> None:
-        for name, value in (("stage", self.stage), ("num_stages", self.num_stages)):
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name}: expected an int, got {value!r}")
-        if not 0 <= self.stage < self.num_stages:
+        checks.count("num_stages", self.num_stages, 1)
+        if checks.count("stage", self.stage, 0) >= self.num_stages:
             raise ValueError(
-                f"stage: expected at least 0 and less than num_stages={self.num_stages}, "
-                f"got {self.stage}"
+                f"stage: expected less than num_stages={self.num_stages}, got {self.stage}"
             )
-
-
-class Layout(NamedTuple):
-    """What this rank holds, in the few numbers that ranks compare.
-
-    Attributes:
-        layout: digest of names, shapes, dtypes, placements and param groups.
-        held: digest of which elements are here; equal on replicas.
-        elements: weighted number of the elements here.
-        model_elements: elements of the whole model, or of this stage; NaN if an engine does not
-            say.
-        sharded: True if no rank alone holds everything.
-    """
-
-    layout: float
-    held: float
-    elements: float
-    model_elements: float
-    sharded: bool
 
 
 @dataclass(frozen=True)
@@ -76,22 +57,14 @@ class Ranks:
     """The ranks whose tables are added up, this one among them.
 
     A process that trains by itself is one rank without a process group, and has no collectives.
-
-    Attributes:
-        group: their process group; None for a process alone.
-        size: how many there are.
-        rank: this one, counted within the group.
-        stage: stage of the pipeline that this rank holds; 0 without a pipeline.
-        num_stages: stages of the pipeline; 1 without one.
-        owner: class that the user made, for messages.
     """
 
-    group: Any = None
+    group: Any = None  # their process group; None for a process alone
     size: int = 1
-    rank: int = 0
-    stage: int = 0
-    num_stages: int = 1
-    owner: str = "AngularVelocity"
+    rank: int = 0  # this one, counted within the group
+    stage: int = 0  # of the pipeline
+    num_stages: int = 1  # 1 without a pipeline
+    owner: str = "AngularVelocity"  # class that the user made, for messages
 
     def weight(self, shard: LocalShard) -> float:
         """Return the weight of sums over a local part: every element counts once in total."""
@@ -103,27 +76,28 @@ class Ranks:
         mine, theirs = ((r.size, r.stage, r.num_stages) for r in (self, other))
         return mine == theirs
 
-    def layout(self, shards: Sequence[LocalShard]) -> Layout:
-        """Return what this rank holds."""
-        return Layout(
-            digest(f"{s.name}|{s.layout}|{s.group}" for s in shards),
-            digest(f"{s.name}|{s.layout}|{s.part}" for s in shards),
-            sum(s.tensor.numel() * s.parts for s in shards) * self.num_stages / self.size,
-            float(sum(math.nan if s.total is None else s.total for s in shards)),
-            any(s.split for s in shards) or self.num_stages > 1,
-        )
+    def layout(self, shards: Sequence[LocalShard]) -> dict[str, float]:
+        """Return the entries of a :class:`Row` that say what this rank holds."""
+        return {
+            "layout": digest(f"{s.name}|{s.layout}|{s.group}" for s in shards),
+            "held": digest(f"{s.name}|{s.layout}|{s.part}" for s in shards),
+            "stage": self.stage,
+            "num_stages": self.num_stages,
+            "elements": sum(s.tensor.numel() * self.weight(s) for s in shards),
+            "model_elements": sum(math.nan if s.total is None else s.total for s in shards),
+        }
 
     def agree(self, row: Row, facts: Facts) -> Agreement:
         """Return the verdict on a window; one collective if the ranks agree.
 
         Args:
-            row: of this rank.
-            facts: what its ``settings`` and ``rates`` are the digests of.
+            row: of this rank; its ``settings`` and ``rates`` are the digests of ``facts``.
+            facts: what decisions depend on.
 
         Raises:
             DisagreementError: ranks did not measure the same, or decide by other settings, state or
                 learning rates; raised on all of them alike.
-            RuntimeError: a rank is dead or late.
+            RuntimeError: a rank is dead or late, as in every method with a collective.
         """
         rows = self.gather(row)
         agreement = agree(rows)
@@ -132,28 +106,16 @@ class Ranks:
         return agreement
 
     def compare(self, facts: Facts) -> None:
-        """Compare facts by name.
-
-        Raises:
-            DisagreementError: a value differs; raised on all ranks alike.
-            RuntimeError: a rank is dead or late.
-        """
-        gathered = self.gather_objects(
-            (self.stage, dict(facts)), "its settings could not be compared"
-        )
+        """Compare facts by name; raises DisagreementError on all ranks alike if a value differs."""
+        gathered = self.gather_objects((self.stage, dict(facts)))
         check_facts([values for _, values in gathered], [stage for stage, _ in gathered])
 
     def gather(self, row: Row) -> list[Row]:
-        """Return the rows of all ranks, in rank order; one collective.
-
-        Raises:
-            RuntimeError: a rank is dead or late.
-        """
+        """Return the rows of all ranks, in rank order; one collective."""
         if self.group is None:
             return [row]
-        device = _device(self.group)
-        mine = torch.tensor([row], dtype=torch.float64, device=device)
-        rows = torch.empty(self.size, len(row), dtype=torch.float64, device=device)
+        mine = torch.tensor([row], dtype=torch.float64, device=_device(self.group))
+        rows = mine.new_empty(self.size, len(row))  # a list of tensors would be copied one by one
         with self._waiting(
             f"window {row.windows:.0f} ended after {row.steps:.0f} optimizer steps, but its sums "
             "could not be exchanged"
@@ -164,20 +126,12 @@ class Ranks:
                 dist.all_gather_into_tensor(rows, mine, group=self.group)
             return [Row(*values) for values in rows.tolist()]
 
-    def gather_objects(self, here: Any, problem: str = "its objects could not be exchanged") -> Any:
-        """Return an object from each rank, in rank order; two collectives.
-
-        Args:
-            here: what this rank sends; it is pickled.
-            problem: what an error says has failed.
-
-        Raises:
-            RuntimeError: a rank is dead or late.
-        """
+    def gather_objects(self, here: Any) -> list[Any]:
+        """Return an object from each rank, in rank order; two collectives."""
         if self.group is None:
             return [here]
         gathered: list[Any] = [None] * self.size
-        with self._waiting(problem):
+        with self._waiting("its settings could not be compared"):
             dist.all_gather_object(gathered, here, group=self.group)
         return gathered
 
@@ -188,35 +142,16 @@ class Ranks:
         reduce every element in one place and send the result around.
 
         Args:
-            table: float64, equally many on every rank, on any device.
-
-        Raises:
-            RuntimeError: a rank is dead or late.
+            table: float64, contiguous, equally large on every rank, on any device.
         """
         if self.group is None:
             return
         served = {device.type for device in self.group._device_types}
-        here = table.device.type in served
-        sent = table if here and table.is_contiguous() else None
-        if sent is None:
-            sent = table.to(table.device if here else _device(self.group), copy=True).contiguous()
+        sent = table if table.device.type in served else table.to(_device(self.group))
         with self._waiting("its sums could not be added up"):
             dist.all_reduce(sent, group=self.group)
             if sent is not table:
                 table.copy_(sent)
-
-    def add_numbers(self, numbers: Sequence[float]) -> list[float]:
-        """Return the sums of numbers over all ranks, equal on all of them; one collective.
-
-        Raises:
-            RuntimeError: a rank is dead or late.
-        """
-        if self.group is None:
-            return list(numbers)
-        sums = torch.tensor(numbers, dtype=torch.float64, device=_device(self.group))
-        self.add_up(sums)
-        added: list[float] = sums.tolist()
-        return added
 
     @contextlib.contextmanager
     def _waiting(self, problem: str) -> Iterator[None]:
@@ -248,8 +183,8 @@ def find_group(
 ) -> Ranks:
     """Find the ranks that decide together, as they are now.
 
-    Call it at the beginning of every window and do not keep the result longer: a process group may
-    have been destroyed and made again, of another size as well.
+    Call it at the beginning of every window: a process group may have been destroyed and made
+    again, of another size as well.
 
     Args:
         process_group: None for all ranks there are; or a process group, a mesh, PipelineStages.
@@ -300,8 +235,9 @@ def _group_of(given: Any) -> Any:
 
 
 def _stages_of(given: Any, shards: Sequence[LocalShard]) -> tuple[int, int]:
+    origins: list[Any] = [shard.origin for shard in shards]
     meshes = [given] if _is_mesh(given) else []
-    meshes += [s.sharding.mesh for s in shards if s.sharding is not None]
+    meshes += [origin.device_mesh for origin in origins if is_dtensor(origin)]
     for mesh in {id(m): m for m in meshes}.values():
         root = _root(mesh)
         if PIPELINE_DIMENSION in (root.mesh_dim_names or ()):

@@ -37,6 +37,10 @@ class PartReading(NamedTuple):
         return {key: _plain(value) for key, value in self._asdict().items()}
 
 
+UNDEFINED = PartReading(None, None, math.nan, math.nan, math.nan)
+"""There is no angle."""
+
+
 @dataclass(frozen=True)
 class Reading:
     """The angular velocity of one window (UAI 2024, Definition 3.3).

@@ -12,6 +12,7 @@ not depend on the mesh, so that an element meets the same bucket of the table un
 
 from __future__ import annotations
 
+import functools
 import gc
 import math
 import sys
@@ -26,68 +27,36 @@ from .global_index import Cut, Runs, axis_of, no_runs, runs_of
 from .memory import is_dense
 
 
-class Sharding(NamedTuple):
-    """How a DTensor is spread: what is needed to make another one like it."""
-
-    mesh: Any
-    placements: tuple[Any, ...]
-    shape: torch.Size
-    stride: tuple[int, ...]
-
-
 class LocalShard(NamedTuple):
-    """This rank's part of one parameter.
+    """This rank's part of one parameter."""
 
-    Attributes:
-        name: for messages, and for the hash that spreads the elements over the table.
-        tensor: the elements on this rank, detached and without padding, complex ones as pairs of
-            real ones; may be empty. Its memory is that of the moment it was found.
-        parts: into how many different parts the parameter is cut.
-        part: which of them this one is; ranks that hold the same elements have equal values.
-        total: elements of the whole parameter, twice as many if it is complex; None if the engine
-            does not say.
-        layout: description of shape, dtype and placement, equal on all ranks that share the
-            parameter. A dense tensor in another order than row-major, such as ``channels_last``,
-            is read in the order of its memory, and the layout has that order too.
-        origin: the parameter, or the engine's flat tensor, that holds the elements.
-        offset: elements of ``origin`` before the first one of a flat shard.
-        group: index of the param group that the parameter belongs to.
-        flat: a flat shard of FSDP1 or ZeRO. It has no global index: its elements are hashed by
-            ``part`` and position, and another number of ranks cannot continue with them.
-        staged: the elements are not in the order of ``runs`` in memory, so that the reader has to
-            copy them with ``.contiguous()`` at every read.
-        runs: where the local elements are in the parameter; None if the local tensor is the whole
-            parameter in order, or if it is ``flat``.
-        sharding: of a DTensor; None otherwise.
-    """
-
-    name: str
-    tensor: Tensor
-    parts: int
-    part: tuple[int, ...]
-    total: int | None
-    layout: str
-    origin: Tensor
-    offset: int = 0
-    group: int = 0
+    name: str  # for messages, and for the hash that spreads the elements over the table
+    tensor: Tensor  # elements here, without padding, complex ones as pairs; may be empty
+    parts: int  # into how many different parts the parameter is cut
+    part: tuple[int, ...]  # which of them this one is; equal on ranks that hold the same elements
+    total: int | None  # elements of the whole parameter; None if the engine does not say
+    layout: str  # shape, dtype, order in memory and placement; equal on ranks that share it
+    origin: Tensor  # the parameter, or the engine's flat tensor, that holds the elements
+    offset: int = 0  # elements of a flat tensor before the first one here
+    group: int = 0  # index of the param group
+    # A flat shard of FSDP1 or ZeRO has no global index: its elements are hashed by part and
+    # position, and another number of ranks cannot continue with them.
     flat: bool = False
-    staged: bool = False
-    runs: Runs | None = None
-    sharding: Sharding | None = None
+    staged: bool = False  # not in the order of ``runs`` in memory, and copied at every read
+    runs: Runs | None = None  # where the elements are; None if all are here, in order, or if flat
 
     @property
     def split(self) -> bool:
         """True if this rank may hold less than the whole parameter, or does on several ranks."""
-        if self.sharding is not None:
-            return not all(p.is_replicate() for p in self.sharding.placements)
-        return self.flat
+        placements = getattr(self.origin, "placements", ())
+        return self.flat or not all(p.is_replicate() for p in placements)
 
     @property
     def identity(self) -> str:
         """Description of the whole parameter; the same for any sharding unless ``flat``."""
-        if self.sharding is None:
+        if not is_dtensor(self.origin):
             return self.layout
-        return f"{tuple(self.sharding.shape)} {self.origin.dtype}"
+        return f"{tuple(self.origin.shape)} {self.origin.dtype}"
 
     def current(self) -> Tensor:
         """Return ``tensor`` again, in the memory that ``origin`` has now."""
@@ -115,7 +84,6 @@ def local_shards(
     for name, parameter in named:
         distinct.setdefault(id(parameter), (name, parameter))
     flattened = _fsdp1_shards(list(distinct.values()))
-    layouts: dict[Any, str] = {}  # formatting one takes longer than everything else
     shards = []
     for key, (name, parameter) in distinct.items():
         if key in flattened:
@@ -123,7 +91,7 @@ def local_shards(
         elif is_dtensor(parameter):
             shard = _of_dtensor(name, parameter)
         else:
-            shard = _whole(name, parameter, layouts)
+            shard = _whole(name, parameter)
         group = group_of.get(key, 0)
         shards.append(shard._replace(group=group) if group else shard)
     return shards
@@ -196,23 +164,25 @@ def discard_gathered() -> None:
             handle.post_reshard()
 
 
-def _whole(name: str, parameter: Tensor, layouts: dict[Any, str]) -> LocalShard:
-    """Return the shard of a parameter of which this rank has every element."""
+def _whole(name: str, parameter: Tensor) -> LocalShard:
+    """Return the shard of a parameter of which this rank has every element.
+
+    A dense tensor in another order than row-major, such as ``channels_last``, is read in the order
+    of its memory.
+    """
     tensor = as_real(parameter)
-    shape, dtype = parameter.shape, parameter.dtype
     order: tuple[int, ...] | None = None
-    staged = False
-    if not tensor.is_contiguous():
-        staged = not is_dense(tensor)
-        if not staged:
-            long = [d for d, size in enumerate(tensor.shape) if size > 1]
-            order = tuple(sorted(long, key=tensor.stride().__getitem__, reverse=True))
-    layout = layouts.get((shape, dtype, order))
-    if layout is None:
-        layout = f"{tuple(shape)} {dtype}" + ("" if order is None else f" in memory order {order}")
-        layouts[shape, dtype, order] = layout
-    total = tensor.numel()
-    return LocalShard(name, tensor, 1, (), total, layout, parameter, staged=staged)
+    staged = not is_dense(tensor)
+    if not staged and not tensor.is_contiguous():
+        long = [d for d, size in enumerate(tensor.shape) if size > 1]
+        order = tuple(sorted(long, key=tensor.stride().__getitem__, reverse=True))
+    layout = _described(parameter.shape, parameter.dtype, order)
+    return LocalShard(name, tensor, 1, (), tensor.numel(), layout, parameter, staged=staged)
+
+
+@functools.lru_cache(1000)  # formatting one takes longer than everything else
+def _described(shape: torch.Size, dtype: torch.dtype, order: tuple[int, ...] | None) -> str:
+    return f"{tuple(shape)} {dtype}" + ("" if order is None else f" in memory order {order}")
 
 
 # ---- DTensors ---------------------------------------------------------------------------------
@@ -236,7 +206,14 @@ def _of_dtensor(name: str, parameter: Any) -> LocalShard:
         for d in cut:
             factor = getattr(placements[d], "split_factor", 1)
             cuts[placements[d].dim].append(Cut(mesh.size(d), coordinate[d], factor))
-        runs = _runs(name, shape, cuts, tuple(tensor.shape), placements)
+        local = tuple(tensor.shape) if tensor.ndim == len(shape) else (-1,) * len(shape)
+        axes = [axis_of(*given) for given in zip(shape, cuts, local, strict=True)]
+        if any(axis is None for axis in axes):
+            raise RuntimeError(
+                f"{name}: expected the local shape that {placements} gives to a parameter of shape "
+                f"{shape} on this rank, got {tuple(tensor.shape)}"
+            )
+        runs = runs_of(shape, [axis for axis in axes if axis is not None])
     return LocalShard(
         name,
         tensor,
@@ -247,26 +224,7 @@ def _of_dtensor(name: str, parameter: Any) -> LocalShard:
         origin=parameter,
         staged=not tensor.is_contiguous(),
         runs=runs,
-        sharding=Sharding(mesh, placements, parameter.shape, parameter.stride()),
     )
-
-
-def _runs(
-    name: str,
-    shape: tuple[int, ...],
-    cuts: Sequence[Sequence[Cut]],
-    local: tuple[int, ...],
-    placements: tuple[Any, ...],
-) -> Runs | None:
-    if len(local) != len(shape):
-        local = (-1,) * len(shape)
-    axes = [axis_of(*given) for given in zip(shape, cuts, local, strict=True)]
-    if any(axis is None for axis in axes):
-        raise RuntimeError(
-            f"{name}: expected the local shape that {placements} gives to a parameter of shape "
-            f"{shape} on this rank, got {local}"
-        )
-    return runs_of(shape, [axis for axis in axes if axis is not None])
 
 
 # ---- FSDP1 ------------------------------------------------------------------------------------
@@ -286,8 +244,12 @@ def _fsdp1_shards(named: Sequence[tuple[str, Tensor]]) -> dict[int, LocalShard]:
 
     shards: dict[int, LocalShard] = {}
     for handle in (o for o in gc.get_objects() if type(o) is FlatParamHandle):
-        parts = handle.world_size if handle.uses_sharded_strategy else 1
-        for parameter, total, padding in _fsdp1_parameters(handle):
+        flat, sharded = handle.flat_param, handle.uses_sharded_strategy
+        parts = handle.world_size if sharded else 1
+        originals = getattr(flat, "_params", None)  # with use_orig_params: views without padding
+        totals = flat._numels if originals is not None else [sum(flat._numels)]
+        padding = flat._shard_numel_padded if originals is None and sharded else 0
+        for parameter, total in zip(originals or [flat], totals, strict=True):
             if id(parameter) in names:
                 size = parameter.numel() - padding
                 name = names[id(parameter)]
@@ -298,16 +260,6 @@ def _fsdp1_shards(named: Sequence[tuple[str, Tensor]]) -> dict[int, LocalShard]:
             "parameter to exist while it is trained, found none"
         )
     return shards
-
-
-def _fsdp1_parameters(handle: Any) -> list[tuple[Tensor, int, int]]:
-    """Return parameter, elements of the whole, and padding at the end of the local part."""
-    parameter = handle.flat_param
-    originals = getattr(parameter, "_params", None)
-    if originals is not None:  # use_orig_params=True: views without padding
-        return [(p, n, 0) for p, n in zip(originals, parameter._numels, strict=True)]
-    padding = parameter._shard_numel_padded if handle.uses_sharded_strategy else 0
-    return [(parameter, sum(parameter._numels), padding)]
 
 
 def _flat(

@@ -260,9 +260,9 @@ def tables_of_stages() -> np.ndarray:
         mover.move(t)
         scheduler.step()
         for sketch in sketches:
-            sketch.add([shard.tensor.data_ptr() for shard in sketch.shards])
+            sketch.add(np.array([shard.tensor.data_ptr() for shard in sketch.shards]))
             if t % WINDOW == WINDOW - 1:
-                sketch.close(WINDOW, 1.0)
+                sketch.close(WINDOW)
     states = [sketch.state_dict(running=False) for sketch in sketches]
     return sum(torch.cat([s["mean"], s["displacement"]]) for s in states).numpy()
 

@@ -61,7 +61,7 @@ def test_ranks_that_agree() -> None:
         ({"windows": 1}, r"end the same window.* window number 2 on rank 0, .* 1 on rank 1"),
         ({"steps": 11}, r"as many optimizer steps; got 12 steps on rank 0, 11 steps on rank 1"),
         ({"calls": 14}, r"skipped optimizer steps.* 13 calls on rank 0, 14 calls on rank 1"),
-        ({"layout": 5}, r"same parameters .*PipelineStages.*0011\) on rank 0, .* on rank 1"),
+        ({"layout": 5}, r"same parameters .*PipelineStages.*layout 17\) on rank 0, .* on rank 1"),
         ({"model_elements": 7}, r"same parameters on all ranks.* 7 elements .* on rank 1"),
         ({"num_stages": 2}, r"number of pipeline stages .* 1 stages on rank 0, 2 stages on rank 1"),
         ({"elements": 9}, r"hold 10 elements together, weighted counts give 14.0 of 2 ranks"),
@@ -169,7 +169,7 @@ def test_rates_may_differ_between_stages() -> None:
 @pytest.mark.parametrize(
     ("stage", "num_stages", "error", "message"),
     [
-        (2, 2, ValueError, "stage: expected at least 0 and less than num_stages=2, got 2"),
+        (2, 2, ValueError, "stage: expected less than num_stages=2, got 2"),
         (-1, 2, ValueError, "stage: expected at least 0"),
         ("a", 2, TypeError, "stage: expected an int, got 'a'"),
         (0, 2.0, TypeError, "num_stages: expected an int, got 2.0"),
@@ -192,7 +192,7 @@ def test_pipeline_stages_of_several_ranks() -> None:
     shards = local_shards([("x", torch.zeros(4))], {})
     ranks = Ranks(None, 6, 0, stage=0, num_stages=3)
     assert ranks.weight(shards[0]) == 0.5
-    assert ranks.layout(shards).sharded
+    assert ranks.layout(shards)["elements"] == 2.0
 
 
 def test_a_process_alone_has_no_collectives() -> None:
@@ -200,10 +200,9 @@ def test_a_process_alone_has_no_collectives() -> None:
     assert ranks == Ranks(owner="AutoDrop")
     shards = local_shards([("x", torch.zeros(4))], {})
     layout = ranks.layout(shards)
-    assert (layout.elements, layout.model_elements, layout.sharded) == (4, 4, False)
+    assert (layout["elements"], layout["model_elements"]) == (4, 4)
     assert ranks.gather(ROW) == [ROW]
     assert ranks.gather_objects({"a": 1}) == [{"a": 1}]
-    assert ranks.add_numbers([1.5, 2.0]) == [1.5, 2.0]
     table = torch.arange(3, dtype=torch.float64)
     ranks.add_up(table)
     assert table.tolist() == [0, 1, 2]
@@ -217,12 +216,19 @@ def test_layouts_tell_names_groups_and_parts_apart() -> None:
     layout = ranks.layout([shard])
     for changed in (shard._replace(name="y"), shard._replace(layout="(5,)")):
         other = ranks.layout([changed])
-        assert other.layout != layout.layout and other.held != layout.held
-    assert ranks.layout([shard._replace(group=1)]).layout != layout.layout
+        assert other["layout"] != layout["layout"] and other["held"] != layout["held"]
+    assert ranks.layout([shard._replace(group=1)])["layout"] != layout["layout"]
     part = ranks.layout([shard._replace(part=(1,))])
-    assert part.layout == layout.layout and part.held != layout.held
-    assert layout.layout == int(layout.layout) < 2**48
-    assert math.isnan(ranks.layout([shard._replace(total=None), shard]).model_elements)
+    assert part["layout"] == layout["layout"] and part["held"] != layout["held"]
+    assert layout["layout"] == int(layout["layout"]) < 2**48
+    assert math.isnan(ranks.layout([shard._replace(total=None), shard])["model_elements"])
+
+
+def added(ranks: Ranks, *numbers: float) -> list[float]:
+    """The sums of numbers over all ranks."""
+    sums = torch.tensor(numbers, dtype=torch.float64)
+    ranks.add_up(sums)
+    return list(sums.tolist())
 
 
 # ---- collectives ------------------------------------------------------------------------------
@@ -241,12 +247,8 @@ def adding(rank: int) -> tuple[bytes, list[float], float]:
     ranks.add_up(table)
     exact = torch.stack(tables).sum(0)
     size = torch.stack(tables).abs().sum(0)
-    strided = tables[rank].t().contiguous().t()  # not contiguous
-    assert not strided.is_contiguous()
-    ranks.add_up(strided)
-    assert strided.equal(table) and not strided.is_contiguous()
     error = float(((table - exact).abs() / size).max())
-    numbers = ranks.add_numbers([0.1 * (rank + 1), 1e300 if rank else -1e300])
+    numbers = added(ranks, 0.1 * (rank + 1), 1e300 if rank else -1e300)
     return table.numpy().tobytes(), numbers, error
 
 
@@ -300,7 +302,7 @@ def meeting_again(rank: int, folder: str) -> list[tuple[int, int, list[float]]]:
                 timeout=datetime.timedelta(seconds=TIMEOUT),
             )
         ranks = find_group(None, [])
-        seen.append((ranks.size, ranks.rank, ranks.add_numbers([1.0, float(rank)])))
+        seen.append((ranks.size, ranks.rank, added(ranks, 1.0, float(rank))))
         dist.barrier()
     return seen
 
@@ -321,7 +323,7 @@ def without_a_default_group(rank: int, store: str) -> tuple[list[float], list[in
     group = _dist2._BACKENDS["gloo"](dist.FileStore(store, 2), rank, 2, timeout, cpu)
     ranks = find_group(group, [])
     rows = ranks.gather(ROW._replace(steps=rank))
-    return [row.steps for row in rows], ranks.gather_objects(rank), ranks.add_numbers([1.0])
+    return [row.steps for row in rows], ranks.gather_objects(rank), added(ranks, 1.0)
 
 
 def test_without_a_default_group(tmp_path: pathlib.Path) -> None:
@@ -346,7 +348,7 @@ def test_stages_of_a_mesh_or_declared() -> None:
 
 def dying(rank: int, call: str) -> str:
     ranks = find_group(None, [], "AutoDrop")
-    ranks.add_numbers([1.0])  # all are there
+    added(ranks, 1.0)  # all are there
     if rank == 1:
         os._exit(1)
     calls = {

@@ -106,8 +106,8 @@ ARROWS = {
     "sharding": "global_index memory",
     "parameters": "memory sharding",
     "average": "checks saved sharding",
-    "sketch": "checks ops ops.plan saved sharding",
-    "ranks": "agreement sharding",
+    "sketch": "checks ops ops.plan reading saved sharding",
+    "ranks": "agreement checks sharding",
     "faults": "messages ranks sketch",
     "meter": "agreement checks faults memory messages ops parameters ranks reading saved settings "
     "sharding sketch windows",
