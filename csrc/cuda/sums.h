@@ -64,8 +64,7 @@ AUTODROP_HD static inline Floats plus(Floats a, Floats b) {
 }
 // There is no subtraction of pairs; a product with -1 is exact.
 AUTODROP_HD static inline Floats minus(Floats a, Floats b) {
-  const float2 difference =
-      __ffma2_rn({b.first, b.second}, {-1.0f, -1.0f}, {a.first, a.second});
+  const float2 difference = __ffma2_rn({b.first, b.second}, {-1.0f, -1.0f}, {a.first, a.second});
   return {difference.x, difference.y};
 }
 #elif defined(AUTODROP_DEVICE_CODE)

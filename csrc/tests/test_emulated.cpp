@@ -54,7 +54,7 @@ constexpr bool kTwoFloats = true;
 #else
 constexpr bool kTwoFloats = false;
 #endif
-constexpr int kDevice = 1;   // while device 0 is current
+constexpr int kDevice = 1;  // while device 0 is current
 
 void good(cudaError_t error, const char* what) {
   CHECK("no error", error == cudaSuccess, "%s: %s", what, cudaGetErrorName(error));
@@ -268,8 +268,8 @@ void for_batch(const Model& model, const Share& batch, const Add& add) {
           static_cast<std::uint64_t>(model.bases[piece->tensor] + piece->offset) -
           piece->start * bytes_of(piece->dtype);
       const auto chosen = [&](int j) {
-        return (origin % 16 == 0 && j >= piece->start &&
-                j + 8 <= piece->start + piece->length) == whole;
+        return (origin % 16 == 0 && j >= piece->start && j + 8 <= piece->start + piece->length) ==
+               whole;
       };
       for_piece(model, *piece, chosen, [&](std::size_t lane, double x) { add(*piece, lane, x); });
     }
@@ -283,8 +283,8 @@ void add_float64(const Model& model, const Share& batch, std::vector<double>& su
 }
 
 // Two float32 numbers, with errors of additions that are found in another way than by the kernels:
-// the rounding of a float64 sum to float32 is that of the exact sum (53 >= 2 * 24 + 2 bits), and the
-// larger number minus the sum is exact.
+// the rounding of a float64 sum to float32 is that of the exact sum (53 >= 2 * 24 + 2 bits), and
+// the larger number minus the sum is exact.
 struct TwoFloats {
   float high = 0.0f, low = 0.0f;
 
@@ -318,8 +318,7 @@ void add_two_floats(const Model& model, const Share& batch, std::vector<double>&
       for_batch(model, group,
                 [&](const Piece&, std::size_t lane, double x) { pairs[lane].add(x); });
       for (std::size_t lane = 0; lane < kLanes; ++lane) {
-        sums[lane] =
-            group[0]->weight * (static_cast<double>(pairs[lane].high) + pairs[lane].low);
+        sums[lane] = group[0]->weight * (static_cast<double>(pairs[lane].high) + pairs[lane].low);
       }
     }
     for (std::size_t lane = 0; lane < kLanes; ++lane) row[lane] += sums[lane];
@@ -577,7 +576,8 @@ void test_error() {
     return std::ldexp(bits, -24 - static_cast<int>(random() % 28));
   };
   test_error_of("numbers of many sizes", any);
-  test_error_of("and of both signs", [&](std::size_t n) { return random() % 2 ? any(n) : -any(n); });
+  test_error_of("and of both signs",
+                [&](std::size_t n) { return random() % 2 ? any(n) : -any(n); });
   // In each batch 1, then what makes the units of `low` 2^-48, then numbers of just over half a
   // unit, which are all rounded up.
   test_error_of("the same error again and again", [](std::size_t n) {

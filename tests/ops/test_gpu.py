@@ -16,13 +16,11 @@ import table_model
 import torch
 from table_cases import (
     CASES,
-    CLOSES,
     CudaKernels,
     Kernels,
+    KernelTests,
     TritonKernels,
     case,
-    check_accumulate,
-    check_close,
     to_device,
 )
 from table_model import LANES
@@ -37,36 +35,28 @@ def core() -> ModuleType:
     return _C
 
 
+def has_two_floats(device: torch.device) -> bool:
+    """Return True if the kernels for a GPU add two float32 numbers (csrc/cuda/sums.h)."""
+    full_rate = ((6, 0), (7, 0), (8, 0), (9, 0), (10, 0))
+    return torch.cuda.get_device_capability(device) not in full_rate
+
+
+def cuda_kernels(device: torch.device) -> CudaKernels:
+    return CudaKernels(device, core(), two_floats=has_two_floats(device))
+
+
 @pytest.fixture(params=["cuda", "triton"])
 def kernels(request: pytest.FixtureRequest, gpu: torch.device) -> Kernels:
-    return CudaKernels(gpu, core()) if request.param == "cuda" else TritonKernels(gpu)
+    return cuda_kernels(gpu) if request.param == "cuda" else TritonKernels(gpu)
 
 
 @pytest.fixture
 def cuda(gpu: torch.device) -> CudaKernels:
-    return CudaKernels(gpu, core())
+    return cuda_kernels(gpu)
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("splits", [1, 3])
-def test_accumulate(kernels: Kernels, name: str, splits: int) -> None:
-    check_accumulate(kernels, case(name), splits)
-
-
-@pytest.mark.parametrize("name", CLOSES)
-def test_close(kernels: Kernels, name: str) -> None:
-    check_close(kernels, CLOSES[name])
-
-
-def test_ten_runs_give_the_same_bits(kernels: Kernels) -> None:
-    work = kernels.prepare(case("dtypes, weights and groups"), 2, 3, 3)
-    work.run()
-    first = work.table.clone()
-    assert first.any()
-    for _ in range(9):
-        work.table.zero_()
-        work.run()
-        assert torch.equal(work.table, first)
+class TestOnGpu(KernelTests):
+    pass
 
 
 def test_the_bits_are_those_of_the_emulator(cuda: CudaKernels) -> None:
@@ -74,7 +64,8 @@ def test_the_bits_are_those_of_the_emulator(cuda: CudaKernels) -> None:
     emulated = pytest.importorskip("emulated")
     if not emulated.COMPILER:
         pytest.skip("needs g++ or clang++")
-    there = CudaKernels(torch.device("cpu"), emulated.module())
+    flags = emulated.TWO_FLOATS if has_two_floats(cuda.device) else ()
+    there = CudaKernels(torch.device("cpu"), emulated.module(*flags))
     for name in CASES:
         if name != "not finite":
             tables = [k.accumulate(case(name), 2, 3, 3) for k in (cuda, there)]
@@ -120,7 +111,7 @@ def test_the_given_stream_is_used(gpu: torch.device) -> None:
     side = torch.cuda.Stream(gpu)
     cuda = CudaKernels(gpu, core(), side.cuda_stream)
     work = cuda.prepare([table_model.Tensor.of(np.zeros(1_000_000))], 4, 1, 2)
-    memory = work.kept[3][0]  # type: ignore[index]
+    memory = work.memory[0]
     torch.cuda.synchronize()
     with torch.cuda.stream(side):
         torch.cuda._sleep(100_000_000)
