@@ -21,7 +21,6 @@ any run is in ``benchmarks/results/gpu-predictions``.
 from __future__ import annotations
 
 import argparse
-import importlib
 import importlib.util
 import json
 import pathlib
