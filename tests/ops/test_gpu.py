@@ -25,6 +25,9 @@ from table_cases import (
 )
 from table_model import LANES
 
+from autodrop_ext.ops import BACKENDS
+from autodrop_ext.ops.plan import Plan, Source
+
 BLOCK = np.array([[0, LANES]], np.int64)
 
 
@@ -104,6 +107,32 @@ def test_a_step_can_be_captured_and_replayed(gpu: torch.device) -> None:
     plain.run()
     torch.cuda.synchronize()
     assert torch.equal(captured.table, plain.table)
+
+
+def test_the_backend_refuses_a_close_inside_a_capture_in_words_and_goes_on(
+    gpu: torch.device,
+) -> None:
+    backend = BACKENDS["cuda"]
+    assert backend.missing(gpu) is None
+    x = torch.ones(10_000, device=gpu)
+    accumulation = backend.bind(
+        Plan([Source("x", lambda: x, x.numel(), x.dtype)], gpu, buckets=LANES)
+    )
+    tables = [torch.zeros(LANES, dtype=torch.float64, device=gpu) for _ in range(3)]
+    bases = np.array([x.data_ptr()], np.int64)
+    accumulation.accumulate(tables[0], bases)
+    once = tables[0].clone()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        accumulation.accumulate(tables[0], bases)
+        with pytest.raises(RuntimeError, match="outside of a CUDA graph's capture"):
+            backend.close(tables[0], tables[1], tables[2], 1.0, np.array([0, LANES], np.int64))
+        accumulation.accumulate(tables[0], bases)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert once.any()
+    assert torch.equal(tables[0], 3 * once)  # sums of ones are exact
 
 
 def test_the_given_stream_is_used(gpu: torch.device) -> None:
