@@ -1,5 +1,5 @@
-// The lanes of a row of the table that one thread of a GPU block holds in registers, and how pieces
-// are added to them.
+// The lanes of a row of the table that one thread of a GPU block holds, and how pieces are added to
+// them.
 //
 // 256 threads share a row: thread t holds packets t and t + 256, that is 16 of its 4,096 lanes. A
 // packet of lanes takes a packet of elements, which is contiguous in memory, so that neighbouring

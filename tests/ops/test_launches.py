@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import types
 
 import emulated
 import numpy as np
@@ -68,11 +67,11 @@ class Uploads:
 
 @pytest.fixture
 def tables() -> cuda.DeviceTables:
-    """Tables of a plan on a GPU that is not there."""
-    made = object.__new__(cuda.DeviceTables)
-    made._plan = types.SimpleNamespace(device=GPU)  # type: ignore[assignment]
-    made._uploaded = np.zeros(0, np.int64)
-    made._addresses = torch.empty(0)
+    """Tables of a plan, which then claims to be on a GPU that is not there."""
+    x = torch.ones(10)
+    plan = Plan([Source("x", lambda: x, 10, x.dtype)], CPU, buckets=None, num_buckets=10)
+    made = cuda.DeviceTables(plan)
+    plan.device = GPU
     return made
 
 

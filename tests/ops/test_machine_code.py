@@ -62,6 +62,7 @@ def test_a_pass_has_128_bytes_in_flight_and_few_instructions(architecture: int) 
 
 
 @needs_tools
+@pytest.mark.slow
 def test_a_b300_adds_two_pairs_at_once() -> None:
     accumulate = kernels(103)["accumulate"]
     assert accumulate.count("FADD2|FFMA2") > 1000
