@@ -28,6 +28,8 @@ COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++
 
 # No contraction, as in the package's own build.
 FLAGS = ("-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Wextra")
+TWO_FLOATS = ("-DAUTODROP_TWO_FLOATS",)  # sums as for GPUs with few float64 units
+PAIRS = (*TWO_FLOATS, "-DAUTODROP_PAIRS")  # and with their functions for two pairs at once
 SANITIZED = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 KERNELS = EMULATOR / "table.cpp"
 OTHERS = (EMULATOR / "emulator.cpp", CSRC / "tests" / "test_emulated.cpp")
@@ -67,8 +69,11 @@ def linked(target: pathlib.Path, objects: list[pathlib.Path], *flags: str) -> pa
 
 
 @functools.cache
-def module() -> ModuleType:
-    """``csrc/bindings_cuda.cpp`` over the emulator, compiled with the pybind11 that torch has."""
+def module(*flags: str) -> ModuleType:
+    """``csrc/bindings_cuda.cpp`` over the emulator, compiled with the pybind11 that torch has.
+
+    ``flags``: none, :data:`TWO_FLOATS` or :data:`PAIRS`.
+    """
     sources = (
         KERNELS,
         EMULATOR / "emulator.cpp",
@@ -79,7 +84,7 @@ def module() -> ModuleType:
     for path in sorted(CSRC.rglob("*")):
         if path.suffix in (".h", ".cu", ".cpp"):
             digest.update(path.read_bytes())
-    folder = ROOT / "build" / "emulated"
+    folder = ROOT / "build" / "emulated" / ("-".join(f[2:].lower() for f in flags) or "float64")
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / digest.hexdigest()[:16] / f"_emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
     with (folder / "lock").open("w") as lock:
@@ -95,6 +100,7 @@ def module() -> ModuleType:
             objects = all_compiled(
                 sources,
                 target.parent,
+                *flags,
                 "-fPIC",
                 "-fvisibility=hidden",
                 *(f"-isystem{i}" for i in includes),

@@ -6,6 +6,7 @@ product is added, the kernels say ``fma``; nothing else may be fused, whatever T
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Iterable
 
@@ -59,7 +60,7 @@ def accumulate(
         splits,
         DTYPES=_bits(dtypes),
         enable_fp_fusion=False,
-        num_warps=THREADS // (64 if torch.version.hip else 32),
+        num_warps=THREADS // _warp(table.device),
     )
     kernels.add_partials_kernel[(buckets // PARTIALS_BLOCK,)](
         partials, table, buckets, len(partials), BLOCK=PARTIALS_BLOCK, enable_fp_fusion=False
@@ -109,6 +110,15 @@ def close(
             BLOCK=CLOSE_BLOCK,
             enable_fp_fusion=False,
         )
+
+
+@functools.cache
+def _warp(device: torch.device) -> int:
+    """Return the threads of a warp: 64 on AMD's Instinct GPUs, 32 on others."""
+    if device.type == "cpu":  # the interpreter
+        return 32
+    size: int = torch.cuda.get_device_properties(device).warp_size
+    return size
 
 
 def _bits(dtypes: Iterable[int]) -> int:

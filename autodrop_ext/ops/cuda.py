@@ -1,7 +1,8 @@
 """The compiled kernels for NVIDIA GPUs: two launches for a read, one wait at a window's end.
 
-A read can be captured in a CUDA graph. A close waits for its stream, so it is refused inside of a
-capture with a RuntimeError that names cudaErrorStreamCaptureUnsupported; the capture goes on.
+A read can be captured in a CUDA graph if a read of the same tensors came before. A close waits for
+its stream, so it is refused inside a capture with a RuntimeError, and so is an upload of addresses;
+the capture goes on.
 """
 
 from __future__ import annotations
@@ -153,6 +154,11 @@ class DeviceTables:
     def addresses(self, bases: IntArray) -> Tensor:
         """Return the addresses of the tensors on the device."""
         if not np.array_equal(bases, self._uploaded):
+            if _is_capturing(self._plan.device):
+                raise RuntimeError(
+                    "accumulate: expected tensors in the memory of the step before, got others "
+                    "inside a CUDA graph's capture; take a step before the capture"
+                )
             host = torch.from_numpy(bases)
             if self._plan.device.type == "cuda":
                 host = host.pin_memory()  # torch keeps the pages until the copy is done
@@ -209,7 +215,16 @@ def close_on(
         bounds: first bucket of each part, and the end of the last one.
         launch: takes first bucket and the one after the last of each block, int64
             ``[num_blocks, 2]``, and writes the block's sums, float64 ``[num_blocks, 2]``.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured. The capture goes on.
     """
+    with current_device(device):
+        if _is_capturing(device):
+            raise RuntimeError(
+                "close: expected the end of a window outside of a CUDA graph's capture, because "
+                "the host waits for its sums; capture steps that do not end a window"
+            )
     blocks, part = close_blocks(bounds)
     on_device = torch.from_numpy(blocks).to(device)
     sums = torch.empty(len(blocks), 2, dtype=torch.float64, device=device)
@@ -224,6 +239,11 @@ def current_stream(device: torch.device) -> int:
         return 0
     handle: int = torch.cuda.current_stream(device).cuda_stream
     return handle
+
+
+def _is_capturing(device: torch.device) -> bool:
+    """Return True if the current stream of the current device is captured in a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def current_device(device: torch.device) -> AbstractContextManager[object]:

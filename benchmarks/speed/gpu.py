@@ -10,7 +10,8 @@ without waiting. GB/s counts the bytes that must move at least: the parameters' 
 
 The peers: ``torch.sum`` over one flat tensor of as many bytes, which is a plain read;
 ``_foreach_norm`` over the parameters, which reads them too; and ``_foreach_add_`` to float32 sums,
-which reads and writes 8 bytes an element more.
+which reads and writes 8 bytes an element more. If apex is installed, its kernels for the norm and
+for the sums are measured as well.
 
 Writes NAME.jsonl, a row as soon as it is measured, and NAME.md; NAME is that of the GPU. No new
 shape is begun when the minutes are over; the .md says which were left out. What was expected before
@@ -20,6 +21,7 @@ any run is in ``benchmarks/results/gpu-predictions``.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import pathlib
 import re
@@ -110,6 +112,22 @@ def usable(device: torch.device) -> list[str]:
     return [b for b in wanted if BACKENDS[b].missing(device) is None]
 
 
+def apex(params: list[Tensor], sums: list[Tensor]) -> dict[str, Call]:
+    """Return apex's reads of the parameters, none if it is not installed with its kernels."""
+    if importlib.util.find_spec("amp_C") is None:
+        return {}
+    kernels = importlib.import_module("amp_C")
+    apply = importlib.import_module("apex.multi_tensor_apply").multi_tensor_applier
+    overflow = torch.zeros(1, dtype=torch.int32, device=params[0].device)
+    norm, add = kernels.multi_tensor_l2norm, kernels.multi_tensor_axpby
+    lists = [sums, params, sums]
+    return {
+        "apex l2norm": lambda: apply(norm, overflow, [params], False),
+        # sums = 1 * sums + 1 * params; -1: both are looked through for infinities
+        "apex axpby": lambda: apply(add, overflow, lists, 1.0, 1.0, -1),
+    }
+
+
 def reads(
     name: str, dtype: torch.dtype, device: torch.device, timer: Timer
 ) -> list[dict[str, Any]]:
@@ -133,11 +151,12 @@ def reads(
     calls["torch.sum"] = lambda: flat.sum(dtype=torch.float32)
     calls["_foreach_norm"] = lambda: torch._foreach_norm(params)
     calls["_foreach_add_"] = lambda: torch._foreach_add_(sums, params)
+    calls |= apex(params, sums)
     medians = timer.medians(calls)
     what = {"shape": name, "dtype": str(dtype).removeprefix("torch."), "operation": "read"}
     rows = []
     for who, (on_device, on_host) in medians.items():
-        moved = size + 8 * n if who == "_foreach_add_" else size
+        moved = size + 8 * n if who in ("_foreach_add_", "apex axpby") else size
         row = {"who": who, "device_us": on_device * 1e6, "host_us": on_host * 1e6}
         row |= {"gb_per_s": moved / on_device / 1e9}
         row |= {"of_plain_read": medians["torch.sum"][0] / on_device}
@@ -179,6 +198,8 @@ def markdown(gpu: str, rows: list[dict[str, Any]], left_out: list[str]) -> str:
             )
     unequal = [f"{r['shape']} {r['dtype']} {r['who']}" for r in rows if r.get("same") is False]
     lines += ["", f"Three reads gave the same bits: {'not ' + str(unequal) if unequal else 'yes'}."]
+    if importlib.util.find_spec("amp_C") is None:
+        lines += ["", "apex is not installed."]
     if left_out:
         lines += ["", f"Left out, because time was over: {', '.join(left_out)}."]
     return "\n".join(lines) + "\n"

@@ -1,5 +1,5 @@
-// The lanes of a row of the table that one thread of a GPU block holds in registers, and how pieces
-// are added to them.
+// The lanes of a row of the table that one thread of a GPU block holds, and how pieces are added to
+// them.
 //
 // 256 threads share a row: thread t holds packets t and t + 256, that is 16 of its 4,096 lanes. A
 // packet of lanes takes a packet of elements, which is contiguous in memory, so that neighbouring
@@ -16,6 +16,7 @@
 #include "core/numeric.h"
 #include "core/sketch.h"
 #include "core/tables.h"
+#include "cuda/sums.h"
 
 #if defined(__CUDA_ARCH__)
 #define AUTODROP_UNROLL _Pragma("unroll")
@@ -92,16 +93,6 @@ AUTODROP_HD static inline float widened(T half) {
   return to_float(half);
 }
 
-// sum + weight * x, rounded once: it costs what an addition costs, so that a variant without
-// weights would gain nothing.
-AUTODROP_HD static inline double added(double sum, double x, double weight) {
-#if defined(AUTODROP_DEVICE_CODE)
-  return __fma_rn(x, weight, sum);
-#else
-  return sum + weight * x;
-#endif
-}
-
 // ---- signs ------------------------------------------------------------------------------------
 
 // The signs of packet `p` of a row: that of its lane l in bit 24 + l.
@@ -111,8 +102,8 @@ AUTODROP_HD static inline std::uint32_t signs_of(std::uint32_t hash, int p) {
 AUTODROP_HD static inline std::uint32_t sign_bit(std::uint32_t signs, int l) {
   return signs << (kPacket - 1 - l) & 0x80000000u;
 }
-AUTODROP_HD static inline double with_sign(float x, std::uint32_t sign) {
-  return static_cast<double>(numeric::bit_cast<float>(numeric::bit_cast<std::uint32_t>(x) ^ sign));
+AUTODROP_HD static inline float with_sign(float x, std::uint32_t sign) {
+  return numeric::bit_cast<float>(numeric::bit_cast<std::uint32_t>(x) ^ sign);
 }
 AUTODROP_HD static inline double with_sign(double x, std::uint32_t sign) {
   return numeric::bit_cast<double>(numeric::bit_cast<std::uint64_t>(x) ^
@@ -127,38 +118,44 @@ AUTODROP_HD static inline std::uint32_t pairs_of(std::uint32_t signs, int low) {
 
 // ---- packets ----------------------------------------------------------------------------------
 
-// Adds a packet of elements that was loaded in lane order, but for an exclusive or by kSwap.
+// Adds a packet of elements that was loaded in lane order, but for an exclusive or by kSwap, to the
+// packet `held` of a thread's sums.
 template <class T, int kSwap>
 struct Packet {
   static constexpr int kWide = 16 / static_cast<int>(sizeof(T));  // elements of a load
-  AUTODROP_HD static inline void add(double* sums, const Words* loads, std::uint32_t signs,
+  template <class Sums>
+  AUTODROP_HD static inline void add(Sums& sums, int held, const Words* loads, std::uint32_t signs,
                                      double weight) {
     AUTODROP_UNROLL
-    for (int l = 0; l < kPacket; ++l) {
-      struct alignas(16) Elements {
-        T element[kWide];
-      };
-      const T x = numeric::bit_cast<Elements>(loads[l / kWide]).element[l % kWide ^ kSwap];
-      sums[l] = added(sums[l], with_sign(x, sign_bit(signs, l)), weight);
+    for (int q = 0; q < kPacket / 2; ++q) {
+      sums.add(held * (kPacket / 2) + q, lane(loads, 2 * q, signs), lane(loads, 2 * q + 1, signs),
+               weight);
     }
+  }
+  AUTODROP_HD static inline T lane(const Words* loads, int l, std::uint32_t signs) {
+    struct alignas(16) Elements {
+      T element[kWide];
+    };
+    const T x = numeric::bit_cast<Elements>(loads[l / kWide]).element[l % kWide ^ kSwap];
+    return with_sign(x, sign_bit(signs, l));
   }
 };
 
 template <class T, int kSwap>
 struct HalfPacket {
   static constexpr int kWide = kPacket;
-  AUTODROP_HD static inline void add(double* sums, const Words* loads, std::uint32_t signs,
+  template <class Sums>
+  AUTODROP_HD static inline void add(Sums& sums, int held, const Words* loads, std::uint32_t signs,
                                      double weight) {
     constexpr int kLow = kSwap & 1;  // lane of a pair that takes its first element
     const std::uint32_t pairs = pairs_of(signs, kLow);
     AUTODROP_UNROLL
     for (int q = 0; q < kPacket / 2; ++q) {
       const std::uint32_t both = loads->word[q ^ kSwap >> 1] ^ (pairs << (6 - 2 * q) & 0x80008000u);
-      const T first{static_cast<std::uint16_t>(both)};
-      const T second{static_cast<std::uint16_t>(both >> 16)};
-      double* pair = sums + 2 * q;
-      pair[kLow] = added(pair[kLow], widened(first), weight);
-      pair[1 - kLow] = added(pair[1 - kLow], widened(second), weight);
+      const float first = widened(T{static_cast<std::uint16_t>(both)});
+      const float second = widened(T{static_cast<std::uint16_t>(both >> 16)});
+      sums.add(held * (kPacket / 2) + q, kLow == 0 ? first : second, kLow == 0 ? second : first,
+               weight);
     }
   }
 };
@@ -177,8 +174,8 @@ AUTODROP_HD static inline bool is_whole(const Stretch& stretch, int packet) {
 
 // Adds the whole packets of kCount aligned stretches of one code, first all loads, then arithmetic.
 // A packet that is not whole is not read, and adds zeros.
-template <class T, int kSwap, int kCount>
-AUTODROP_HD static inline void add_packets(double* sums, const Stretch* stretches, int thread) {
+template <class T, int kSwap, int kCount, class Sums>
+AUTODROP_HD static inline void add_packets(Sums& sums, const Stretch* stretches, int thread) {
   using Of = Packet<T, kSwap>;
   constexpr int kLoads = kPacket / Of::kWide;
   Words loads[kCount][kHeld][kLoads];
@@ -202,15 +199,15 @@ AUTODROP_HD static inline void add_packets(double* sums, const Stretch* stretche
     AUTODROP_UNROLL
     for (int h = 0; h < kHeld; ++h) {
       const std::uint32_t signs = signs_of(stretches[u].hash, thread + h * kThreads);
-      Of::add(sums + h * kPacket, loads[u][h], signs, stretches[u].weight);
+      Of::add(sums, h, loads[u][h], signs, stretches[u].weight);
     }
   }
 }
 
 // Adds kCount stretches of one code element by element: all of them if they are not aligned,
 // otherwise those of their packets that they cover in part.
-template <class T, int kCount>
-AUTODROP_HD static inline void add_elements(double* sums, const Stretch* stretches, int thread) {
+template <class T, int kCount, class Sums>
+AUTODROP_HD static inline void add_elements(Sums& sums, const Stretch* stretches, int thread) {
   // Half precision is widened at once: nvcc takes minutes for arrays of 16 bits.
   using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
   Wide elements[kCount][kHeld][kPacket];
@@ -237,10 +234,9 @@ AUTODROP_HD static inline void add_elements(double* sums, const Stretch* stretch
     for (int h = 0; h < kHeld; ++h) {
       const std::uint32_t signs = signs_of(stretches[u].hash, thread + h * kThreads);
       AUTODROP_UNROLL
-      for (int l = 0; l < kPacket; ++l) {
-        double& sum = sums[h * kPacket + l];
-        const double x = with_sign(elements[u][h][l], sign_bit(signs, l));
-        sum = added(sum, x, stretches[u].weight);
+      for (int l = 0; l < kPacket; l += 2) {
+        sums.add((h * kPacket + l) / 2, with_sign(elements[u][h][l], sign_bit(signs, l)),
+                 with_sign(elements[u][h][l + 1], sign_bit(signs, l + 1)), stretches[u].weight);
       }
     }
   }

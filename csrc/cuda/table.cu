@@ -10,6 +10,8 @@ namespace {
 using lanes::kHeld;
 using lanes::kThreads;
 using lanes::Stretch;
+using sums::kTwoFloats;
+using sums::Two;
 
 // Two blocks a multiprocessor is what ptxas may count on: 128 registers a thread, of which 32 hold
 // sums and 32 what is in flight.
@@ -20,6 +22,7 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 // Pieces that a block looks up at once: a table entry and an address, two waits in a row for device
 // memory, for all of them.
 constexpr int kBatch = kThreads;
+static_assert(kBatch <= sums::kMostAdditions, "a lane takes one element of a piece");
 
 // Bytes that a thread has in flight when it adds pieces: one piece of float64, two of float32, four
 // of half precision.
@@ -65,9 +68,6 @@ struct Count {
   static constexpr int value = kValue;
 };
 
-struct alignas(16) Two {
-  double element[2];
-};
 struct alignas(16) Range {
   std::int64_t begin, end;
 };
@@ -142,13 +142,48 @@ __device__ Stretch stretch_of(const Piece* piece, const std::int64_t* bases) {
   return stretch;
 }
 
-// Calls add(Count of stretches, first of them) for stretches from `first` on that have its code:
-// kMost at a time, then one at a time. Returns where another code begins.
+// Stretches of a batch are added group by group, and sums of two float32 are written after each:
+// they have no weights, so that a group has one. Parameters of float64 are a group that keeps
+// float64. Other sums stay in registers from batch to batch, and all stretches are one group.
+constexpr std::uint64_t kFloat64Group = ~std::uint64_t{0};  // not the bits of a weight: a NaN
+
+__device__ std::uint64_t group_of(const Stretch& stretch) {
+  if (!kTwoFloats) return kFloat64Group;
+  return lanes::dtype_of(stretch.code) == DType::kFloat64
+             ? kFloat64Group
+             : numeric::bit_cast<std::uint64_t>(stretch.weight);
+}
+
+// The group after `group`, in the order of bits from those of the first stretch up; that of the
+// first stretch if there is none.
+__device__ std::uint64_t next_group(const Stretch* stretches, int count, std::uint64_t group) {
+  const std::uint64_t first = group_of(stretches[0]);
+  std::uint64_t next = 0;
+  AUTODROP_NO_UNROLL
+  for (int at = 0; at < count; ++at) {
+    const std::uint64_t after = group_of(stretches[at]) - first;
+    if (after > group - first && (next == 0 || after < next)) next = after;
+  }
+  return first + next;
+}
+
+constexpr int kPairs = kHeld * kPacket / 2;
+using Float64Sums = sums::Float64<kPairs>;
+using TwoFloatSums = sums::TwoFloats<kPairs>;
+
+// Whether sums of this kind ever take elements of a type.
+template <class T, class Sums>
+constexpr bool kTaken =
+    !kTwoFloats || std::is_same_v<T, double> == std::is_same_v<Sums, Float64Sums>;
+
+// Calls add(Count of stretches, first of them) for stretches from `first` on that have its code and
+// its group: kMost at a time, then one at a time. Returns where another code or group begins.
 template <int kMost, class Add>
 __device__ int for_code(const Stretch* stretches, int first, int count, const Add& add) {
   const std::uint32_t code = stretches[first].code;
+  const std::uint64_t group = group_of(stretches[first]);
   int end = first + 1;
-  while (end < count && stretches[end].code == code) ++end;
+  while (end < count && stretches[end].code == code && group_of(stretches[end]) == group) ++end;
   int at = first;
   AUTODROP_NO_UNROLL
   for (; at + kMost <= end; at += kMost) add(Count<kMost>{}, stretches + at);
@@ -158,8 +193,8 @@ __device__ int for_code(const Stretch* stretches, int first, int count, const Ad
 }
 
 // An exclusive or within 16 bytes, one of 0 to kMost, as a template argument.
-template <class T, int kSwap = 16 / int{sizeof(T)} - 1>
-__device__ int add_aligned(double* sums, const Stretch* stretches, int first, int count, int swap) {
+template <class T, int kSwap = 16 / int{sizeof(T)} - 1, class Sums>
+__device__ int add_aligned(Sums& sums, const Stretch* stretches, int first, int count, int swap) {
   if constexpr (kSwap > 0) {
     if (swap < kSwap) return add_aligned<T, kSwap - 1>(sums, stretches, first, count, swap);
   }
@@ -169,18 +204,92 @@ __device__ int add_aligned(double* sums, const Stretch* stretches, int first, in
 }
 
 // All whole packets of aligned stretches.
-template <class T>
-__device__ int add_packets(double* sums, const Stretch* stretches, int first, int count) {
+template <class T, class Sums>
+__device__ int add_packets(Sums& sums, const Stretch* stretches, int first, int count) {
+  if constexpr (!kTaken<T, Sums>) return count;
   const int swap = static_cast<int>(lanes::swap_of(stretches[first].code));
   return add_aligned<T>(sums, stretches, first, count, swap % (16 / int{sizeof(T)}));
 }
 
 // Everything else.
-template <class T>
-__device__ int add_elements(double* sums, const Stretch* stretches, int first, int count) {
+template <class T, class Sums>
+__device__ int add_elements(Sums& sums, const Stretch* stretches, int first, int count) {
+  if constexpr (!kTaken<T, Sums>) return count;
   return for_code<kManyMisaligned>(stretches, first, count, [&](auto many, const Stretch* at) {
     lanes::add_elements<T, decltype(many)::value>(sums, at, static_cast<int>(threadIdx.x));
   });
+}
+
+// Adds the stretches of a group.
+template <class Sums>
+__device__ void add_group(Sums& sums, const Stretch* stretches, int count, std::uint64_t group) {
+  for (int at = 0; at < count;) {
+    if (!lanes::is_aligned(stretches[at].code) || group_of(stretches[at]) != group) {
+      ++at;
+      continue;
+    }
+    switch (lanes::dtype_of(stretches[at].code)) {
+      case DType::kFloat32:
+        at = add_packets<float>(sums, stretches, at, count);
+        break;
+      case DType::kFloat64:
+        at = add_packets<double>(sums, stretches, at, count);
+        break;
+      case DType::kFloat16:
+        at = add_packets<Half>(sums, stretches, at, count);
+        break;
+      case DType::kBFloat16:
+        at = add_packets<BFloat16>(sums, stretches, at, count);
+        break;
+    }
+  }
+  for (int at = 0; at < count;) {
+    if (!stretches[at].by_element || group_of(stretches[at]) != group) {
+      ++at;
+      continue;
+    }
+    switch (lanes::dtype_of(stretches[at].code)) {
+      case DType::kFloat32:
+        at = add_elements<float>(sums, stretches, at, count);
+        break;
+      case DType::kFloat64:
+        at = add_elements<double>(sums, stretches, at, count);
+        break;
+      case DType::kFloat16:
+        at = add_elements<Half>(sums, stretches, at, count);
+        break;
+      case DType::kBFloat16:
+        at = add_elements<BFloat16>(sums, stretches, at, count);
+        break;
+    }
+  }
+}
+
+// Writes sums times a weight to the block's row, or adds them to it.
+template <class Sums>
+__device__ void write_sums(const Sums& sums, double weight, double* row, bool adds) {
+  AUTODROP_UNROLL
+  for (int h = 0; h < kHeld; ++h) {
+    const int packet = static_cast<int>(threadIdx.x) + h * kThreads;
+    Two* lanes_of = reinterpret_cast<Two*>(row) + packet * (kPacket / 2);
+    AUTODROP_UNROLL
+    for (int i = 0; i < kPacket / 2; ++i) {
+      Two two = sums.total(h * (kPacket / 2) + i, weight);
+      if (adds) {
+        const Two old = lanes_of[i];
+        two = {{old.element[0] + two.element[0], old.element[1] + two.element[1]}};
+      }
+      lanes_of[i] = two;
+    }
+  }
+}
+
+template <class Sums>
+__device__ void add_and_write(const Stretch* stretches, int count, std::uint64_t group, double* row,
+                              bool adds) {
+  Sums sums;
+  add_group(sums, stretches, count, group);
+  write_sums(sums, numeric::bit_cast<double>(group), row, adds);
 }
 
 __global__ void __launch_bounds__(kThreads, kBlocks)
@@ -189,74 +298,37 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   Batch& batch = shared_batch();
   const unsigned row = blockIdx.x % num_rows, split = blockIdx.x / num_rows;
   const int thread = static_cast<int>(threadIdx.x);
+  double* const row_of = to + std::int64_t{blockIdx.x} * kLanes;
   const Share share{runs + std::int64_t{row} * kSwaps, split, splits, batch.ends};
   share.count();
   __syncthreads();
   const std::int64_t total = batch.ends[kSwaps - 1];
-  double sums[kHeld * kPacket] = {};
+  Float64Sums sums;
   for (std::int64_t begin = 0; begin < total; begin += kBatch) {
     const auto count = static_cast<int>(total - begin < kBatch ? total - begin : kBatch);
     if (thread < count) {
       batch.stretches[thread] = stretch_of(pieces + share.piece(begin + thread), bases);
     }
     __syncthreads();
-    for (int at = 0; at < count;) {
-      if (!lanes::is_aligned(batch.stretches[at].code)) {
-        ++at;
-        continue;
-      }
-      switch (lanes::dtype_of(batch.stretches[at].code)) {
-        case DType::kFloat32:
-          at = add_packets<float>(sums, batch.stretches, at, count);
-          break;
-        case DType::kFloat64:
-          at = add_packets<double>(sums, batch.stretches, at, count);
-          break;
-        case DType::kFloat16:
-          at = add_packets<Half>(sums, batch.stretches, at, count);
-          break;
-        case DType::kBFloat16:
-          at = add_packets<BFloat16>(sums, batch.stretches, at, count);
-          break;
-      }
-    }
-    for (int at = 0; at < count;) {
-      if (!batch.stretches[at].by_element) {
-        ++at;
-        continue;
-      }
-      switch (lanes::dtype_of(batch.stretches[at].code)) {
-        case DType::kFloat32:
-          at = add_elements<float>(sums, batch.stretches, at, count);
-          break;
-        case DType::kFloat64:
-          at = add_elements<double>(sums, batch.stretches, at, count);
-          break;
-        case DType::kFloat16:
-          at = add_elements<Half>(sums, batch.stretches, at, count);
-          break;
-        case DType::kBFloat16:
-          at = add_elements<BFloat16>(sums, batch.stretches, at, count);
-          break;
-      }
+    if constexpr (kTwoFloats) {
+      const std::uint64_t first = group_of(batch.stretches[0]);
+      std::uint64_t group = first;
+      do {
+        if (group == kFloat64Group) {
+          add_and_write<Float64Sums>(batch.stretches, count, group, row_of, adds);
+        } else {
+          add_and_write<TwoFloatSums>(batch.stretches, count, group, row_of, adds);
+        }
+        adds = true;
+        group = next_group(batch.stretches, count, group);
+      } while (group != first);
+    } else {
+      add_group(sums, batch.stretches, count, kFloat64Group);
     }
     __syncthreads();
   }
-  AUTODROP_UNROLL
-  for (int h = 0; h < kHeld; ++h) {
-    const int packet = thread + h * kThreads;
-    auto* lanes_of = reinterpret_cast<Two*>(to + std::int64_t{blockIdx.x} * kLanes) +
-                     packet * (kPacket / 2);
-    AUTODROP_UNROLL
-    for (int i = 0; i < kPacket / 2; ++i) {
-      Two two{{sums[h * kPacket + 2 * i], sums[h * kPacket + 2 * i + 1]}};
-      if (adds) {
-        const Two old = lanes_of[i];
-        two = {{old.element[0] + two.element[0], old.element[1] + two.element[1]}};
-      }
-      lanes_of[i] = two;
-    }
-  }
+  // Two floats are written already, but for a block without pieces.
+  if (!kTwoFloats || total == 0) write_sums(sums, 1.0, row_of, adds);
 }
 
 // table += partials[0] + partials[1] + ..., two buckets a thread.
@@ -306,7 +378,7 @@ __device__ void add_fours(const T* x, double* buckets, double weight) {
     AUTODROP_UNROLL
     for (int i = 0; i < kFour; ++i) {
       double& sum = sums[u][i / 2].element[i % 2];
-      sum = lanes::added(sum, lanes::widened(xs[u].element[i]), weight);
+      sum = sums::added(sum, lanes::widened(xs[u].element[i]), weight);
     }
     auto* to = reinterpret_cast<Two*>(buckets + u * kThreads * kFour);
     to[0] = sums[u][0];
@@ -325,7 +397,7 @@ __device__ void add_singles(const T* x, double* buckets, double weight) {
   }
   AUTODROP_UNROLL
   for (int u = 0; u < kCount; ++u) {
-    buckets[u * kThreads] = lanes::added(sums[u], lanes::widened(xs[u]), weight);
+    buckets[u * kThreads] = sums::added(sums[u], lanes::widened(xs[u]), weight);
   }
 }
 

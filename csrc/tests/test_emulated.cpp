@@ -3,6 +3,8 @@
 // kernels document. Then the launches themselves: streams, devices, errors and captures.
 //
 //   test_emulated [quick] [SEED...]   with seeds of the order of blocks and threads; 1 by default
+//
+// Compiled with AUTODROP_TWO_FLOATS, like the kernels, it is about sums of two float32 numbers.
 #include <algorithm>
 #include <cmath>
 #include <csignal>
@@ -11,6 +13,7 @@
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <map>
 #include <memory>
 #include <random>
 #include <string>
@@ -46,7 +49,12 @@ const char* context = "";  // of the checks that follow
   } while (false)
 
 constexpr int kBatch = 256;  // as in cuda/table.cu
-constexpr int kDevice = 1;   // while device 0 is current
+#if defined(AUTODROP_TWO_FLOATS)
+constexpr bool kTwoFloats = true;
+#else
+constexpr bool kTwoFloats = false;
+#endif
+constexpr int kDevice = 1;  // while device 0 is current
 
 void good(cudaError_t error, const char* what) {
   CHECK("no error", error == cudaSuccess, "%s: %s", what, cudaGetErrorName(error));
@@ -233,10 +241,10 @@ std::uint32_t mix32(std::uint32_t x) {
   return x ^ x >> 16;
 }
 
-// Adds the elements of a piece to a row of 4,096 lanes: those for which `chosen(start of the packet
+// Calls add(lane, signed element) for the elements of a piece for which `chosen(start of the packet
 // in the chunk)` holds.
-template <class Chosen>
-void add_piece(const Model& model, const Piece& piece, double* row, const Chosen& chosen) {
+template <class Chosen, class Add>
+void for_piece(const Model& model, const Piece& piece, const Chosen& chosen, const Add& add) {
   const std::size_t size = bytes_of(piece.dtype);
   const auto first = piece.offset / static_cast<std::int64_t>(size) - piece.start;
   for (int j = piece.start; j < piece.start + piece.length; ++j) {
@@ -244,15 +252,85 @@ void add_piece(const Model& model, const Piece& piece, double* row, const Chosen
     const int lane = ((j >> 3) + piece.packet) % 512 * 8 + ((j & 7) ^ piece.swap);
     const std::uint32_t word = mix32(piece.hash ^ static_cast<std::uint32_t>(lane >> 5));
     const double x = element(model.at(piece.tensor, first + j), piece.dtype);
-    row[lane] = std::fma(word >> (lane & 31) & 1 ? -x : x, piece.weight, row[lane]);
+    add(static_cast<std::size_t>(lane), word >> (lane & 31) & 1 ? -x : x);
+  }
+}
+
+using Share = std::vector<const Piece*>;
+
+// Calls add for the elements of pieces of one batch in the order of the kernels: whole aligned
+// packets, then the rest.
+template <class Add>
+void for_batch(const Model& model, const Share& batch, const Add& add) {
+  for (const bool whole : {true, false}) {
+    for (const Piece* piece : batch) {
+      const std::uint64_t origin =
+          static_cast<std::uint64_t>(model.bases[piece->tensor] + piece->offset) -
+          piece->start * bytes_of(piece->dtype);
+      const auto chosen = [&](int j) {
+        return (origin % 16 == 0 && j >= piece->start && j + 8 <= piece->start + piece->length) ==
+               whole;
+      };
+      for_piece(model, *piece, chosen, [&](std::size_t lane, double x) { add(*piece, lane, x); });
+    }
+  }
+}
+
+void add_float64(const Model& model, const Share& batch, std::vector<double>& sums) {
+  for_batch(model, batch, [&](const Piece& piece, std::size_t lane, double x) {
+    sums[lane] = std::fma(x, piece.weight, sums[lane]);
+  });
+}
+
+// Two float32 numbers, with errors of additions that are found in another way than by the kernels:
+// the rounding of a float64 sum to float32 is that of the exact sum (53 >= 2 * 24 + 2 bits), and
+// the larger number minus the sum is exact.
+struct TwoFloats {
+  float high = 0.0f, low = 0.0f;
+
+  static float error(double a, double b, float sum) {
+    return static_cast<float>(std::abs(a) >= std::abs(b) ? (a - sum) + b : (b - sum) + a);
+  }
+  void add(double x) {
+    const auto s = static_cast<float>(static_cast<double>(high) + x);
+    const auto v = static_cast<float>(static_cast<double>(low) + error(high, x, s));
+    high = static_cast<float>(static_cast<double>(s) + v);
+    low = error(s, v, high);
+  }
+};
+
+// Adds a batch to a row, group after group.
+void add_two_floats(const Model& model, const Share& batch, std::vector<double>& row) {
+  constexpr std::uint64_t kFloat64 = ~std::uint64_t{0};
+  std::map<std::uint64_t, Share> groups;
+  const auto group_of = [](const Piece& piece) {
+    return piece.dtype == DType::kFloat64 ? kFloat64
+                                          : numeric::bit_cast<std::uint64_t>(piece.weight);
+  };
+  const std::uint64_t first = group_of(*batch[0]);
+  for (const Piece* piece : batch) groups[group_of(*piece) - first].push_back(piece);
+  for (const auto& [after, group] : groups) {
+    std::vector<double> sums(kLanes);
+    if (first + after == kFloat64) {
+      add_float64(model, group, sums);
+    } else {
+      std::vector<TwoFloats> pairs(kLanes);
+      for_batch(model, group,
+                [&](const Piece&, std::size_t lane, double x) { pairs[lane].add(x); });
+      for (std::size_t lane = 0; lane < kLanes; ++lane) {
+        sums[lane] = group[0]->weight * (static_cast<double>(pairs[lane].high) + pairs[lane].low);
+      }
+    }
+    for (std::size_t lane = 0; lane < kLanes; ++lane) row[lane] += sums[lane];
   }
 }
 
 void accumulate_once_more(const Model& model, std::int64_t splits, double* table) {
   for (std::int64_t row = 0; row < model.num_rows; ++row) {
+    double* const lanes = table + row * kLanes;
     std::vector<double> of_splits(kLanes);
     for (std::int64_t split = 0; split < splits; ++split) {
-      std::vector<const Piece*> share;
+      Share share;
       for (std::int64_t run = row * kSwaps; run < (row + 1) * kSwaps; ++run) {
         for (std::int64_t p = model.runs[static_cast<std::size_t>(run)] + split;
              p < model.runs[static_cast<std::size_t>(run) + 1]; p += splits) {
@@ -260,29 +338,24 @@ void accumulate_once_more(const Model& model, std::int64_t splits, double* table
         }
       }
       std::vector<double> sums(kLanes);
+      // Two floats are added to the row at once where it has one block only.
+      if (kTwoFloats && splits == 1) sums.assign(lanes, lanes + kLanes);
       for (std::size_t begin = 0; begin < share.size(); begin += kBatch) {
         const std::size_t end = std::min<std::size_t>(begin + kBatch, share.size());
-        for (const bool whole : {true, false}) {
-          for (std::size_t p = begin; p < end; ++p) {
-            const Piece& piece = *share[p];
-            const std::uint64_t origin =
-                static_cast<std::uint64_t>(model.bases[piece.tensor] + piece.offset) -
-                piece.start * bytes_of(piece.dtype);
-            add_piece(model, piece, sums.data(), [&](int j) {
-              return (origin % 16 == 0 && j >= piece.start &&
-                      j + 8 <= piece.start + piece.length) == whole;
-            });
-          }
-        }
+        const Share batch(share.data() + begin, share.data() + end);
+        kTwoFloats ? add_two_floats(model, batch, sums) : add_float64(model, batch, sums);
       }
-      for (int lane = 0; lane < kLanes; ++lane) {
-        double& sum = of_splits[static_cast<std::size_t>(lane)];
-        const double part = sums[static_cast<std::size_t>(lane)];
-        sum = split == 0 ? part : sum + part;
+      for (std::size_t lane = 0; lane < kLanes; ++lane) {
+        double& sum = of_splits[lane];
+        sum = split == 0 ? sums[lane] : sum + sums[lane];
       }
     }
-    for (int lane = 0; lane < kLanes; ++lane) {
-      table[row * kLanes + lane] += of_splits[static_cast<std::size_t>(lane)];
+    for (std::size_t lane = 0; lane < kLanes; ++lane) {
+      if (kTwoFloats && splits == 1) {
+        lanes[lane] = of_splits[lane];
+      } else {
+        lanes[lane] += of_splits[lane];
+      }
     }
   }
 }
@@ -460,7 +533,60 @@ void test_huge() {
   }
 }
 
-// NaN and infinity go to the lanes of their elements and nowhere else.
+// The distance to exact sums, whatever the order of additions: sums of two float32 are wrong by
+// 2^-40 of the sum of absolute values at most (cuda/sums.h), and 2^-46 is left for the additions to
+// the table in float64, of which there are six. `value(n)` is what piece n adds to every lane.
+template <class Value>
+void test_error_of(const char* what, const Value& value) {
+  context = what;
+  Model model({{DType::kFloat32, 1'300 * kLanes}}, 1);
+  std::vector<std::int64_t> exact(kLanes), sizes(kLanes);  // multiples of 2^-52
+  const auto all = [](int) { return true; };
+  for (std::size_t n = 0; n < model.pieces.size(); ++n) {
+    const Piece& piece = model.pieces[n];
+    for (std::int64_t i = 0; i < piece.length; ++i) {
+      set_element(model.at(0, piece.offset / 4 + i), DType::kFloat32, 1.0);
+    }
+    std::int64_t i = piece.offset / 4;
+    for_piece(model, piece, all, [&](std::size_t lane, double sign) {
+      const double x = value(n);
+      set_element(model.at(0, i++), DType::kFloat32, sign * x);
+      exact[lane] += static_cast<std::int64_t>(std::ldexp(x, 52));
+      sizes[lane] += std::abs(static_cast<std::int64_t>(std::ldexp(x, 52)));
+    });
+  }
+  const Device d(model, 1);
+  good(d.accumulate(), "accumulate");
+  d.wait();
+  double worst = 0;
+  for (std::size_t lane = 0; lane < kLanes; ++lane) {
+    const double whole = std::floor(std::ldexp(d.table[lane], 52));  // int64 holds it
+    const double error = static_cast<double>(static_cast<std::int64_t>(whole) - exact[lane]);
+    worst = std::max(worst, std::abs(error) / static_cast<double>(sizes[lane]));
+  }
+  CHECK("error", worst <= 0x1p-40 + 0x1p-46, "%g of the sum of absolute values", worst);
+  std::printf("error, %s: %.2g of the sum of absolute values\n", what, worst);
+}
+
+void test_error() {
+  std::mt19937_64 random(11);
+  // 24 bits, the last of them 2^-52 or more.
+  const auto any = [&](std::size_t) {
+    const auto bits = static_cast<double>(random() % (1 << 24) | 1 << 23);
+    return std::ldexp(bits, -24 - static_cast<int>(random() % 28));
+  };
+  test_error_of("numbers of many sizes", any);
+  test_error_of("and of both signs",
+                [&](std::size_t n) { return random() % 2 ? any(n) : -any(n); });
+  // In each batch 1, then what makes the units of `low` 2^-48, then numbers of just over half a
+  // unit, which are all rounded up.
+  test_error_of("the same error again and again", [](std::size_t n) {
+    return n % kBatch == 0 ? 1.0 : n % kBatch == 1 ? 0x1.8p-25 : 0x1.2p-49;
+  });
+}
+
+// NaN and infinity go to the lanes of their elements and nowhere else. Two floats make a NaN of an
+// infinity.
 void test_not_finite() {
   context = "not finite";
   for (const DType dtype : kDTypes) {
@@ -471,15 +597,18 @@ void test_not_finite() {
     good(d.accumulate(), "accumulate");
     good(d.accumulate_exact(), "accumulate_exact");
     d.wait();
-    const auto wrong = [](const Buffer<double>& table) {
+    const auto wrong = [](const Buffer<double>& table, long infinities) {
       long infinite = 0, nan = 0;
       for (std::size_t i = 0; i < table.size; ++i) {
         infinite += std::isinf(table[i]);
         nan += std::isnan(table[i]);
       }
-      return std::abs(infinite - 1) + std::abs(nan - 1);
+      return std::abs(infinite - infinities) + std::abs(nan - (2 - infinities));
     };
-    CHECK("not finite", wrong(d.table) == 0 && wrong(d.exact) == 0, "other lanes are not finite");
+    CHECK("not finite",
+          wrong(d.table, kTwoFloats && dtype != DType::kFloat64 ? 0 : 1) == 0 &&
+              wrong(d.exact, 1) == 0,
+          "other lanes are not finite");
   }
 }
 
@@ -712,6 +841,7 @@ int main(int argc, char** argv) {
     test_accumulate(quick);
     test_huge();
     test_not_finite();
+    if (!quick) test_error();
     test_close();
   }
   test_errors();

@@ -25,6 +25,9 @@ _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][A-Z0-9
 _WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 _FLOAT64 = re.compile(r"D(ADD|MUL|FMA|SETP)|MUFU\.RCP64H")
 _CONVERSION = re.compile(r"F2F|I2F\.F64|F2I\S*\.F64")
+_FLOAT32 = re.compile(r"F(ADD|FMA)(\.|$)")
+_PAIRS = re.compile(r"F(ADD|FMA)2(\.|$)")  # two additions each
+ADDITIONS = 10  # of float32 that add an element to two float32 numbers (csrc/cuda/sums.h)
 THREADS = 256
 REGISTERS = 65_536  # of a multiprocessor
 
@@ -74,6 +77,7 @@ class Pass:
         instructions: the most of all exclusive ors.
         float64: additions and multiplications of float64.
         conversions: to float64.
+        float32: additions of float32, two for an instruction that adds two pairs.
     """
 
     elements: int
@@ -81,6 +85,7 @@ class Pass:
     instructions: int
     float64: int
     conversions: int
+    float32: int
 
     @property
     def an_element(self) -> float:
@@ -99,17 +104,18 @@ def passes(accumulate: Kernel) -> dict[str, Pass]:
     found: dict[str, list[Pass]] = {name: [] for name in PASSES}
     for block in accumulate.blocks:
         loaded = in_flight(block)
-        added = count(block, re.compile("DFMA"))
         if not loaded or set(loaded) != {16}:
             continue
+        doubles, conversions = count(block, _FLOAT64), count(block, _CONVERSION)
+        floats = count(block, _FLOAT32) + 2 * count(block, _PAIRS)
         halves = count(block, re.compile(r"HADD2\.F32"))
         for name, (elements, itemsize) in PASSES.items():
             is_half = name == "float16"
-            right = added == elements and sum(loaded) == elements * itemsize
-            if right and bool(halves) == is_half:
+            right = (doubles, floats) in ((elements, 0), (0, ADDITIONS * elements))
+            if right and sum(loaded) == elements * itemsize and bool(halves) == is_half:
                 issued = [i for i in block if i != "NOP"]  # sm_120 fills waits for float64
-                doubles, conversions = count(block, _FLOAT64), count(block, _CONVERSION)
-                found[name].append(Pass(elements, sum(loaded), len(issued), doubles, conversions))
+                counts = (len(issued), doubles, conversions, floats)
+                found[name].append(Pass(elements, sum(loaded), *counts))
     return {name: max(each, key=lambda p: p.instructions) for name, each in found.items() if each}
 
 
@@ -191,14 +197,16 @@ def main() -> None:
             most = max((sum(in_flight(b)) for b in kernel.blocks), default=0)
             blocks = blocks_at_once(kernel)
             print(f"| {name} | {kernel.registers} | {kernel.spilled} | {blocks} | {most} |")
-        print(f"\n| sm_{architecture} | in flight, KiB | instructions | float64 | conversions |")
-        print("|:--|--:|--:|--:|--:|")
+        counted = "instructions | float64 | conversions | float32"
+        print(f"\n| sm_{architecture} | in flight, KiB | {counted} |")
+        print("|:--|--:|--:|--:|--:|--:|")
         blocks = blocks_at_once(found["accumulate"])
         for name, p in passes(found["accumulate"]).items():
             kib = p.bytes_in_flight * THREADS * blocks // 1024
             print(
                 f"| {name} | {kib} | {p.an_element:.1f} "
-                f"| {p.float64 / p.elements:.1f} | {p.conversions / p.elements:.1f} |"
+                f"| {p.float64 / p.elements:.1f} | {p.conversions / p.elements:.1f} "
+                f"| {p.float32 / p.elements:.1f} |"
             )
 
 

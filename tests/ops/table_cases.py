@@ -1,4 +1,4 @@
-"""Cases of the table's kernels, and how the kernels of CUDA and of Triton are called.
+"""Cases of the table's kernels, how the kernels of CUDA and of Triton are called, and their tests.
 
 A case is a list of tensors of ``table_model``. Every backend's kernels run every case.
 """
@@ -12,9 +12,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 import table_model
 import torch
 from table_model import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, LANES, Tensor
+
+from autodrop_ext.ops import native
 
 Float64s = npt.NDArray[np.float64]
 DTYPES = {"float32": FLOAT32, "float64": FLOAT64, "float16": FLOAT16, "bfloat16": BFLOAT16}
@@ -94,6 +97,18 @@ def case(name: str) -> list[Tensor]:
     return CASES[name]()
 
 
+def rounded(tensors: list[Tensor]) -> list[Tensor]:
+    """Round elements to sixteenths and weights to quarters, in place.
+
+    No sum of a case then has more than 24 bits, so it is exact in every order of additions.
+    """
+    for t in tensors:
+        raw = table_model.encode(np.round(t.values() * 16) / 16, t.dtype).view(np.uint8)
+        t.memory[t.shift : t.shift + raw.size] = raw
+        t.weight = np.ceil(t.weight * 4) / 4
+    return tensors
+
+
 CLOSES: dict[str, list[int]] = {
     "whole blocks": [0, 4_096, 8_192],
     "parts of any length": [0, 4_096, 5_001, 5_002, 5_003, 7_000, 11_096],
@@ -111,18 +126,48 @@ def to_device(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
 
 @dataclasses.dataclass
 class Work:
-    """One accumulate with everything that it reads."""
+    """One accumulate with everything that it reads, on a device."""
 
+    pieces: torch.Tensor
+    runs: torch.Tensor
+    bases: torch.Tensor
+    memory: list[torch.Tensor]
+    partials: torch.Tensor
     table: torch.Tensor
-    run: Callable[[], None]
-    kept: tuple[object, ...]
+    dtypes: set[int]
+    run: Callable[[], None] = lambda: None
 
 
 class Kernels:
-    """Calls kernels on one device; the operations of ``table_model`` on tensors there."""
+    """Calls kernels on one device; the operations of ``table_model`` on tensors there.
+
+    Attributes:
+        infinite: False if sums make a NaN of an infinity.
+    """
+
+    infinite = True
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+
+    # What the kernels of CUDA and of Triton do in different ways.
+
+    def launch(self, work: Work) -> None:
+        raise NotImplementedError
+
+    def launch_exact(
+        self, spans: torch.Tensor, bases: torch.Tensor, table: torch.Tensor, dtypes: set[int]
+    ) -> None:
+        raise NotImplementedError
+
+    def launch_close(
+        self, tables: list[torch.Tensor], divisor: float, blocks: torch.Tensor, sums: torch.Tensor
+    ) -> None:
+        raise NotImplementedError
+
+    def partial_rows(self, splits: int) -> int:
+        """Return how many rows of partial sums a row of the table has."""
+        raise NotImplementedError
 
     def bases(self, tensors: Sequence[Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Addresses on the device of tensors there, with the shifts that they have here."""
@@ -147,7 +192,20 @@ class Kernels:
         return self.zeros(*shape).fill_(float("nan"))
 
     def prepare(self, tensors: Sequence[Tensor], rows: int, groups: int, splits: int) -> Work:
-        raise NotImplementedError
+        pieces, runs = table_model.pieces_of(tensors, rows, groups)
+        bases, memory = self.bases(tensors)
+        table = self.zeros(rows * groups, LANES)
+        work = Work(
+            to_device(pieces, self.device),
+            to_device(runs, self.device),
+            bases,
+            memory,
+            self.poisoned(self.partial_rows(splits), table.numel()),
+            table,
+            {t.dtype for t in tensors},
+        )
+        work.run = lambda: self.launch(work)
+        return work
 
     def accumulate(
         self, tensors: Sequence[Tensor], rows: int, groups: int, splits: int
@@ -159,7 +217,13 @@ class Kernels:
     def accumulate_exact(
         self, tensors: Sequence[Tensor], buckets: Sequence[int], size: int
     ) -> Float64s:
-        raise NotImplementedError
+        spans = to_device(table_model.spans_of(tensors, buckets), self.device)
+        bases, memory = self.bases(tensors)
+        table = self.zeros(size)
+        self.launch_exact(spans, bases, table, {t.dtype for t in tensors})
+        result = table.cpu().numpy()
+        del memory
+        return result
 
     def close(
         self,
@@ -178,50 +242,42 @@ class Kernels:
             array[:] = table.cpu().numpy()
         return sums.cpu().numpy()
 
-    def launch_close(
-        self, tables: list[torch.Tensor], divisor: float, blocks: torch.Tensor, sums: torch.Tensor
-    ) -> None:
-        raise NotImplementedError
-
 
 class CudaKernels(Kernels):
-    """Through the bindings of a core: ``autodrop_ext._C`` or the emulated one."""
+    """Through the bindings of a core: ``autodrop_ext._C`` or the emulated one.
 
-    def __init__(self, device: torch.device, core: ModuleType, stream: int = 0) -> None:
+    Args:
+        two_floats: sums are two float32 numbers.
+    """
+
+    def __init__(
+        self, device: torch.device, core: ModuleType, stream: int = 0, *, two_floats: bool = False
+    ) -> None:
         super().__init__(device)
         self.core = core
         self.stream = stream
+        self.infinite = not two_floats
 
-    def prepare(self, tensors: Sequence[Tensor], rows: int, groups: int, splits: int) -> Work:
-        table, runs = table_model.pieces_of(tensors, rows, groups)
-        pieces, runs_there = to_device(table, self.device), to_device(runs, self.device)
-        bases, memory = self.bases(tensors)
-        to = self.zeros(rows * groups, LANES)
-        partials = self.poisoned(splits, to.numel()) if splits > 1 else self.zeros(0)
-        weighted = any(t.weight != 1 for t in tensors)
+    def partial_rows(self, splits: int) -> int:
+        return splits if splits > 1 else 0
 
-        def run() -> None:
-            self.core.cuda_accumulate(
-                self.device.index or 0,
-                pieces.data_ptr(),
-                runs_there.data_ptr(),
-                rows * groups,
-                splits,
-                bases.data_ptr(),
-                partials.data_ptr(),
-                to.data_ptr(),
-                weighted,
-                self.stream,
-            )
+    def launch(self, work: Work) -> None:
+        self.core.cuda_accumulate(
+            self.device.index or 0,
+            work.pieces.data_ptr(),
+            work.runs.data_ptr(),
+            len(work.table),
+            max(1, len(work.partials)),
+            work.bases.data_ptr(),
+            work.partials.data_ptr(),
+            work.table.data_ptr(),
+            True,
+            self.stream,
+        )
 
-        return Work(to, run, (pieces, runs_there, bases, memory, partials))
-
-    def accumulate_exact(
-        self, tensors: Sequence[Tensor], buckets: Sequence[int], size: int
-    ) -> Float64s:
-        spans = to_device(table_model.spans_of(tensors, buckets), self.device)
-        bases, memory = self.bases(tensors)
-        table = self.zeros(size)
+    def launch_exact(
+        self, spans: torch.Tensor, bases: torch.Tensor, table: torch.Tensor, dtypes: set[int]
+    ) -> None:
         self.core.cuda_accumulate_exact(
             self.device.index or 0,
             spans.data_ptr(),
@@ -230,9 +286,6 @@ class CudaKernels(Kernels):
             table.data_ptr(),
             self.stream,
         )
-        result = table.cpu().numpy()
-        del memory
-        return result
 
     def launch_close(
         self, tables: list[torch.Tensor], divisor: float, blocks: torch.Tensor, sums: torch.Tensor
@@ -249,35 +302,24 @@ class CudaKernels(Kernels):
 
 
 class TritonKernels(Kernels):
-    """As :mod:`autodrop_ext.ops.triton` launches them, if it launches as ``launches`` says."""
+    """As :mod:`autodrop_ext.ops.triton` launches them."""
 
-    def prepare(self, tensors: Sequence[Tensor], rows: int, groups: int, splits: int) -> Work:
+    def partial_rows(self, splits: int) -> int:
+        return 8 * splits
+
+    def launch(self, work: Work) -> None:
         from triton_kernels import launches
 
-        table, runs = table_model.pieces_of(tensors, rows, groups)
-        pieces, runs_there = to_device(table, self.device), to_device(runs, self.device)
-        bases, memory = self.bases(tensors)
-        to = self.zeros(rows * groups, LANES)
-        partials = self.poisoned(8 * splits, to.numel())
-        dtypes = {t.dtype for t in tensors}
+        launches.accumulate(
+            work.pieces, work.runs, work.bases, work.partials, work.table, work.dtypes
+        )
 
-        def run() -> None:
-            launches.accumulate(pieces, runs_there, bases, partials, to, dtypes)
-
-        return Work(to, run, (pieces, runs_there, bases, memory, partials))
-
-    def accumulate_exact(
-        self, tensors: Sequence[Tensor], buckets: Sequence[int], size: int
-    ) -> Float64s:
+    def launch_exact(
+        self, spans: torch.Tensor, bases: torch.Tensor, table: torch.Tensor, dtypes: set[int]
+    ) -> None:
         from triton_kernels import launches
 
-        spans = to_device(table_model.spans_of(tensors, buckets), self.device)
-        bases, memory = self.bases(tensors)
-        table = self.zeros(size)
-        launches.accumulate_exact(spans, bases, table, {t.dtype for t in tensors})
-        result = table.cpu().numpy()
-        del memory
-        return result
+        launches.accumulate_exact(spans, bases, table, dtypes)
 
     def launch_close(
         self, tables: list[torch.Tensor], divisor: float, blocks: torch.Tensor, sums: torch.Tensor
@@ -287,6 +329,34 @@ class TritonKernels(Kernels):
         launches.close(*tables, divisor, blocks, sums)
 
 
+class KernelTests:
+    """Tests of a fixture ``kernels``, on a GPU or without one."""
+
+    @pytest.mark.parametrize("name", CASES)
+    @pytest.mark.parametrize("splits", [1, 3])
+    def test_accumulate(self, kernels: Kernels, name: str, splits: int) -> None:
+        check_accumulate(kernels, case(name), splits)
+
+    @pytest.mark.parametrize("name", CASES)
+    def test_exact_sums_have_the_bits_of_the_cpu_kernels(self, kernels: Kernels, name: str) -> None:
+        if name != "not finite":
+            check_bits(kernels, rounded(case(name)))
+
+    @pytest.mark.parametrize("name", CLOSES)
+    def test_close(self, kernels: Kernels, name: str) -> None:
+        check_close(kernels, CLOSES[name])
+
+    def test_the_same_bits_run_after_run(self, kernels: Kernels) -> None:
+        work = kernels.prepare(case("dtypes, weights and groups"), 2, 3, 3)
+        work.run()
+        first = work.table.clone()
+        assert first.any()
+        for _ in range(2):
+            work.table.zero_()
+            work.run()
+            assert torch.equal(work.table, first)
+
+
 def check_accumulate(kernels: Kernels, tensors: list[Tensor], splits: int) -> None:
     """Both kinds of tables against the model."""
     rows, groups = 2, 1 + max((t.group for t in tensors), default=0)
@@ -294,7 +364,8 @@ def check_accumulate(kernels: Kernels, tensors: list[Tensor], splits: int) -> No
     wanted = np.zeros((rows * groups, LANES))
     sizes = np.zeros_like(wanted)
     table_model.accumulate(pieces, runs, tensors, wanted, sizes)
-    check_equal(kernels.accumulate(tensors, rows, groups, splits), wanted, sizes)
+    got = kernels.accumulate(tensors, rows, groups, splits)
+    check_equal(got, wanted, sizes, infinite=kernels.infinite)
 
     # A gap of one bucket, so that some spans begin at an odd one.
     ends = np.cumsum([0, *(t.length + 1 for t in tensors)]).tolist()
@@ -305,12 +376,34 @@ def check_accumulate(kernels: Kernels, tensors: list[Tensor], splits: int) -> No
     check_equal(kernels.accumulate_exact(tensors, buckets, size), wanted, sizes)
 
 
-def check_equal(got: Float64s, wanted: Float64s, sizes: Float64s) -> None:
+def check_equal(got: Float64s, wanted: Float64s, sizes: Float64s, *, infinite: bool = True) -> None:
     finite = np.isfinite(wanted)
     assert np.array_equal(np.isfinite(got), finite)
-    assert np.array_equal(np.isnan(got), np.isnan(wanted))
+    if infinite:
+        assert np.array_equal(np.isnan(got), np.isnan(wanted))
     error = np.abs(got[finite] - wanted[finite])
     assert (error <= TOLERANCE * sizes[finite]).all(), error.max()
+
+
+def check_bits(kernels: Kernels, tensors: list[Tensor]) -> None:
+    """Both kinds of tables against the CPU kernels, bit for bit; sums must be exact."""
+    core = native.loaded()
+    rows, groups = 2, 1 + max((t.group for t in tensors), default=0)
+    pieces, runs = table_model.pieces_of(tensors, rows, groups)
+    bases = table_model.bases_of(tensors)
+    wanted = np.zeros((rows * groups, LANES))
+    at = [a.ctypes.data for a in (pieces, runs, bases, wanted)]
+    core.accumulate(*at[:2], rows * groups, *at[2:], True, 1, "")
+    assert np.array_equal(kernels.accumulate(tensors, rows, groups, 2), wanted)
+    assert wanted.any() == bool(tensors)
+
+    ends = np.cumsum([0, *(t.length + 1 for t in tensors)]).tolist()
+    spans = table_model.spans_of(tensors, ends[:-1])
+    wanted = np.zeros(ends[-1])
+    core.accumulate_exact(
+        spans.ctypes.data, len(spans), bases.ctypes.data, wanted.ctypes.data, 1, ""
+    )
+    assert np.array_equal(kernels.accumulate_exact(tensors, ends[:-1], ends[-1]), wanted)
 
 
 def check_close(kernels: Kernels, bounds: list[int]) -> None:

@@ -24,12 +24,21 @@ def run(program: pathlib.Path, *arguments: str) -> tuple[int, str]:
 # ---- the C++ test -------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def sanitized(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+SUMS = {"float64": (), "two floats": emulated.TWO_FLOATS, "pairs of two floats": emulated.PAIRS}
+
+
+@pytest.fixture(
+    scope="module",
+    params=["float64", "two floats", pytest.param("pairs of two floats", marks=pytest.mark.slow)],
+)
+def sanitized(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> pathlib.Path:
     """The test with AddressSanitizer and UBSan."""
     folder = tmp_path_factory.mktemp("sanitized")
     sources = (emulated.KERNELS, *emulated.OTHERS)
-    objects = emulated.all_compiled(sources, folder, *emulated.SANITIZED)
+    flags = (*emulated.SANITIZED, *SUMS[request.param])
+    objects = emulated.all_compiled(sources, folder, *flags)
     return emulated.linked(folder / "test_emulated", objects, *emulated.SANITIZED)
 
 
@@ -56,7 +65,7 @@ def test_kernels_add_the_same_bits_in_any_order_of_threads(sanitized: pathlib.Pa
 # By UBSan, by AddressSanitizer, by the emulator itself.
 ALIGNMENT, PAST_THE_END, EMULATOR = "misaligned address", "heap-buffer-overflow", "emulator: "
 ADDRESS = "address"  # the check of that name: a signal
-TABLE, OF_LANES = "cuda/table.cu", "cuda/lanes.h"
+TABLE, OF_LANES, OF_SUMS = "cuda/table.cu", "cuda/lanes.h", "cuda/sums.h"
 # File, what is replaced, by what, and what notices it: the name of a check of
 # csrc/tests/test_emulated.cpp, or words of the emulator.
 MISTAKES: dict[str, tuple[str, str, str, str]] = {
@@ -68,8 +77,8 @@ MISTAKES: dict[str, tuple[str, str, str, str]] = {
     ),
     "no barrier after the pieces were added": (
         TABLE,
-        "    __syncthreads();\n  }\n  AUTODROP_UNROLL\n  for (int h = 0",
-        "  }\n  AUTODROP_UNROLL\n  for (int h = 0",
+        "    __syncthreads();\n  }\n  // Two floats",
+        "  }\n  // Two floats",
         "sketch",
     ),
     "no barrier after counting": (
@@ -239,7 +248,7 @@ MISTAKES: dict[str, tuple[str, str, str, str]] = {
         "loads[u][h], signs, stretches[0].weight",
         "sketch",
     ),
-    "no weights": (OF_LANES, "__fma_rn(x, weight, sum)", "sum + x", "sketch"),
+    "no weights": (OF_SUMS, "__fma_rn(x, weight, sum)", "sum + x", "sketch"),
     "spans one thread short": (
         TABLE,
         "i < done; i += kThreads * kFour",
@@ -322,8 +331,106 @@ MISTAKES: dict[str, tuple[str, str, str, str]] = {
         "grid",
     ),
 }
+# Mistakes in sums of two float32 numbers.
+OF_TWO_FLOATS: dict[str, tuple[str, str, str, str]] = {
+    "the error as if the sum so far were the larger number": (
+        OF_SUMS,
+        "plus(minus(h, minus(s, of_x)), minus(x, of_x));",
+        "minus(x, of_x);",
+        "sketch",
+    ),
+    "the error of the sum so far only": (
+        OF_SUMS,
+        "plus(minus(h, minus(s, of_x)), minus(x, of_x));",
+        "minus(h, minus(s, of_x));",
+        "sketch",
+    ),
+    "the error subtracted": (
+        OF_SUMS,
+        "v = plus(low[pair], e)",
+        "v = minus(low[pair], e)",
+        "sketch",
+    ),
+    "earlier errors forgotten": (OF_SUMS, "v = plus(low[pair], e)", "v = e", "sketch"),
+    "errors not carried over": (OF_SUMS, "high[pair] = plus(s, v);", "high[pair] = s;", "sketch"),
+    "the second error the other way": (
+        OF_SUMS,
+        "minus(v, minus(high[pair], s));",
+        "minus(s, minus(high[pair], v));",
+        "sketch",
+    ),
+    "errors lost in the total": (
+        OF_SUMS,
+        "weight * (static_cast<double>(h.second) + static_cast<double>(l.second))",
+        "weight * static_cast<double>(h.second)",
+        "sketch",
+    ),
+    "the total in float32": (
+        OF_SUMS,
+        "static_cast<double>(h.first) + static_cast<double>(l.first)",
+        "static_cast<double>(h.first + l.first)",
+        "sketch",
+    ),
+    "no weight in the total": (
+        OF_SUMS,
+        "{{weight * (static_cast",
+        "{{1.0 * (static_cast",
+        "sketch",
+    ),
+    "other groups in a run": (TABLE, " && group_of(stretches[end]) == group", "", "sketch"),
+    "other groups' whole packets": (
+        TABLE,
+        "!lanes::is_aligned(stretches[at].code) || group_of(stretches[at]) != group",
+        "!lanes::is_aligned(stretches[at].code)",
+        "sketch",
+    ),
+    "other groups' single elements": (
+        TABLE,
+        "!stretches[at].by_element || group_of(stretches[at]) != group",
+        "!stretches[at].by_element",
+        "sketch",
+    ),
+    "a group of all weights": (
+        TABLE,
+        ": numeric::bit_cast<std::uint64_t>(stretch.weight);",
+        ": 0;",
+        "sketch",
+    ),
+    "the first group only": (TABLE, "while (group != first);", "while (false);", "sketch"),
+    "a group passed over": (
+        TABLE,
+        "next == 0 || after < next",
+        "next == 0 || after > next",
+        "sketch",
+    ),
+    "groups written over each other": (TABLE, "        adds = true;\n", "", "sketch"),
+    "float64 with the others": (TABLE, "if (group == kFloat64Group) {", "if (false) {", "sketch"),
+    "a block without pieces writes nothing": (
+        TABLE,
+        "if (!kTwoFloats || total == 0) write",
+        "if (!kTwoFloats) write",
+        "sketch",
+    ),
+}
+# And in the functions for two pairs at once.
+OF_PAIRS: dict[str, tuple[str, str, str, str]] = {
+    "the second of a pair added": (OF_SUMS, "{-1.0f, -1.0f}", "{-1.0f, 1.0f}", "sketch"),
+    "one lane's sum for both": (
+        OF_SUMS,
+        "__fadd2_rn({a.first, a.second}, {b.first, b.second});",
+        "__fadd2_rn({a.first, a.first}, {b.first, b.first});",
+        "sketch",
+    ),
+}
 # Those that are planted in every run; the others take minutes.
-ALWAYS = ("no barrier after counting", "half a mask", "errors stay", "signs one lane off")
+ALWAYS = (
+    "no barrier after counting",
+    "half a mask",
+    "errors stay",
+    "signs one lane off",
+    "earlier errors forgotten",
+    "other groups in a run",
+)
 
 
 @functools.cache
@@ -334,23 +441,35 @@ def others(*flags: str) -> tuple[pathlib.Path, ...]:
     return tuple(emulated.all_compiled(emulated.OTHERS, folder, *flags))
 
 
+MISTAKEN = {
+    **{m: ((), *planted) for m, planted in MISTAKES.items()},
+    **{m: (emulated.TWO_FLOATS, *planted) for m, planted in OF_TWO_FLOATS.items()},
+    **{m: (emulated.PAIRS, *planted) for m, planted in OF_PAIRS.items()},
+}
+
+
 @pytest.mark.parametrize(
     "mistake",
-    [m if m in ALWAYS else pytest.param(m, marks=pytest.mark.slow) for m in MISTAKES],
+    [m if m in ALWAYS else pytest.param(m, marks=pytest.mark.slow) for m in MISTAKEN],
 )
 def test_a_planted_mistake_is_noticed(mistake: str, tmp_path: pathlib.Path) -> None:
-    file, old, new, noticed = MISTAKES[mistake]
+    of_sums, file, old, new, noticed = MISTAKEN[mistake]
     text = (emulated.CSRC / file).read_text()
     assert text.count(old) == 1, f"{text.count(old)} times: {old}"
     target = tmp_path / file
     target.parent.mkdir()
     target.write_text(text.replace(old, new))
     # UBSan and AddressSanitizer are slow, so only what they alone see is compiled with them.
-    flags = emulated.SANITIZED if noticed in (ALIGNMENT, PAST_THE_END) else ()
+    sanitized = emulated.SANITIZED if noticed in (ALIGNMENT, PAST_THE_END) else ()
+    flags = (*sanitized, *of_sums)
     quiet = ("-Wno-unused-parameter", "-Wno-unused-function", "-Wno-unused-variable")
     kernels = emulated.compiled(emulated.KERNELS, tmp_path, *flags, *quiet, overlay=tmp_path)
-    program = emulated.linked(tmp_path / "mistaken", [kernels, *others(*flags)], *flags)
+    program = emulated.linked(tmp_path / "mistaken", [kernels, *others(*flags)], *sanitized)
     code, output = run(program, "quick")
     assert code != 0, f"nothing was noticed: {output[-500:]}"
     by_the_program = noticed in (ALIGNMENT, PAST_THE_END, EMULATOR)
     assert (noticed if by_the_program else f"FAILED {noticed} (") in output, output[:500]
+
+
+def test_mistakes_have_different_names() -> None:
+    assert len(MISTAKEN) == len(MISTAKES) + len(OF_TWO_FLOATS) + len(OF_PAIRS)

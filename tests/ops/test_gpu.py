@@ -16,16 +16,17 @@ import table_model
 import torch
 from table_cases import (
     CASES,
-    CLOSES,
     CudaKernels,
     Kernels,
+    KernelTests,
     TritonKernels,
     case,
-    check_accumulate,
-    check_close,
     to_device,
 )
 from table_model import LANES
+
+from autodrop_ext.ops import BACKENDS
+from autodrop_ext.ops.plan import Plan, Source
 
 BLOCK = np.array([[0, LANES]], np.int64)
 
@@ -37,36 +38,28 @@ def core() -> ModuleType:
     return _C
 
 
+def has_two_floats(device: torch.device) -> bool:
+    """Return True if the kernels for a GPU add two float32 numbers (csrc/cuda/sums.h)."""
+    full_rate = ((6, 0), (7, 0), (8, 0), (9, 0), (10, 0))
+    return torch.cuda.get_device_capability(device) not in full_rate
+
+
+def cuda_kernels(device: torch.device) -> CudaKernels:
+    return CudaKernels(device, core(), two_floats=has_two_floats(device))
+
+
 @pytest.fixture(params=["cuda", "triton"])
 def kernels(request: pytest.FixtureRequest, gpu: torch.device) -> Kernels:
-    return CudaKernels(gpu, core()) if request.param == "cuda" else TritonKernels(gpu)
+    return cuda_kernels(gpu) if request.param == "cuda" else TritonKernels(gpu)
 
 
 @pytest.fixture
 def cuda(gpu: torch.device) -> CudaKernels:
-    return CudaKernels(gpu, core())
+    return cuda_kernels(gpu)
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("splits", [1, 3])
-def test_accumulate(kernels: Kernels, name: str, splits: int) -> None:
-    check_accumulate(kernels, case(name), splits)
-
-
-@pytest.mark.parametrize("name", CLOSES)
-def test_close(kernels: Kernels, name: str) -> None:
-    check_close(kernels, CLOSES[name])
-
-
-def test_ten_runs_give_the_same_bits(kernels: Kernels) -> None:
-    work = kernels.prepare(case("dtypes, weights and groups"), 2, 3, 3)
-    work.run()
-    first = work.table.clone()
-    assert first.any()
-    for _ in range(9):
-        work.table.zero_()
-        work.run()
-        assert torch.equal(work.table, first)
+class TestOnGpu(KernelTests):
+    pass
 
 
 def test_the_bits_are_those_of_the_emulator(cuda: CudaKernels) -> None:
@@ -74,7 +67,8 @@ def test_the_bits_are_those_of_the_emulator(cuda: CudaKernels) -> None:
     emulated = pytest.importorskip("emulated")
     if not emulated.COMPILER:
         pytest.skip("needs g++ or clang++")
-    there = CudaKernels(torch.device("cpu"), emulated.module())
+    flags = emulated.TWO_FLOATS if has_two_floats(cuda.device) else ()
+    there = CudaKernels(torch.device("cpu"), emulated.module(*flags))
     for name in CASES:
         if name != "not finite":
             tables = [k.accumulate(case(name), 2, 3, 3) for k in (cuda, there)]
@@ -115,12 +109,38 @@ def test_a_step_can_be_captured_and_replayed(gpu: torch.device) -> None:
     assert torch.equal(captured.table, plain.table)
 
 
+def test_the_backend_refuses_a_close_inside_a_capture_in_words_and_goes_on(
+    gpu: torch.device,
+) -> None:
+    backend = BACKENDS["cuda"]
+    assert backend.missing(gpu) is None
+    x = torch.ones(10_000, device=gpu)
+    accumulation = backend.bind(
+        Plan([Source("x", lambda: x, x.numel(), x.dtype)], gpu, buckets=LANES)
+    )
+    tables = [torch.zeros(LANES, dtype=torch.float64, device=gpu) for _ in range(3)]
+    bases = np.array([x.data_ptr()], np.int64)
+    accumulation.accumulate(tables[0], bases)
+    once = tables[0].clone()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        accumulation.accumulate(tables[0], bases)
+        with pytest.raises(RuntimeError, match="outside of a CUDA graph's capture"):
+            backend.close(tables[0], tables[1], tables[2], 1.0, np.array([0, LANES], np.int64))
+        accumulation.accumulate(tables[0], bases)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert once.any()
+    assert torch.equal(tables[0], 3 * once)  # sums of ones are exact
+
+
 def test_the_given_stream_is_used(gpu: torch.device) -> None:
     """Work queued behind a slow kernel on a side stream sees that kernel's result."""
     side = torch.cuda.Stream(gpu)
     cuda = CudaKernels(gpu, core(), side.cuda_stream)
     work = cuda.prepare([table_model.Tensor.of(np.zeros(1_000_000))], 4, 1, 2)
-    memory = work.kept[3][0]  # type: ignore[index]
+    memory = work.memory[0]
     torch.cuda.synchronize()
     with torch.cuda.stream(side):
         torch.cuda._sleep(100_000_000)

@@ -10,21 +10,24 @@ import numpy as np
 import pytest
 import table_model
 import torch
-from table_cases import (
-    CASES,
-    CLOSES,
-    CudaKernels,
-    Kernels,
-    TritonKernels,
-    case,
-    check_accumulate,
-    check_close,
-)
+from table_cases import CudaKernels, Kernels, KernelTests, TritonKernels
 
 CPU = torch.device("cpu")
+SUMS = {
+    "cuda emulated": (),
+    "cuda emulated, two floats": emulated.TWO_FLOATS,
+    "cuda emulated, pairs of two floats": emulated.PAIRS,
+}
 
 
-@pytest.fixture(params=["cuda emulated", "triton interpreted"])
+@pytest.fixture(
+    params=[
+        "cuda emulated",
+        "cuda emulated, two floats",
+        pytest.param("cuda emulated, pairs of two floats", marks=pytest.mark.slow),
+        "triton interpreted",
+    ]
+)
 def kernels(request: pytest.FixtureRequest) -> Kernels:
     if request.param == "triton interpreted":
         pytest.importorskip("triton", reason="needs triton: pip install triton")
@@ -33,25 +36,12 @@ def kernels(request: pytest.FixtureRequest) -> Kernels:
         return TritonKernels(CPU)
     if not emulated.COMPILER:
         pytest.skip("needs g++ or clang++")
-    return CudaKernels(CPU, emulated.module())
+    flags = SUMS[request.param]
+    return CudaKernels(CPU, emulated.module(*flags), two_floats=bool(flags))
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("splits", [1, 3])
-def test_accumulate(kernels: Kernels, name: str, splits: int) -> None:
-    check_accumulate(kernels, case(name), splits)
-
-
-@pytest.mark.parametrize("name", CLOSES)
-def test_close(kernels: Kernels, name: str) -> None:
-    check_close(kernels, CLOSES[name])
-
-
-def test_the_same_bits_run_after_run(kernels: Kernels) -> None:
-    tensors = case("dtypes, weights and groups")
-    tables = [kernels.accumulate(tensors, 2, 3, 2) for _ in range(2)]
-    assert np.array_equal(*tables)
-    assert tables[0].any()
+class TestWithoutGpu(KernelTests):
+    pass
 
 
 def test_a_failed_launch_raises_its_name_and_the_next_step_is_good() -> None:

@@ -24,7 +24,9 @@ from typing import Any, NamedTuple
 POINTER_ALIGNMENT = 16  # bytes: tables come from torch's allocator
 DTYPES = {"float32": 1, "float64": 2, "float16": 4, "bfloat16": 8}  # bits of DTYPES of the kernels
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32)}
-TARGETS["gfx942"] = ("hip", "gfx942", 64)
+TARGETS |= {"sm_103": ("cuda", 103, 32), "sm_120": ("cuda", 120, 32)}
+TARGETS |= {"gfx942": ("hip", "gfx942", 64), "gfx950": ("hip", "gfx950", 64)}
+TARGETS["gfx1250"] = ("hip", "gfx1250", 32)
 DEFAULT_THREADS = 128  # of a program whose launch gives no warps: four of 32; of 64, 256 threads
 
 

@@ -2,6 +2,7 @@
 // Included before them.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 #include <cstring>
 #include <tuple>
@@ -27,6 +28,20 @@ struct dim3 {
 };
 
 inline double __fma_rn(double a, double b, double c) { return std::fma(a, b, c); }
+
+// Operations on float32 that round once each. The flags of tests/emulated.py forbid to fuse them.
+static_assert(FLT_EVAL_METHOD == 0, "float32 is not computed in float32");
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+
+struct alignas(8) float2 {
+  float x, y;
+};
+inline float2 __fadd2_rn(float2 a, float2 b) { return {a.x + b.x, a.y + b.y}; }
+inline float2 __ffma2_rn(float2 a, float2 b, float2 c) {
+  return {std::fma(a.x, b.x, c.x), std::fma(a.y, b.y, c.y)};
+}
+
 inline void* __cvta_global_to_generic(std::size_t address) {
   return reinterpret_cast<void*>(address);
 }
