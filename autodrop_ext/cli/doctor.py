@@ -1,17 +1,11 @@
-"""``autodrop doctor``: versions, the backend of each device, and a self-test.
-
-It needs nothing but torch and numpy, so that it also runs if click is missing.
-"""
+"""``autodrop doctor``: versions, the backend of each device, and a self-test."""
 
 from __future__ import annotations
 
 import importlib
 import math
-import os
 import platform
-import shutil
 import sys
-import textwrap
 
 import numpy
 import torch
@@ -36,8 +30,6 @@ _SHAPES = (
     ((1000,), torch.bfloat16),
     ((31, 7), torch.float16),
 )
-_NAMES = 22  # columns up to the end of a line's name
-_COLORS = {"PASS": 32, "yes": 32, "used": 32, "FAIL": 31, "NO": 31, "not here": 33}  # of ANSI
 
 
 def examine() -> int:
@@ -46,22 +38,21 @@ def examine() -> int:
     Returns:
         The exit status: 1 if the compiled core does not load or a test fails, otherwise 0.
     """
-    _heading("Versions")
+    print("Versions")
     _line("autodrop_ext", autodrop_ext.__version__)
     _line("torch", str(torch.__version__))
     _line("CUDA in torch", _cuda())
     _line("numpy", numpy.__version__)
     _line("python", f"{platform.python_version()}, {sys.executable}")
-    _heading("Compiled core")
+    print("\nCompiled core")
     problems = _describe_core()
+    print("\nBackends, the first that works is used")
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    _heading("Which backend serves parameters on which device")
     for device in devices:
-        _describe_backends(device)
-    if "cuda" not in devices:
-        _line("on cuda", "none needed: torch sees no CUDA device")
-    _heading(
-        f"Self-test: exact angles within {EXACT_LIMIT:g} degrees, sketched within "
+        for name, missing in report(device).items():
+            _line(f"{name}, on {device}", "works" if missing is None else f"not here: {missing}")
+    print(
+        f"\nSelf-test: exact angles within {EXACT_LIMIT:g} degrees, sketched within "
         f"{SKETCH_LIMIT:g} standard errors"
     )
     for device in devices:
@@ -69,39 +60,12 @@ def examine() -> int:
             if missing is None:
                 problems += _test(name, device)
     verdict = "PASS: the core loads, and every backend here measures correctly"
-    if problems:
-        verdict = f"FAIL: {'; '.join(problems)}"
-    print()
-    print(_colored(textwrap.fill(verdict, _width()), verdict[:4]))
+    print(f"\nFAIL: {'; '.join(problems)}" if problems else f"\n{verdict}")
     return 1 if problems else 0
 
 
-def _heading(text: str) -> None:
-    print()
-    print(f"\033[1m{text}\033[0m" if _in_color() else text)
-
-
-def _line(name: str, text: str, verdict: str = "") -> None:
-    """Print a name and a text, which is folded to the width; the verdict in it gets a colour."""
-    room = max(20, _width() - _NAMES)
-    rows = [
-        r for part in text.split("\n") for r in textwrap.wrap(part, room, break_on_hyphens=False)
-    ]
-    print(f"  {name}".ljust(_NAMES) + _colored(("\n" + " " * _NAMES).join(rows), verdict))
-
-
-def _width() -> int:
-    return shutil.get_terminal_size().columns
-
-
-def _in_color() -> bool:
-    return sys.stdout.isatty() and "NO_COLOR" not in os.environ
-
-
-def _colored(text: str, word: str) -> str:
-    if not word or not _in_color():
-        return text
-    return text.replace(word, f"\033[1;{_COLORS[word]}m{word}\033[0m", 1)
+def _line(name: str, text: str) -> None:
+    print(f"  {name:<20}{text}")
 
 
 def _describe_core() -> list[str]:
@@ -109,15 +73,13 @@ def _describe_core() -> list[str]:
     try:
         core = importlib.import_module("autodrop_ext._C")
     except ImportError as error:
-        _line("loads", f"NO: {error}", "NO")
+        _line("loads", f"NO: {error}")
         _line("to repair it", repair())
         return ["the compiled core does not load"]
-    _line("loads", f"yes, version {core.version}", "yes")
+    _line("loads", f"yes, version {core.version}")
     _line("CPU code", f"{core.cpu_isa}, the best that runs on this processor")
-    if core.cuda_built:
-        _line("CUDA kernels", f"yes, for {core.cuda_architectures}", "yes")
-    else:
-        _line("CUDA kernels", f"no: {core.cuda_reason}")
+    built = f"yes, for {core.cuda_architectures}" if core.cuda_built else f"no: {core.cuda_reason}"
+    _line("CUDA kernels", built)
     return []
 
 
@@ -133,19 +95,6 @@ def _cuda() -> str:
     return f"{torch.version.cuda}, devices: {', '.join(names)}"
 
 
-def _describe_backends(device: str) -> None:
-    reasons = report(device)
-    used = next(name for name, missing in reasons.items() if missing is None)
-    for i, (name, missing) in enumerate(reasons.items()):
-        label = f"on {device}" if i == 0 else ""
-        if name == used:
-            _line(label, f"{name}: used", "used")
-        elif missing is None:
-            _line(label, f"{name}: works too; to use it: backend={name!r}")
-        else:
-            _line(label, f"{name}: not here: {missing}", "not here")
-
-
 def _test(name: str, device: str) -> list[str]:
     """Print how a backend measures, and return its problems."""
     label = f"{name}, on {device}"
@@ -153,14 +102,13 @@ def _test(name: str, device: str) -> list[str]:
         exact = largest_error(name, device, None)
         sketched = largest_error(name, device, _BUCKETS)
     except Exception as failure:  # Whatever is broken here is what the user wants to know.
-        _line(label, f"FAIL: {type(failure).__name__}: {failure}", "FAIL")
+        _line(label, f"FAIL: {type(failure).__name__}: {failure}")
         return [f"backend {name} does not run on {device}"]
     found = f"{exact:.1e} degrees and {sketched:.1f} standard errors apart"
-    if exact <= EXACT_LIMIT and sketched <= SKETCH_LIMIT:
-        _line(label, f"PASS, {found}", "PASS")
+    if exact <= EXACT_LIMIT and sketched <= SKETCH_LIMIT:  # False if one is NaN
+        _line(label, f"PASS, {found}")
         return []
-    # also if one is NaN
-    _line(label, f"FAIL, {found}", "FAIL")
+    _line(label, f"FAIL, {found}")
     return [f"backend {name} on {device} measures angles that are {found}"]
 
 

@@ -8,17 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..velocity_model import Phase, VelocityModel
-from .curves import mark_drops
-from .panels import OWN, finish, log_scale, make_panels, name_panel
+from .panels import OWN, finish, log_if_wide, make_panels, mark_drops, name_panel
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-_POINTS = 400  # of the curve of a phase
-_BAND = (90.0, 120.0)  # property P2 i: where the angle settles
 
 
 def plot_algorithm_2(
@@ -43,7 +39,7 @@ def plot_algorithm_2(
     name_panel(rate, "Learning rate", "learning rate")
     draw_band(angle)
     for phase in phases:
-        times = torch.linspace(0, phase.gap, _POINTS, dtype=torch.float64)
+        times = torch.linspace(0, phase.gap, 400, dtype=torch.float64)
         values = model.velocity(times, phase.lr).rad2deg()
         angle.plot(phase.start + times, values, color=OWN)
     angle.set_yticks(range(0, 181, 30))
@@ -51,14 +47,14 @@ def plot_algorithm_2(
     lrs = [phase.lr for phase in phases]
     end = phases[-1].start + phases[-1].gap
     rate.step([*starts, end], [*lrs, lrs[-1]], where="post", color=OWN)
-    log_scale(rate, min(lrs), max(lrs))
+    log_if_wide(rate, lrs)
     mark_drops(panels, starts[1:])
     title = f"Algorithm 2, gamma = {model.gamma:g}, epsilon = {model.epsilon:g}"
     return finish(figure, panels, path, title, xlabel="iteration")
 
 
 def draw_band(axes: Axes) -> None:
-    """Draw the band of angles in which the velocity settles (property P2 i)."""
+    """Draw the band of angles in which the velocity settles, 90 to 120 degrees (property P2 i)."""
     axes.axhspan(
-        *_BAND, color="0.5", alpha=0.15, linewidth=0, zorder=0, label="90° to 120°", gid="band"
+        90, 120, color="0.5", alpha=0.15, linewidth=0, zorder=0, label="90° to 120°", gid="band"
     )

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from torch.optim import Optimizer
 
@@ -17,9 +17,6 @@ from ..saved import Form, list_of
 from ..settings import ANYTIME, USE_BUCKETS, check_arguments, removed
 from .base import Outcome, as_floats, check_optimizer, replaced
 from .metered import MeteredScheduler
-
-if TYPE_CHECKING:
-    import matplotlib.figure
 
 _FIRST_COSINES = 4  # before the first mean of them is trusted
 
@@ -256,11 +253,6 @@ class AnytimeAutoDrop(MeteredScheduler):
             standard_error=last.standard_error,
             displacement=last.norm,
         )
-
-    def _draw(self, records: list[dict[str, Any]], **options: Any) -> matplotlib.figure.Figure:
-        from ..plotting.anytime import plot_anytime
-
-        return plot_anytime(records, critical=self.critical, **options)
 
     # ---- state ------------------------------------------------------------------------------
 

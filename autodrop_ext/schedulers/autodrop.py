@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch.optim import Optimizer
 
@@ -17,9 +17,6 @@ from .auto_window import LEAST_WINDOW, window_for
 from .base import Outcome, as_floats, check_drops, replaced
 from .metered import MeteredScheduler
 from .saturation import SEEN, Kernel, SaturationDetector, Seen, Verdict
-
-if TYPE_CHECKING:
-    import matplotlib.figure
 
 
 class AutoDrop(MeteredScheduler):
@@ -247,11 +244,6 @@ class AutoDrop(MeteredScheduler):
             standard_error=last.standard_error,
             displacement=last.norm,
         )
-
-    def _draw(self, records: list[dict[str, Any]], **options: Any) -> matplotlib.figure.Figure:
-        from ..plotting.run import plot_run
-
-        return plot_run(records, threshold=self.threshold, **options)
 
     # ---- state ------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from autodrop_ext.plotting.panels import (
     LIMIT,
     finish,
     line_style,
-    log_scale,
+    log_if_wide,
     make_panels,
     name_panel,
 )
@@ -108,7 +108,7 @@ def plot_automatic_drop(
         rate.step(range(len(lrs)), lrs, where="post", color="0.7", linewidth=0.7, label=label)
     lrs = dropped.lr.log().mean(dim=0).exp()
     rate.step(range(len(lrs)), lrs, where="post", color=_OWN, label="geometric mean")
-    log_scale(rate, float(dropped.lr.min()), float(dropped.lr.max()))
+    log_if_wide(rate, [float(dropped.lr.min()), float(dropped.lr.max())])
     loss.set_xscale("log")
     loss.set_xlim(1, len(mean) - 1)
     loss.set_yscale("log")
