@@ -62,4 +62,7 @@ def _with_settings(names: Sequence[str], runs: Sequence[LoggedRun]) -> list[str]
     keys = {key for run in runs for key in run.settings if key != "version"}
     differing = {k for k in keys if any(r.settings.get(k) != runs[0].settings.get(k) for r in runs)}
     of_each = [describe({k: v for k, v in r.settings.items() if k in differing}) for r in runs]
-    return [printable(f"{name} ({text})" if text else name) for name, text in zip(names, of_each, strict=True)]
+    return [
+        printable(f"{name} ({text})" if text else name)
+        for name, text in zip(names, of_each, strict=True)
+    ]
