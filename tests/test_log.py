@@ -39,7 +39,6 @@ def test_what_is_written_is_read_back(tmp_path: pathlib.Path) -> None:
     written = [decision(12), decision(16, angle=None, rise=math.nan, dropped=True)]
     log(written[0])
     log.metrics(13, loss=0.5, gap=math.inf)
-    log.close()
     pickle.loads(pickle.dumps(log))(written[1])  # a copy appends
     readings, metrics = read_log(tmp_path / "run.jsonl")
     as_read = [json.loads(json.dumps({"event": "reading", **d.as_dict()})) for d in written]
@@ -192,7 +191,7 @@ def test_a_cooldown_is_logged(tmp_path: pathlib.Path) -> None:
     scheduler.cooldown(8, "sqrt")
     settings = read_run(tmp_path / "run.jsonl").settings
     assert settings["cooldown"] == {"begin": 10, "num_steps": 8, "shape": "sqrt"}
-    assert "cooldown (sqrt) over 8 steps from step 10" in describe(settings)
+    assert "cooldown begin 10 num_steps 8 shape sqrt" in describe(settings)
 
 
 def test_readings_keep_the_threshold_that_they_were_compared_with(tmp_path: pathlib.Path) -> None:
@@ -206,7 +205,8 @@ def test_readings_keep_the_threshold_that_they_were_compared_with(tmp_path: path
     assert [r["threshold"] for r in readings] == [0.1] * 3 + [15.0] * 5
     assert [d.threshold for d in scheduler.history] == [0.1] * 3 + [15.0] * 5
     rise = scheduler.plot().axes[1]
-    assert "threshold 0.1°, then 15°" in [t.get_text() for t in rise.get_legend().get_texts()]
+    (limit,) = [line for line in rise.lines if line.get_label() == "threshold"]
+    assert list(limit.get_ydata()) == [0.1] * 3 + [15.0] * 5
 
 
 def test_a_log_without_a_header_is_read(tmp_path: pathlib.Path) -> None:
@@ -299,7 +299,6 @@ def test_only_the_first_rank_writes(
         ("[]", r"run\.jsonl:2: expected a reading or metrics"),
         ('{"event": "reading"}', r"run\.jsonl:2: expected a number as 'step', got None"),
         ('{"event": "reading", "step": 1e999}', r"run\.jsonl:2: expected a number as 'step'"),
-        ('{"event": "reading", "step": 1' + "0" * 400 + "}", r"run\.jsonl:2: expected a number"),
         ('{"event": "settings", "settings": 3}', r"run\.jsonl:2: expected a reading or metrics"),
         ("9" * 4_000, r"run\.jsonl:2: expected a reading or metrics, got 9+\.\.\.9+$"),
     ],

@@ -282,7 +282,6 @@ def test_parts_fit_the_log_and_scalars(tmp_path: pathlib.Path) -> None:
     for _ in range(30):
         optimizer.step()
         scheduler.step()
-    log.close()
     readings, _ = read_log(tmp_path / "run.jsonl")
     last = scheduler.history[-1]
     assert last.per_tensor is not None

@@ -62,7 +62,6 @@ def main() -> None:
             ]
             for name in SCHEDULES
         }
-        log.close()
         readings, metrics = read_log(log.path)
     in_both(lengths_picture(task, runs), to / "lengths.png")
     title = f"AutoDrop on {task.name}, seed {SEED}, window {task.window}: {task.description}"

@@ -115,7 +115,7 @@ def _of_group(reading: Record, g: int) -> Record:
     return {
         "smoothed": reading["group_smoothed"][g],
         "rise": reading["group_rises"][g],
-        "dropped": g in reading["dropped_groups"],
+        "dropped": g in reading.get("dropped_groups", ()),
     }
 
 

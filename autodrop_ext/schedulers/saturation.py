@@ -15,7 +15,7 @@ Kernel = Literal["value", "time"]
 
 
 def gaussian_filter(values: Sequence[float], buffer_size: int, kernel: Kernel) -> float:
-    """Return the smoothed value at the newest of ``values`` (UAI 2024, section 4, the filter ``Gau``).
+    """Return the smoothed value at the newest of ``values`` (UAI 2024, section 4, filter ``Gau``).
 
     ``sigma = min(std(values), buffer_size / 2)`` with the population standard deviation, and every
     value weighs ``exp(-d^2 / (2 sigma^2))``. The paper prints the distance ``d`` between *values*

@@ -179,8 +179,6 @@ def _train_all(
                         on_step=lambda: progress.advance(bar),
                     )
                     runs[schedule].append(run)
-                if log is not None:
-                    log.close()
     return runs
 
 

@@ -36,7 +36,6 @@ def long_run(path: pathlib.Path, drops: int = 12) -> JsonLinesLog:
         rise = -0.5 if last else None
         log(decision(window, smoothed=smoothed, rise=rise, lr=(lr,), dropped=last))
         log.metrics(64 * (window + 1), loss=3 / window)
-    log.close()
     return log
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import pathlib
 import subprocess
@@ -40,19 +41,14 @@ def test_tensorboard(tmp_path: pathlib.Path) -> None:
     from test_transformers import scalars_of
     from torch.utils.tensorboard import SummaryWriter
 
-    runs = {}
-    with SummaryWriter(tmp_path / "own") as writer:
-        runs["own", "a/"] = train(TensorBoardLog(writer, prefix="a/"))
-    log = TensorBoardLog(tmp_path / "made")
-    runs["made", "autodrop/"] = train(log)
-    log.close()
-    for (folder, prefix), scheduler in runs.items():
-        board = scalars_of(tmp_path / folder)
-        for decision in scheduler.history:
-            for name, value in to_scalars(decision).items():
-                # TensorBoard keeps float32.
-                assert board[prefix + name][decision.step] == pytest.approx(value, rel=1e-7)
-        assert sorted(board["loss"]) == list(range(10, 201, 10))
+    with SummaryWriter(tmp_path) as writer:
+        scheduler = train(TensorBoardLog(writer, prefix="a/"))
+    board = scalars_of(tmp_path)
+    for decision in scheduler.history:
+        for name, value in to_scalars(decision, "a/").items():
+            # TensorBoard keeps float32.
+            assert board[name][decision.step] == pytest.approx(value, rel=1e-7)
+    assert sorted(board["loss"]) == list(range(10, 201, 10))
 
 
 @needs("wandb", "sklearn")
@@ -70,18 +66,11 @@ def test_wandb_offline(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) 
         run, "log", lambda row, step=None: (rows.append((dict(row), step)), log(row, step=step))
     )
     scheduler = train(WandbLog(run))
-    active = WandbLog()
-    logged = len(rows)
-    active(scheduler.history[-1])
-    assert len(rows) == logged + 1  # in the run that is active
     summary = dict(run.summary)
     run.finish()
-    with pytest.raises(RuntimeError, match=r"expected an active run, got none; call wandb\.init"):
-        WandbLog()(scheduler.history[-1])
-
     ours = [row for row, _ in rows if "autodrop/angle" in row]
-    assert [row["autodrop/angle"] for row in ours[:-1]] == [d.angle for d in scheduler.history]
-    assert [row["autodrop/step"] for row in ours[:-1]] == [d.step for d in scheduler.history]
+    assert [row["autodrop/angle"] for row in ours] == [d.angle for d in scheduler.history]
+    assert [row["autodrop/step"] for row in ours] == [d.step for d in scheduler.history]
     assert all(step is None for _, step in rows)
     assert [row["autodrop/step"] for row, _ in rows if "loss" in row] == list(range(10, 201, 10))
     assert summary["autodrop/lr"] == scheduler.history[-1].lr[0]
@@ -107,7 +96,7 @@ def test_scalars_of_decisions() -> None:
 
 
 def test_objects_that_are_no_loggers_are_refused() -> None:
-    with pytest.raises(TypeError, match="writer: expected a SummaryWriter or a folder, got"):
+    with pytest.raises(TypeError, match="writer: expected a SummaryWriter, got"):
         TensorBoardLog(3)
     with pytest.raises(TypeError, match=r"run: expected what wandb\.init\(\) returns, got"):
         WandbLog(3)
@@ -135,26 +124,15 @@ def test_only_the_first_rank_logs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert written == [("loss", 1.0, 1)]
 
 
-@pytest.mark.parametrize(
-    ("hidden", "statement", "extra"),
-    [
-        ("torch.utils.tensorboard", "TensorBoardLog('folder')", "loggers"),
-        ("wandb", "WandbLog()", "loggers"),
-        ("transformers", "import autodrop_ext.integrations.transformers", "transformers"),
-        ("lightning", "import autodrop_ext.integrations.lightning", "lightning"),
-    ],
-)
-def test_a_missing_library_names_its_extra(
-    hidden: str, statement: str, extra: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, hidden, None)
-    if hidden == "lightning":
-        monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
-        monkeypatch.setitem(sys.modules, "pytorch_lightning", None)
-    monkeypatch.delitem(sys.modules, f"autodrop_ext.integrations.{hidden}", raising=False)
-    names = {"TensorBoardLog": TensorBoardLog, "WandbLog": WandbLog}
-    with pytest.raises(ImportError, match=rf"pip install 'autodrop_ext\[{extra}\]'"):
-        exec(statement, names)
+@pytest.mark.parametrize("library", ["transformers", "lightning"])
+def test_a_missing_library_names_its_extra(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden = [library] if library == "transformers" else ["lightning.pytorch", "pytorch_lightning"]
+    for name in (library, *hidden):
+        monkeypatch.setitem(sys.modules, name, None)
+    module = f"autodrop_ext.integrations.{library}"
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    with pytest.raises(ImportError, match=rf"pip install 'autodrop_ext\[{library}\]'"):
+        importlib.import_module(module)
 
 
 def test_the_sinks_need_no_library_before_they_are_made() -> None:

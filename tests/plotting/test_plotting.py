@@ -286,7 +286,7 @@ def test_what_a_comparison_draws():
     loss, angle, rate = figure.axes
     (values, means) = loss.lines
     assert list(values.get_ydata())[:2] == [1.0, 2.0]
-    assert list(means.get_ydata()) == [1.5] * 3
+    assert list(means.get_ydata()) == [1.5, 1.5, 2.0]
     a, b = angle.lines
     assert means.get_color() == b.get_color() != a.get_color()
     assert list(a.get_ydata()) == [82.5, 83.0, 83.5]

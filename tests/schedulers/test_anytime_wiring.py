@@ -178,7 +178,6 @@ def test_callbacks_history_metrics_and_log_agree(tmp_path: Any) -> None:
         log(decision)
 
     scheduler = run(iterates, on_reading=note, on_drop=drops.append)
-    log.close()
     assert len(seen) == len(scheduler.history)
     assert all(a is b for a, b in zip(seen, scheduler.history, strict=True))
     assert drops == [d for d in scheduler.history if d.dropped]
