@@ -131,23 +131,31 @@ class JsonLinesLog:
 
 
 class LoggedRun(NamedTuple):
-    """A log as :func:`read_run` reads it.
+    """A log as :func:`read_log` reads it.
 
     Attributes:
+        readings: The readings, in the order of their steps. Numbers that are not finite are None.
+        metrics: The metrics, likewise.
         settings: The newest settings of the run, and the ``version`` that wrote them; empty if a
             program wrote none.
-        readings: The readings, in the order of their steps.
-        metrics: The metrics, likewise.
     """
 
-    settings: dict[str, Any]
     readings: list[dict[str, Any]]
     metrics: list[dict[str, Any]]
+    settings: dict[str, Any]
 
 
-def read_run(path: str | os.PathLike[str]) -> LoggedRun:
-    """Read a log with its settings, also while it is growing; see :func:`read_log`."""
-    run = LoggedRun({}, [], [])
+def read_log(path: str | os.PathLike[str]) -> LoggedRun:
+    """Return what a log holds, which may still be growing.
+
+    A line that is not JSON, such as a killed run or a full disk leaves, is skipped. A resumed run
+    starts at its checkpoint and writes some steps a second time, which replaces the earlier ones.
+
+    Raises:
+        ValueError: A line is JSON but not a record of :class:`JsonLinesLog`; the message names it.
+        OSError: The file cannot be read.
+    """
+    run = LoggedRun([], [], {})
     newest: dict[frozenset[str], float] = {}  # step, by kind of record
     for i, line in enumerate(pathlib.Path(path).read_bytes().split(b"\n"), start=1):
         try:
@@ -174,21 +182,6 @@ def read_run(path: str | os.PathLike[str]) -> LoggedRun:
         records.append(record)
         newest[kind] = step
     return run
-
-
-def read_log(
-    path: str | os.PathLike[str],
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return the readings and the metrics of a log, in the order of their steps.
-
-    A line that a killed run left unfinished is skipped, and the steps that a resumed run repeated
-    are there once. Numbers that are not finite are None.
-
-    Raises:
-        ValueError: A line is JSON but not a record of :class:`JsonLinesLog`; the message names it.
-        OSError: The file cannot be read.
-    """
-    return read_run(path)[1:]
 
 
 def _kind(record: Mapping[str, Any]) -> frozenset[str]:

@@ -96,23 +96,6 @@ class VelocityModel:
         return gap
 
 
-@dataclass(frozen=True)
-class Phase:
-    """One learning rate of Algorithm 2.
-
-    Attributes:
-        index: ``i``.
-        lr: ``alpha_i``.
-        start: ``t_i``, the iteration that the model counts from.
-        gap: ``k_i = t_{i+1} - t_i``, iterations.
-    """
-
-    index: int
-    lr: float
-    start: int
-    gap: int
-
-
 def learning_rate(i: int, sequence: RateSequence = "theorem") -> float:
     """Return ``alpha_i`` of Theorem 5.2, ``(i + 1)^(-2/3)``, or of its proof, ``(i + 2)^(-1)``.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..log import LoggedRun, read_run
+from ..log import LoggedRun, read_log
 from ..plotting.compare import plot_runs
 from ..plotting.run import plot_run
 from ..plotting.titles import count, count_drops, describe, kind_of, printable
@@ -35,16 +35,16 @@ def draw(logs: Sequence[Path], output: Path | None = None) -> list[str]:
     counts = [_counts(run) for run in runs]
     if len(logs) == 1:
         target = output or logs[0].with_suffix(".png")
-        plot_run(*runs[0][1:], runs[0].settings, name=names[0], path=target)
+        plot_run(*runs[0], name=names[0], path=target)
         return [f"{target}: {counts[0]}"]
     target = output or Path("comparison.png")
     labels = _with_settings(names, runs)
-    plot_runs({label: run[1:] for label, run in zip(labels, runs, strict=True)}, path=target)
+    plot_runs({label: run[:2] for label, run in zip(labels, runs, strict=True)}, path=target)
     return [f"{target}:", *(f"  {n}: {c}" for n, c in zip(names, counts, strict=True))]
 
 
 def _read(log: Path) -> LoggedRun:
-    run = read_run(log)
+    run = read_log(log)
     if not run.readings:
         raise ValueError(f"{log}: no readings; the first is written when the third window ends")
     return run

@@ -1,1 +1,1 @@
-"""Pictures of one run, of several runs, and of Algorithm 2."""
+"""Pictures of one run, and of several."""

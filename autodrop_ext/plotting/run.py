@@ -69,7 +69,8 @@ def plot_run(
     settings = settings or {}
     kind = kind_of(readings)
     with_loss = kind != "epochs" and any(m.get("loss") is not None for m in metrics)
-    figure, panels = make_panels([1.2] * with_loss + [1.2, 1.1, 1.0])
+    reasons = [1.1] if kind != "model" else []
+    figure, panels = make_panels([1.2] * with_loss + [1.2, *reasons, 1.0])
     if with_loss:
         style = {name: line_style(0)}
         draw_losses(panels[0], {name: metrics}, style, growing=kind == "growing")
@@ -78,8 +79,12 @@ def plot_run(
     if kind == "growing":
         _draw_growing_windows(panels, x, readings, settings.get("critical"))
     else:
-        draw = _draw_epochs if kind == "epochs" else _draw_windows
-        draw(panels, x, readings)
+        if kind == "model":
+            name_panel(panels[0], "Modelled angular velocity", "degrees")
+            panels[0].plot(x, column(readings, "modelled"), color=OWN)
+        else:
+            draw = _draw_epochs if kind == "epochs" else _draw_windows
+            draw(panels, x, readings)
         mark_drops(panels, [at for at, r in zip(x, readings, strict=True) if r.get("dropped")])
     xlabel = "epoch" if kind == "epochs" else "optimizer step"
     return finish(

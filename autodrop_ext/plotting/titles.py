@@ -10,9 +10,11 @@ from ..settings import unit_of, usual_values
 from .panels import Record, number
 
 
-def kind_of(readings: Sequence[Record]) -> Literal["windows", "epochs", "growing"]:
+def kind_of(readings: Sequence[Record]) -> Literal["windows", "epochs", "growing", "model"]:
     """Return what readings are about; ``AnytimeAutoDrop`` has growing windows."""
     names = {name for reading in readings for name in reading}
+    if "modelled" in names:
+        return "model"
     return "epochs" if "waited" in names else "growing" if "power" in names else "windows"
 
 

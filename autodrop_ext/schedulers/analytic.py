@@ -13,7 +13,7 @@ from .. import checks
 from ..ranks import check_group, find_group
 from ..saved import Form
 from ..settings import ANALYTIC, check_arguments
-from ..velocity_model import Phase, RateSequence, VelocityModel, learning_rate
+from ..velocity_model import RateSequence, VelocityModel, learning_rate
 from .base import NOTHING, Outcome, StepScheduler, as_floats, check_optimizer, in_precision_of
 
 if TYPE_CHECKING:
@@ -194,16 +194,18 @@ class AnalyticAutoDrop(StepScheduler):
         Raises:
             ImportError: matplotlib is not installed; it comes with ``autodrop_ext[plot]``.
         """
-        from ..plotting.analytic import plot_algorithm_2
+        from ..plotting.run import plot_run
 
-        phases = [
-            Phase(drop.index, self._alpha(drop.index), drop.step - drop.gap, drop.gap)
-            for drop in self.history
-        ]
         since = max(self._since_drop, 0)
-        start = max(self._optimizer_steps - since, 0)
-        phases.append(Phase(self.num_drops, self._alpha(), start, since))
-        return plot_algorithm_2(self.model, phases, path=path)
+        records: list[dict[str, Any]] = []
+        phases = [(drop.index, drop.step - drop.gap, drop.gap) for drop in self.history]
+        for i, start, gap in (*phases, (self.num_drops, self._optimizer_steps - since, since)):
+            for t in sorted({gap * point // 20 for point in range(21)}):
+                angle = math.degrees(self.model.velocity(float(t), self._alpha(i)))
+                record = {"step": start + t, "modelled": angle, "lr": [self._alpha(i)]}
+                records.append({**record, "dropped": i > 0 and t == 0})
+        names = {"scheduler": type(self).__name__, **self._saved_settings()}
+        return plot_run(records, settings=names, path=path)
 
     # ---- state ------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ import pytest
 
 from autodrop_ext.cli import main
 from autodrop_ext.cli import plot as plot_module
-from autodrop_ext.log import JsonLinesLog, read_run
+from autodrop_ext.log import JsonLinesLog, read_log
 from autodrop_ext.plotting.titles import title_of
 from autodrop_ext.reading import Decision
 
@@ -99,12 +99,12 @@ def test_a_picture_shows_the_settings_of_its_run(tmp_path: pathlib.Path) -> None
     log = JsonLinesLog(tmp_path / "first.jsonl")
     log.begin({"scheduler": "AutoDrop", "window": 4, "threshold": 5.0, "min_lr": [0.01, 0.01]})
     log(decision(2, rise=4.0, dropped=True))
-    run = read_run(log.path)
+    run = read_log(log.path)
     title = "AutoDrop, window 4, threshold 5°, min_lr 0.01; 192 steps, 1 drop"
     assert title_of(run.settings, run.readings, "first") == title
     log.begin({"window": 4, "cooldown": {"begin": 10, "num_steps": 8}})  # resumed
     log.metrics(54_321, loss=1.0)  # Losses go on after the last reading.
-    run = read_run(log.path)
+    run = read_log(log.path)
     title = "first: window 4, cooldown begin 10 num_steps 8; 54,321 steps, 1 drop"
     assert title_of(run.settings, run.readings, "first", run.metrics) == title
 

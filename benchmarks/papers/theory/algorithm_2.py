@@ -7,10 +7,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 from autodrop_ext import checks
 from autodrop_ext.checks import count, number
-from autodrop_ext.velocity_model import Phase, VelocityModel
+from autodrop_ext.velocity_model import VelocityModel
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One learning rate of Algorithm 2.
+
+    Attributes:
+        index: ``i``.
+        lr: ``alpha_i``.
+        start: ``t_i``, the iteration that the model counts from.
+        gap: ``k_i = t_{i+1} - t_i``, iterations.
+    """
+
+    index: int
+    lr: float
+    start: int
+    gap: int
 
 
 def algorithm_2(model: VelocityModel, tau0: float, rates: Iterable[float]) -> Iterator[Phase]:
