@@ -201,8 +201,11 @@ def test_plot_draws_the_drops(tmp_path):
     rates(optimizer, scheduler, 12)
     figure = scheduler.plot(tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 10_000
-    # One curve per rate, the current one included.
-    assert len(figure.axes[0].lines) == scheduler.num_drops + 1
+    (curve,) = figure.axes[0].lines
+    starts = [x for x, y in zip(curve.get_xdata(), curve.get_ydata(), strict=True) if y == 0]
+    assert starts[1:] == [drop.step for drop in scheduler.history]
+    (marks,) = [c for c in figure.axes[0].collections if c.get_gid() == "marks"]
+    assert len(marks.get_segments()) == scheduler.num_drops
 
 
 def test_close_takes_the_hook_off():
