@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 Check = Callable[[str, Any], Any]
@@ -25,7 +25,7 @@ OLDEST_TORCH = (2, 6)
 
 
 def check_torch(version: str) -> None:
-    """Raises ImportError unless a version such as "2.13.0+cpu" is new enough."""
+    """Raise ImportError unless a version such as "2.13.0+cpu" is new enough."""
     oldest = ".".join(map(str, OLDEST_TORCH))
     if tuple(map(int, version.split(".")[:2])) < OLDEST_TORCH:
         raise ImportError(
@@ -43,10 +43,10 @@ def number(
     expected: str = "a finite number above 0",
     accepted: Callable[[float], bool] = lambda x: 0 < x < math.inf,
 ) -> float:
-    """The value as a float.
+    """Return the value as a float.
 
     Raises:
-        TypeError, ValueError: it is no real number, or not ``accepted``.
+        TypeError, ValueError: It is no real number, or not ``accepted``.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected {expected}, got {value!r}")
@@ -60,30 +60,42 @@ def number(
 
 
 def at_least_zero(name: str, value: Any) -> float:
-    """As :func:`number`, zero included."""
+    """Check a finite number of at least 0."""
     return number(name, value, "a finite number of at least 0", lambda x: 0 <= x < math.inf)
 
 
-def fraction(name: str, value: Any) -> float:
-    """A momentum or another number in [0, 1)."""
-    return number(name, value, "a number from 0 to below 1", lambda x: 0 <= x < 1)
-
-
 def between_0_and_1(name: str, value: Any) -> float:
-    """A number that a rate can be lowered by, in (0, 1)."""
+    """Check a number that a rate can be lowered by, in (0, 1)."""
     return number(name, value, "a number between 0 and 1", lambda x: 0 < x < 1)
 
 
 def finite(name: str, value: Any, expected: str = "a finite number") -> float:
-    """A finite number."""
+    """Check a finite number."""
     return number(name, value, expected, math.isfinite)
 
 
+def cosine(name: str, value: Any) -> float:
+    """Check a cosine."""
+    return number(name, value, "a number from -1 to 1", lambda x: -1 <= x <= 1)
+
+
+def tau0(name: str, value: Any) -> float:
+    """Check Algorithm 2's initial threshold, in (0, 2) as in Theorem 5.2 of UAI 2024."""
+    return number(name, value, "a number between 0 and 2", lambda x: 0 < x < 2)
+
+
+def one_or_several(name: str, value: Any) -> float | list[float]:
+    """Check a finite number of at least 0, or several."""
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        return at_least_zero(name, value)
+    return [at_least_zero(name, one) for one in value]
+
+
 def count(name: str, value: Any, least: int) -> int:
-    """The value as an int of at least ``least``.
+    """Return the value as an int of at least ``least``.
 
     Raises:
-        TypeError, ValueError: it is no int, or smaller.
+        TypeError, ValueError: It is no int, or smaller.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name}: expected an int, got {value!r}")
@@ -104,24 +116,37 @@ def steps_or_auto(name: str, value: Any) -> int | str:
     return value if isinstance(value, str) else count(name, value, 0)
 
 
+def buckets(name: str, value: Any) -> int | None:
+    """Check the number of buckets of a table; None for one bucket an element."""
+    if value is not None and count(name, value, 4096) % 4096:
+        raise ValueError(f"{name}: expected None or a multiple of 4,096, got {value}")
+    return None if value is None else int(value)
+
+
 def flag(name: str, value: Any) -> bool:
-    """The value as a bool; raises TypeError otherwise."""
+    """Check a bool."""
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected a bool, got {value!r}")
     return value
 
 
-def one_of(name: str, value: Any, accepted: tuple[str, ...]) -> Any:
-    """One of some strings; raises ValueError otherwise."""
-    if not isinstance(value, str) or value not in accepted:
-        *first, last = map(repr, accepted)
-        raise ValueError(f"{name}: expected {', '.join(first)} or {last}, got {value!r}")
+def text(name: str, value: Any) -> str:
+    """Check a string."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: expected a string, got {value!r}")
     return value
 
 
 def choice(*accepted: str) -> Check:
-    """Return the check of :func:`one_of` for these strings."""
-    return lambda name, value: one_of(name, value, accepted)
+    """Return the check of one of some strings."""
+
+    def check(name: str, value: Any) -> Any:
+        if not isinstance(value, str) or value not in accepted:
+            *first, last = map(repr, accepted)
+            raise ValueError(f"{name}: expected {', '.join(first)} or {last}, got {value!r}")
+        return value
+
+    return check
 
 
 def none_or(check: Check) -> Check:
@@ -130,69 +155,6 @@ def none_or(check: Check) -> Check:
 
 
 def callback(name: str, value: Any) -> None:
-    """Raises TypeError unless ``value`` is a function or None."""
+    """Check a function or None."""
     if value is not None and not callable(value):
         raise TypeError(f"{name}: expected a function or None, got {value!r}")
-
-
-def cosine(name: str, value: Any) -> float:
-    """A cosine."""
-    return number(name, value, "a number from -1 to 1", lambda x: -1 <= x <= 1)
-
-
-def window(name: str, value: Any) -> int:
-    """Optimizer steps per window."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name}: expected an int, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name}: expected at least 1 optimizer step, got {value}")
-    return int(value)
-
-
-def buckets(name: str, value: Any) -> int | None:
-    """The buckets of a table; None for one each element.
-
-    Raises:
-        TypeError, ValueError: it is no positive multiple of 4,096.
-    """
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name}: expected None or an int, got {value!r}")
-    if value < 4096 or value % 4096:
-        raise ValueError(f"{name}: expected None or a positive multiple of 4,096, got {value}")
-    return int(value)
-
-
-def text(name: str, value: Any) -> str:
-    """The value as a string; raises TypeError otherwise."""
-    if not isinstance(value, str):
-        raise TypeError(f"{name}: expected a string, got {value!r}")
-    return value
-
-
-def one_or_several(name: str, value: Any) -> float | list[float]:
-    """A finite number of at least 0, or several."""
-    if isinstance(value, str) or not isinstance(value, Iterable):
-        return at_least_zero(name, value)
-    return [at_least_zero(name, one) for one in value]
-
-
-def rates(name: str, value: Any) -> str | list[float]:
-    """The name of a sequence of rates, or decreasing numbers above 0."""
-    if isinstance(value, str):
-        if value not in ("theorem", "proof"):
-            raise ValueError(f"{name}: expected 'theorem', 'proof' or numbers, got {value!r}")
-        return value
-    if not isinstance(value, Sequence):
-        raise TypeError(f"{name}: expected 'theorem', 'proof' or numbers, got {value!r}")
-    values = [number(f"{name}[{i}]", rate) for i, rate in enumerate(value)]
-    if not values:
-        raise ValueError(f"{name}: expected at least one number, got none")
-    for i in range(1, len(values)):
-        if values[i] >= values[i - 1]:
-            raise ValueError(
-                f"{name}[{i}]: expected a number below the one before, {values[i - 1]!r}, "
-                f"got {values[i]!r}"
-            )
-    return values

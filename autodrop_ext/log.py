@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import math
@@ -18,7 +17,6 @@ from .messages import Warnings
 from .reading import Decision
 
 _BEGINNING = b'{"event": "'
-_LARGEST_STEP = 2**63  # A larger step is no count of optimizer steps.
 
 
 def is_first_rank() -> bool:
@@ -29,7 +27,7 @@ def is_first_rank() -> bool:
 
 
 class JsonLinesLog:
-    """Appends one JSON object a line to a file; pass it to ``AutoDrop`` as ``on_reading=``.
+    """Appends one JSON object a line to a file; pass it to a scheduler as ``on_reading=``.
 
     A line with ``"event": "settings"`` holds the scheduler's settings, which the scheduler passes
     to :meth:`begin`; lines with ``"event": "reading"`` hold a :class:`Decision`; lines with
@@ -48,8 +46,6 @@ class JsonLinesLog:
         OSError: The file cannot be written.
         ValueError: The file exists and does not begin as a log does.
     """
-
-    _file: io.FileIO | None = None
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = pathlib.Path(path)
@@ -112,59 +108,45 @@ class JsonLinesLog:
             raise ValueError(f"step: expected a finite number, got {step!r}")
         self._write("metrics", numbers)
 
-    def close(self) -> None:
-        """Close the file; a later line opens it again."""
-        file, self._file = self._file, None
-        if file is not None:
-            file.close()
-
     def _write(self, event: str, record: dict[str, Any]) -> None:
         if not is_first_rank():
             return
         line = json.dumps({"event": event, **record}).encode() + b"\n"
         try:
-            if self._file is None:
-                # There is no buffer: after an error it would hold a line that close() fails on.
-                self._file = self.path.open("ab+", buffering=0)
-                if self._file.seek(0, io.SEEK_END):
-                    self._file.seek(-1, io.SEEK_END)
-                    if self._file.read(1) != b"\n":  # The run was killed, or the disk was full.
+            # Opened for each line (tens of microseconds): nothing is left to close or to pickle.
+            # There is no buffer: after an error it would hold a line that closing fails on.
+            with self.path.open("ab+", buffering=0) as file:
+                if file.seek(0, io.SEEK_END):
+                    file.seek(-1, io.SEEK_END)
+                    if file.read(1) != b"\n":  # The run was killed, or the disk was full.
                         line = b"\n" + line
-            while line:
-                line = line[self._file.write(line) :]
+                while line:
+                    line = line[file.write(line) :]
         except OSError as error:
-            with contextlib.suppress(OSError):  # the same problem, which is reported below
-                self.close()
             self._warnings.once(
                 "unwritten",
                 f"a line could not be written, and the run goes on without it: {self.path}: "
                 f"{error}",
             )
 
-    def __del__(self) -> None:
-        self.close()  # Nothing is buffered, so Python need not warn of an open file.
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "_header": None, "_warnings": Warnings("JsonLinesLog")}
-
 
 class LoggedRun(NamedTuple):
-    """A log as :func:`read_run` reads it.
+    """A log as :func:`read_log` reads it.
 
     Attributes:
-        settings: The newest settings of the run, and the ``version`` that wrote them; empty if a
-            program wrote none.
         readings: The readings, in the order of their steps. Numbers that are not finite are None.
         metrics: The metrics, likewise.
+        settings: The newest settings of the run, and the ``version`` that wrote them; empty if a
+            program wrote none.
     """
 
-    settings: dict[str, Any]
     readings: list[dict[str, Any]]
     metrics: list[dict[str, Any]]
+    settings: dict[str, Any]
 
 
-def read_run(path: str | os.PathLike[str]) -> LoggedRun:
-    """Read a log, which may still be growing.
+def read_log(path: str | os.PathLike[str]) -> LoggedRun:
+    """Return what a log holds, which may still be growing.
 
     A line that is not JSON, such as a killed run or a full disk leaves, is skipped. A resumed run
     starts at its checkpoint and writes some steps a second time, which replaces the earlier ones.
@@ -173,7 +155,7 @@ def read_run(path: str | os.PathLike[str]) -> LoggedRun:
         ValueError: A line is JSON but not a record of :class:`JsonLinesLog`; the message names it.
         OSError: The file cannot be read.
     """
-    run = LoggedRun({}, [], [])
+    run = LoggedRun([], [], {})
     newest: dict[frozenset[str], float] = {}  # step, by kind of record
     for i, line in enumerate(pathlib.Path(path).read_bytes().split(b"\n"), start=1):
         try:
@@ -189,7 +171,7 @@ def read_run(path: str | os.PathLike[str]) -> LoggedRun:
             got = reprlib.repr(record)
             raise ValueError(f"{path}:{i}: expected a reading or metrics, got {got}")
         step = record.get("step")
-        if not isinstance(step, (int, float)) or not abs(step) < _LARGEST_STEP:
+        if not isinstance(step, (int, float)):
             raise ValueError(f"{path}:{i}: expected a number as 'step', got {reprlib.repr(step)}")
         records = run.readings if event == "reading" else run.metrics
         # Metrics of other names may count other steps, such as epochs, and replace only each
@@ -200,21 +182,6 @@ def read_run(path: str | os.PathLike[str]) -> LoggedRun:
         records.append(record)
         newest[kind] = step
     return run
-
-
-def read_log(
-    path: str | os.PathLike[str],
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return the readings and the metrics of a log, in the order they were written.
-
-    A line that a killed run left unfinished is skipped, and the steps that a resumed run repeated
-    are there once.
-
-    Raises:
-        ValueError: A line is JSON but not a record of :class:`JsonLinesLog`; the message names it.
-        OSError: The file cannot be read.
-    """
-    return read_run(path)[1:]
 
 
 def _kind(record: Mapping[str, Any]) -> frozenset[str]:

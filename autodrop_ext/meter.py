@@ -517,7 +517,7 @@ def _checked(state: Any, name: str) -> dict[str, Any]:
 
 _COUNTS: Form = {
     "version": exactly(1, 2),
-    "window": checks.window,
+    "window": checks.at_least(1),
     "snapshots": Later(checks.none_or(checks.at_least(1)), None),
     "steps": checks.at_least(0),
     "windows": checks.at_least(0),

@@ -33,7 +33,7 @@ class PartReading(NamedTuple):
     standard_error: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values that fit a JSON line."""
+        """Return plain values that fit a JSON line."""
         return {key: _plain(value) for key, value in self._asdict().items()}
 
 
@@ -71,15 +71,12 @@ class Reading:
     per_group: tuple[PartReading, ...] | None = field(default=None, metadata=_UNSAVED)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values that fit a JSON line: None in place of NaN and infinity.
+        """Return plain values that fit a JSON line: None in place of NaN and infinity.
 
-        Parts are left out if they were not asked for.
+        What was not asked for is left out: angles of tensors and groups, and a threshold.
         """
         plain = {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
-        for name in ("per_tensor", "per_group"):
-            if plain[name] is None:
-                del plain[name]
-        return plain
+        return {k: v for k, v in plain.items() if k not in _OPTIONAL or v not in (None, ())}
 
 
 @dataclass(frozen=True)
@@ -116,19 +113,15 @@ class Decision(Reading):
     threshold: float | None = None
     warmup: str | None = None
 
-    def as_dict(self) -> dict[str, Any]:
-        """As :meth:`Reading.as_dict`; what groups decided is left out if they did not."""
-        plain = super().as_dict()
-        for name in ("threshold", "warmup"):
-            if plain[name] is None:
-                del plain[name]
-        if not self.group_angles:
-            plain = {k: v for k, v in plain.items() if k not in _OF_GROUPS}
-        return plain
+
+_OPTIONAL = (
+    *("per_tensor", "per_group", "threshold", "warmup"),
+    *("dropped_groups", "group_angles", "group_smoothed", "group_rises"),
+)
 
 
 def to_columns(records: Sequence[Any], kind: type) -> dict[str, list[Any]]:
-    """A history as one list for each field of its dataclass ``kind``; tuples become lists.
+    """Return a history as one list for each field of its dataclass; tuples become lists.
 
     Not a list of dicts: ``torch.distributed.checkpoint`` would take that apart into an entry for
     each value, which a shorter or empty history could not load.
@@ -153,9 +146,6 @@ def from_columns(kind: type[Any]) -> Check:
         columns = {
             key: column for key, column in load(value, form, name).items() if column is not None
         }
-        for key in value:
-            if key not in form and key not in _OF_EARLIER_RELEASES:
-                raise ValueError(f"{name}[{key!r}]: expected no such column of {kind.__name__}")
         length = len(next(iter(columns.values())))
         for key, column in columns.items():
             if len(column) != length:
@@ -185,9 +175,6 @@ def _check_float(name: str, value: Any) -> float:
     # NaN and infinity are values of norms and errors.
     return value if type(value) is float else checks.number(name, value, "a number", lambda x: True)
 
-
-_OF_EARLIER_RELEASES = ("rounding_error", "margin")  # columns that are passed over
-_OF_GROUPS = ("dropped_groups", "group_angles", "group_smoothed", "group_rises")
 
 R = TypeVar("R", bound=Reading)
 

@@ -101,12 +101,8 @@ def degrees_above_0(name: str, value: Any) -> float:
     return checks.number(name, value, degrees, lambda x: 0 < x < math.inf)
 
 
-def _tau0(name: str, value: Any) -> float:
-    return checks.number(name, value, "a number between 0 and 2", lambda x: 0 < x < 2)
-
-
 WINDOW = Setting(
-    "window", 64, checks.window, "``k``, optimizer steps per window", always=True, fixed=True
+    "window", 64, at_least(1), "``k``, optimizer steps per window", always=True, fixed=True
 )
 SNAPSHOTS = Setting(
     "snapshots",
@@ -202,8 +198,8 @@ EPOCH: Settings = (
 ANALYTIC: Settings = (
     Setting("gamma", REQUIRED, checks.number, "curvature of the model", always=True),
     Setting("epsilon", REQUIRED, checks.number, "of the model's limit", always=True),
-    Setting("tau0", REQUIRED, _tau0, "threshold of the derivative, radians", always=True),
-    Setting("rates", "theorem", checks.rates, "``r_i``, the rates one after the other"),
+    Setting("tau0", REQUIRED, checks.tau0, "threshold of the derivative, radians", always=True),
+    Setting("rates", "theorem", choice("theorem", "proof"), "``r_i``, the rates one by one"),
     WARMUP_STEPS,
 )
 

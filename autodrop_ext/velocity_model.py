@@ -12,7 +12,8 @@ from typing import Literal, TypeVar
 
 from torch import Tensor
 
-from .checks import count, number
+from . import checks
+from .checks import number
 
 RateSequence = Literal["theorem", "proof"]
 """Theorem 5.2's ``(i + 1)^(-2/3)``, or ``(i + 2)^(-1)`` of its proof."""
@@ -31,8 +32,8 @@ class VelocityModel:
     without the inner parentheses; it grows from 0 at ``t = 0`` to ``(pi / 2) (1 + epsilon lr)``.
 
     Args:
-        gamma: curvature; ``1 / (gamma lr)`` iterations bring the velocity half way up.
-        epsilon: how far the limit is above 90 degrees. The papers take it from
+        gamma: Curvature; ``1 / (gamma lr)`` iterations bring the velocity half way up.
+        epsilon: How far the limit is above 90 degrees. The papers take it from
             ``(0, 1 / (3 lr))`` for the largest rate, which keeps the limit below 120 degrees; every
             method below raises ValueError for a rate at which it is larger.
 
@@ -48,52 +49,45 @@ class VelocityModel:
         number("epsilon", self.epsilon)
 
     def velocity(self, t: _Time, lr: float) -> _Time:
-        """``v_lr(t)`` in radians, ``t`` iterations after the rate was last changed.
-
-        Raises:
-            ValueError: ``t`` or an element of it is negative or NaN, where the model says nothing.
-        """
-        slope = self.gamma * self._checked(lr)
-        _check_times(t)
-        return self.limit(lr) * (1 - 1 / (slope * t + 1))
+        """Return ``v_lr(t)`` in radians, ``t >= 0`` iterations after the rate was last changed."""
+        return self.limit(lr) * (1 - 1 / (self.gamma * lr * t + 1))
 
     def derivative(self, t: _Time, lr: float) -> _Time:
-        """``v'_lr(t)`` in radians per iteration, as the proof of Theorem 5.2 begins.
-
-        Raises:
-            ValueError: ``t`` or an element of it is negative or NaN, as for :meth:`velocity`.
-        """
-        slope = self.gamma * self._checked(lr)
-        _check_times(t)
-        curve = slope * t + 1
-        return self.limit(lr) * slope / curve / curve  # the square could overflow
+        """Return ``v'_lr(t)`` in radians per iteration, as the proof of Theorem 5.2 begins."""
+        curve = self.gamma * lr * t + 1
+        return self.limit(lr) * (self.gamma * lr) / curve / curve  # the square could overflow
 
     def limit(self, lr: float) -> float:
-        """``(pi / 2) (1 + epsilon lr)``, radians."""
-        return math.pi / 2 * (1 + self.epsilon * self._checked(lr))
+        """Return ``(pi / 2) (1 + epsilon lr)``, radians."""
+        number("lr", lr)
+        if not self.epsilon * lr < 1 / 3:
+            raise ValueError(
+                f"epsilon: expected a number below 1 / (3 lr) = {1 / (3 * lr):g}, got "
+                f"{self.epsilon!r}; the velocity would settle above 120 degrees"
+            )
+        return math.pi / 2 * (1 + self.epsilon * lr)
 
     def threshold(self, lr: float, tau0: float) -> float:
-        """``min(tau0, gamma lr / 2)`` of Algorithm 2, radians per iteration."""
-        return min(check_tau0(tau0), self.gamma * self._checked(lr) / 2)
+        """Return ``min(tau0, gamma lr / 2)`` of Algorithm 2, radians per iteration."""
+        return min(checks.tau0("tau0", tau0), self.gamma * lr / 2)
 
     def gap_length(self, lr: float, tau0: float) -> float:
-        """The real ``k`` with ``v'_lr(k)`` at the threshold, in closed form.
+        """Return the real ``k`` with ``v'_lr(k)`` at the threshold, in closed form.
 
         ``k = (gamma lr)^(-1/2) (sqrt(pi (1 + epsilon lr) / (2 tau)) - (gamma lr)^(-1/2))``, as the
         proof of Theorem 5.2 has it, always above 0.
         """
-        slope = self.gamma * self._checked(lr)
+        slope = self.gamma * lr
         return (math.sqrt(self.limit(lr) * slope / self.threshold(lr, tau0)) - 1) / slope
 
     def drop_gap(self, lr: float, tau0: float) -> int:
-        """The first integer ``k`` with ``v'_lr(k)`` at or below the threshold, at least 1.
+        """Return the first integer ``k`` with ``v'_lr(k)`` at or below the threshold, at least 1.
 
         The proof takes the real :meth:`gap_length` for an integer; Algorithm 2 tests integers. The
         result is the one that a loop over :meth:`derivative` finds, up to gaps of 2^52.
         """
-        length = self.gap_length(lr, tau0)
         threshold = self.threshold(lr, tau0)
-        gap = max(1, math.ceil(length))
+        gap = max(1, math.ceil(self.gap_length(lr, tau0)))
         if gap < _EXACT_INTEGERS:
             while gap > 1 and self.derivative(float(gap - 1), lr) <= threshold:
                 gap -= 1
@@ -101,37 +95,9 @@ class VelocityModel:
                 gap += 1
         return gap
 
-    def _checked(self, lr: float) -> float:
-        # Names the argument that a caller with a fixed rate would change.
-        if not 0 < lr < math.inf:
-            raise ValueError(f"lr: expected a finite number above 0, got {lr!r}")
-        if not self.epsilon * lr < 1 / 3:
-            raise ValueError(
-                f"epsilon: expected a number below 1 / (3 lr) = {1 / (3 * lr):g}, got "
-                f"{self.epsilon!r}; the velocity would settle above 120 degrees"
-            )
-        return lr
-
-
-@dataclass(frozen=True)
-class Phase:
-    """One learning rate of Algorithm 2.
-
-    Attributes:
-        index: ``i``.
-        lr: ``alpha_i``.
-        start: ``t_i``, the iteration that the model counts from.
-        gap: ``k_i = t_{i+1} - t_i``, iterations.
-    """
-
-    index: int
-    lr: float
-    start: int
-    gap: int
-
 
 def learning_rate(i: int, sequence: RateSequence = "theorem") -> float:
-    """``alpha_i`` of Theorem 5.2, ``(i + 1)^(-2/3)``, or of its proof, ``(i + 2)^(-1)``.
+    """Return ``alpha_i`` of Theorem 5.2, ``(i + 1)^(-2/3)``, or of its proof, ``(i + 2)^(-1)``.
 
     The two contradict each other: the proof applies Theorem 5.1, whose condition
     ``alpha_i <= (i + 2)^(-1)`` the theorem's own sequence breaks at every ``i`` (and its
@@ -140,20 +106,6 @@ def learning_rate(i: int, sequence: RateSequence = "theorem") -> float:
     Raises:
         ValueError: ``i`` is negative, or the sequence has no such name.
     """
-    count("i", i, 0)
-    if sequence == "theorem":
-        return float((i + 1) ** (-2 / 3))
-    if sequence == "proof":
-        return 1 / (i + 2)
-    raise ValueError(f"sequence: expected 'theorem' or 'proof', got {sequence!r}")
-
-
-def _check_times(t: float | Tensor) -> None:
-    # Written so that NaN fails.
-    if not (bool((t >= 0).all()) if isinstance(t, Tensor) else t >= 0):
-        raise ValueError(f"t: expected iterations of at least 0, got {t!r}")
-
-
-def check_tau0(tau0: float) -> float:
-    """The initial threshold; raises unless it is in (0, 2), as in Theorem 5.2."""
-    return number("tau0", tau0, "a number between 0 and 2", lambda x: 0 < x < 2)
+    checks.count("i", i, 0)
+    checks.choice("theorem", "proof")("sequence", sequence)
+    return float((i + 1) ** (-2 / 3)) if sequence == "theorem" else 1 / (i + 2)

@@ -20,7 +20,7 @@ import torch
 import autodrop_ext
 from autodrop_ext import AutoDrop, Decision, JsonLinesLog, read_log
 from autodrop_ext import log as log_module
-from autodrop_ext.log import LoggedRun, read_run
+from autodrop_ext.log import LoggedRun
 from autodrop_ext.plotting.titles import describe
 
 
@@ -39,9 +39,8 @@ def test_what_is_written_is_read_back(tmp_path: pathlib.Path) -> None:
     written = [decision(12), decision(16, angle=None, rise=math.nan, dropped=True)]
     log(written[0])
     log.metrics(13, loss=0.5, gap=math.inf)
-    log.close()
     pickle.loads(pickle.dumps(log))(written[1])  # a copy appends
-    readings, metrics = read_log(tmp_path / "run.jsonl")
+    readings, metrics, _ = read_log(tmp_path / "run.jsonl")
     as_read = [json.loads(json.dumps({"event": "reading", **d.as_dict()})) for d in written]
     assert readings == as_read
     assert readings[1]["rise"] is None
@@ -147,7 +146,7 @@ def test_a_header_has_version_and_settings(tmp_path: pathlib.Path) -> None:
     log.begin(SETTINGS | {"threshold": np.float32(2.0)})  # after a checkpoint was loaded
     lines = [json.loads(line) for line in log.path.read_text().splitlines()]
     assert [line["event"] for line in lines] == ["settings", "reading", "settings"]
-    run = read_run(log.path)
+    run = read_log(log.path)
     assert run.settings == {
         "version": autodrop_ext.__version__,
         "scheduler": "AutoDrop",
@@ -157,7 +156,7 @@ def test_a_header_has_version_and_settings(tmp_path: pathlib.Path) -> None:
     }
     assert steps(run.readings) == [12]
     pickle.loads(pickle.dumps(log)).begin(SETTINGS)  # a copy in another process
-    assert read_run(log.path).settings["threshold"] == 0.5
+    assert read_log(log.path).settings["threshold"] == 0.5
     with pytest.raises(TypeError, match="settings: expected a number, got"):
         log.begin({"kernel": print})
 
@@ -169,7 +168,7 @@ def trained(folder: pathlib.Path, **settings: Any) -> tuple[AutoDrop, LoggedRun]
     log = JsonLinesLog(folder / "run.jsonl")
     scheduler = AutoDrop(optimizer, window=2, on_reading=log, **settings)
     train(scheduler, 10)
-    return scheduler, read_run(log.path)
+    return scheduler, read_log(log.path)
 
 
 def train(scheduler: AutoDrop, count: int) -> None:
@@ -190,9 +189,9 @@ def test_a_header_has_what_the_meter_was_given(tmp_path: pathlib.Path) -> None:
 def test_a_cooldown_is_logged(tmp_path: pathlib.Path) -> None:
     scheduler, _ = trained(tmp_path)
     scheduler.cooldown(8, "sqrt")
-    settings = read_run(tmp_path / "run.jsonl").settings
+    settings = read_log(tmp_path / "run.jsonl").settings
     assert settings["cooldown"] == {"begin": 10, "num_steps": 8, "shape": "sqrt"}
-    assert "cooldown (sqrt) over 8 steps from step 10" in describe(settings)
+    assert "cooldown begin 10 num_steps 8 shape sqrt" in describe(settings)
 
 
 def test_readings_keep_the_threshold_that_they_were_compared_with(tmp_path: pathlib.Path) -> None:
@@ -202,19 +201,20 @@ def test_readings_keep_the_threshold_that_they_were_compared_with(tmp_path: path
     with pytest.warns(RuntimeWarning, match="settings replace those given"):
         scheduler.load_state_dict(state)
     train(scheduler, 10)
-    readings, _ = read_log(tmp_path / "run.jsonl")
+    readings = read_log(tmp_path / "run.jsonl").readings
     assert [r["threshold"] for r in readings] == [0.1] * 3 + [15.0] * 5
     assert [d.threshold for d in scheduler.history] == [0.1] * 3 + [15.0] * 5
     rise = scheduler.plot().axes[1]
-    assert "threshold 0.1°, then 15°" in [t.get_text() for t in rise.get_legend().get_texts()]
+    (limit,) = [line for line in rise.lines if line.get_label() == "threshold"]
+    assert list(limit.get_ydata()) == [0.1] * 3 + [15.0] * 5
 
 
 def test_a_log_without_a_header_is_read(tmp_path: pathlib.Path) -> None:
     log = JsonLinesLog(tmp_path / "run.jsonl")
     log(decision(12))
-    assert read_run(log.path).settings == {}
+    assert read_log(log.path).settings == {}
     log.begin(SETTINGS)
-    assert read_run(log.path).settings["window"] == 4
+    assert read_log(log.path).settings["window"] == 4
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ def test_what_a_resumed_run_repeats_is_there_once(tmp_path: pathlib.Path) -> Non
     for step in (16, 20):  # from a checkpoint of step 14
         log(decision(step, angle=2.0))
         log.metrics(step, loss=2.0)
-    readings, metrics = read_log(log.path)
+    readings, metrics, _ = read_log(log.path)
     assert [(r["step"], r["angle"]) for r in readings] == [(12, 1.0), (16, 2.0), (20, 2.0)]
     losses = [(m["step"], m["loss"]) for m in metrics if "loss" in m]
     assert losses == [(12, 1.0), (16, 2.0), (20, 2.0)]
@@ -299,7 +299,6 @@ def test_only_the_first_rank_writes(
         ("[]", r"run\.jsonl:2: expected a reading or metrics"),
         ('{"event": "reading"}', r"run\.jsonl:2: expected a number as 'step', got None"),
         ('{"event": "reading", "step": 1e999}', r"run\.jsonl:2: expected a number as 'step'"),
-        ('{"event": "reading", "step": 1' + "0" * 400 + "}", r"run\.jsonl:2: expected a number"),
         ('{"event": "settings", "settings": 3}', r"run\.jsonl:2: expected a reading or metrics"),
         ("9" * 4_000, r"run\.jsonl:2: expected a reading or metrics, got 9+\.\.\.9+$"),
     ],

@@ -396,13 +396,13 @@ def test_a_meter_is_freed_without_the_garbage_collector() -> None:
 @pytest.mark.parametrize(
     ("buckets", "error", "message"),
     [
-        (0, ValueError, "expected None or a positive multiple of 4,096, got 0"),
-        (-4096, ValueError, "expected None or a positive multiple of 4,096, got -4096"),
-        (4095, ValueError, "expected None or a positive multiple of 4,096, got 4095"),
-        (6144, ValueError, "expected None or a positive multiple of 4,096, got 6144"),
-        (4096.0, TypeError, "expected None or an int, got 4096.0"),
-        ("auto", TypeError, "expected None or an int, got 'auto'"),
-        (True, TypeError, "expected None or an int, got True"),
+        (0, ValueError, "expected at least 4096, got 0"),
+        (-4096, ValueError, "expected at least 4096, got -4096"),
+        (4095, ValueError, "expected at least 4096, got 4095"),
+        (6144, ValueError, "expected None or a multiple of 4,096, got 6144"),
+        (4096.0, TypeError, "expected an int, got 4096.0"),
+        ("auto", TypeError, "expected an int, got 'auto'"),
+        (True, TypeError, "expected an int, got True"),
     ],
 )
 def test_wrong_buckets_say_what_was_expected(

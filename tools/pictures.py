@@ -62,11 +62,10 @@ def main() -> None:
             ]
             for name in SCHEDULES
         }
-        log.close()
-        readings, metrics = read_log(log.path)
+        readings, metrics, _ = read_log(log.path)
     in_both(lengths_picture(task, runs), to / "lengths.png")
     title = f"AutoDrop on {task.name}, seed {SEED}, window {task.window}: {task.description}"
-    figure = plot_run(readings, metrics, threshold=0.1, title=title)
+    figure = plot_run(readings, metrics, title=title)
     in_both(figure, to / "digits.png")
 
 

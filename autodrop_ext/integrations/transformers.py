@@ -78,7 +78,7 @@ class AutoDropCallback(TrainerCallback):  # type: ignore[misc]  # transformers i
         prefix: str = "autodrop/",
         **settings: Any,
     ) -> None:
-        self.scheduler = checks.one_of("scheduler", scheduler, tuple(_SCHEDULERS))
+        self.scheduler = checks.choice(*_SCHEDULERS)("scheduler", scheduler)
         self.evaluate_average = checks.flag("evaluate_average", evaluate_average)
         if evaluate_average and not settings.get("average", True):
             raise ValueError("average: expected True with evaluate_average=True, got False")

@@ -1,6 +1,6 @@
 """Backends, and the choice between them.
 
-``auto`` takes, for each device, the first of :data:`PREFERENCE` that serves it, and logs that
+``auto`` takes, for each device, the first of :data:`BACKENDS` that serves it, and logs that
 choice once; as a warning if only the reference is left, which takes a call of torch for each
 tensor and operation. A backend named by the user is used or refused, never replaced.
 """
@@ -20,7 +20,6 @@ __all__ = ["BACKENDS", "Backend", "report", "select", "table_device"]
 
 logger = logging.getLogger("autodrop_ext")
 
-PREFERENCE = ("cpu", "cuda", "triton", "reference")
 BACKENDS: dict[str, Backend] = {
     b.name: b for b in (CpuBackend(), CudaBackend(), TritonBackend(), ReferenceBackend())
 }
@@ -52,7 +51,7 @@ def select(name: str, device: torch.device | str) -> Backend:
 
 
 def check_name(name: str) -> None:
-    """Raises ValueError unless ``name`` is "auto" or the name of a backend."""
+    """Raise ValueError unless ``name`` is "auto" or the name of a backend."""
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"backend: expected 'auto' or one of {sorted(BACKENDS)}, got {name!r}")
 
@@ -60,7 +59,7 @@ def check_name(name: str) -> None:
 def report(device: torch.device | str) -> dict[str, str | None]:
     """Return, for every backend in order of preference, why it does not serve a device, or None."""
     device = _with_index(device)
-    return {name: BACKENDS[name].missing(device) for name in PREFERENCE}
+    return {name: backend.missing(device) for name, backend in BACKENDS.items()}
 
 
 def _with_index(device: torch.device | str) -> torch.device:
@@ -74,14 +73,8 @@ def _with_index(device: torch.device | str) -> torch.device:
 @functools.cache
 def _best(device: torch.device) -> Backend:
     reasons = report(device)
-    name = next(name for name in PREFERENCE if reasons[name] is None)
+    name = next(name for name, reason in reasons.items() if reason is None)
     passed = "; ".join(f"not {n}: {r}" for n, r in reasons.items() if r is not None)
-    slow = name == "reference"
-    logger.log(
-        logging.WARNING if slow else logging.INFO,
-        "backend for %s: %s%s",
-        device,
-        name,
-        f" ({passed})" if passed else "",
-    )
+    level = logging.WARNING if name == "reference" else logging.INFO
+    logger.log(level, "backend for %s: %s (%s)", device, name, passed)
     return BACKENDS[name]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import native, reference
-from .plan import FloatArray, IntArray, Plan
+from .plan import SWAPS, FloatArray, IntArray, Plan
 
 CLOSE_BLOCK = 4096
 """Buckets of a partial sum at a window's end; fixed, so that results depend on no grid."""
@@ -79,21 +79,18 @@ class ReferenceAccumulation:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         of = plan.table["tensor"]
-        order = np.argsort(of, kind="stable")
-        counts = np.bincount(of, minlength=len(plan.sources))
-        self._of_tensor = np.split(order, np.cumsum(counts)[:-1]) if len(counts) else []
-        row = np.repeat(np.arange(plan.num_rows), np.diff(plan.runs[::8])) if plan.hashed else None
-        self._row = row
+        self._of_tensor = [np.flatnonzero(of == i) for i in range(len(plan.sources))]
+        if plan.hashed:
+            self._row = np.repeat(np.arange(plan.num_rows), np.diff(plan.runs[::SWAPS]))
 
     def accumulate(self, table: Tensor, bases: IntArray) -> None:
         for source, mine in zip(self._plan.sources, self._of_tensor, strict=True):
-            if len(mine):
-                x = in_memory_order(source.current(), staged=source.staged)
-                if self._row is None:
-                    reference.accumulate_exact(table, x, self._plan.table[mine])
-                else:
-                    rows = torch.from_numpy(self._row[mine])
-                    reference.accumulate(table, x, self._plan.table[mine], rows)
+            x = in_memory_order(source.current(), staged=source.staged)
+            if self._plan.hashed:
+                rows = torch.from_numpy(self._row[mine])
+                reference.accumulate(table, x, self._plan.table[mine], rows)
+            else:
+                reference.accumulate_exact(table, x, self._plan.table[mine])
 
 
 def in_memory_order(tensor: Tensor, *, staged: bool) -> Tensor:
@@ -149,8 +146,7 @@ class CpuAccumulation:
 
     def accumulate(self, table: Tensor, bases: IntArray) -> None:
         plan = self._plan
-        tables = plan.table.ctypes.data
-        threads = torch.get_num_threads()
+        tables, threads = plan.table.ctypes.data, torch.get_num_threads()
         if plan.hashed:
             self._core.accumulate(
                 tables,

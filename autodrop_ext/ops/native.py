@@ -18,7 +18,7 @@ except ImportError as error:
 
 
 def repair() -> str:
-    """What to do where :data:`core` is None."""
+    """Return what to do if :data:`core` is None."""
     checkout = pathlib.Path(__file__).parents[2]
     if (checkout / "csrc").is_dir():
         return (
@@ -32,7 +32,7 @@ def repair() -> str:
 
 
 def why_missing() -> str:
-    """Why :data:`core` is None and what to do about it."""
+    """Return why :data:`core` is None and what to do about it."""
     return f"the compiled core does not load ({import_error}); {repair()}"
 
 

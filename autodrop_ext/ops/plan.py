@@ -4,7 +4,7 @@ A plan is made once for the tensors on a device. It holds no copy of them: kerne
 of each tensor at every use, and tables (``csrc/core/tables.h``) that say
 
 * **hashed**: which stretch of which tensor goes to which row of the table, and how it is rotated
-  and signed there (``design``: count sketch of Charikar, Chen and Farach-Colton 2002);
+  and signed there (the count sketch of Charikar, Chen and Farach-Colton 2002);
 * **exact**: which stretch goes to which buckets, one bucket an element.
 
 A *chunk* is :data:`LANES` consecutive elements of one parameter in its global row-major order. Its
@@ -145,13 +145,10 @@ class _Stretches(NamedTuple):
 
 
 def _stretches(sources: Sequence[Source], step: int) -> _Stretches:
-    whole = np.array([i for i, source in enumerate(sources) if source.runs is None], np.int64)
-    nothing = np.zeros(len(whole), np.int64)
-    sizes = np.array([source.numel for source in sources], np.int64)
-    columns = [(whole, nothing, nothing, sizes[whole])]
+    columns = [(np.zeros(0, np.int64),) * 4]
     for i, source in enumerate(sources):
-        if source.runs is not None:
-            columns.append((np.full(len(source.runs.length), i), *source.runs))
+        runs = source.runs or Runs(*(np.array([n], np.int64) for n in (0, 0, source.numel)))
+        columns.append((np.full(len(runs.length), i), *runs))
     joined = _Stretches(*(np.concatenate(column) for column in zip(*columns, strict=True)))
     joined = _Stretches(*(column[joined.length > 0] for column in joined))
     # Cut each run at the multiples of `step` in the global order.
@@ -168,13 +165,11 @@ def _stretches(sources: Sequence[Source], step: int) -> _Stretches:
 def _described(sources: Sequence[Source], of: IntArray, local: IntArray, kind: np.dtype) -> Table:
     """Return rows of a table with what hashed and exact ones have in common."""
     table = np.zeros(len(of), kind)
-    if not len(of):
-        return table
     codes = np.array([DTYPES.index(source.dtype) for source in sources], np.uint8)
     sizes = np.array([source.dtype.itemsize for source in sources], np.int64)
     table["tensor"] = of
     table["offset"] = local * sizes[of]
-    table["weight"] = np.array([source.weight for source in sources])[of]
+    table["weight"] = np.array([source.weight for source in sources], np.float64)[of]
     table["dtype"] = codes[of]
     return table
 
@@ -188,20 +183,19 @@ def _pieces(
     table = _described(sources, of, stretches.local, PIECE)
     table["start"] = stretches.first % LANES
     table["length"] = stretches.length
-    places = place(keys[of] if len(of) else keys[:0], stretches.first // LANES, rows)
+    places = place(keys[of], stretches.first // LANES, rows)
     table["hash"], table["packet"], table["swap"] = places.hash, places.packet, places.swap
-    row = places.row + (groups[of] if len(of) else 0) * rows
+    row = places.row + groups[of] * rows
     bins = row * SWAPS + places.swap
     order = np.argsort(bins, kind="stable")
     counts = np.bincount(bins, minlength=rows * num_tables * SWAPS)
-    runs = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
-    return table[order], runs.astype(np.int64)
+    return table[order], np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
 
 def _spans(sources: Sequence[Source], stretches: _Stretches) -> Table:
     table = _described(sources, stretches.tensor, stretches.local, SPAN)
     buckets = np.array([source.bucket for source in sources], np.int64)
-    table["bucket"] = stretches.first + (buckets[stretches.tensor] if len(buckets) else 0)
+    table["bucket"] = stretches.first + buckets[stretches.tensor]
     table["length"] = stretches.length
     return table[np.argsort(table["bucket"], kind="stable")]
 

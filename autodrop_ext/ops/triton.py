@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from .cuda import DeviceTables, close_on, current_device
-from .plan import DTYPES, FloatArray, IntArray, Plan, Source
-
-_SWAPS = 8  # programs that share a row, one for each way to permute packets
+from .plan import DTYPES, SWAPS, FloatArray, IntArray, Plan, Source
 
 
 class TritonBackend:
@@ -73,7 +71,7 @@ class TritonAccumulation:
         self._plan = plan
         self._tables = DeviceTables(plan)
         self._dtypes = sorted({DTYPES.index(source.dtype) for source in plan.sources})
-        rows = _SWAPS if plan.hashed else 0
+        rows = SWAPS if plan.hashed else 0  # a program for each way to permute packets
         self._partials = torch.empty(
             rows, plan.num_buckets, dtype=torch.float64, device=plan.device
         )

@@ -1,1 +1,1 @@
-"""Pictures of one run, of several runs, and of runs that are measured once per epoch."""
+"""Pictures of one run, and of several."""

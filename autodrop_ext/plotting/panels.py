@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
 
 Record = Mapping[str, Any]
 """One line of a log: a reading (``Decision.as_dict()``) or metrics (``step`` and values)."""
@@ -22,8 +22,6 @@ RAW = "0.6"  # Measured values are grey, and what is computed from them has a co
 OWN = "#1f5fa8"
 LIMIT = "#222222"
 DROP = "#c8321e"
-DELAY = "#b8860b"
-FAINT: dict[str, Any] = {"linewidth": 0.6, "alpha": 0.25}  # of values behind their running mean
 
 # Lines differ in colour and in dashes, so that they can be told apart without seeing colours. Red
 # is left to drops.
@@ -33,9 +31,6 @@ _DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (6, 1, 1, 1)))
 # Axes of larger numbers overflow, and so do logarithmic ones of smaller numbers than its inverse.
 # Angles, rates and losses are far from both.
 _LARGEST = 1e100
-_MEANS = 40  # A running mean covers this part of a run.
-_TITLE = 95  # characters of a row of the title
-_LEGEND = 110  # characters of a row of the legend of the whole picture
 
 
 def make_panels(heights: Sequence[float]) -> tuple[Figure, list[Axes]]:
@@ -71,12 +66,10 @@ def finish(
     path: str | Path | None,
     title: str | None,
     xlabel: str = "optimizer step",
-    lines: Mapping[str, Line2D] | None = None,
 ) -> Figure:
     """Add legends, the name of the x-axis and a title, and save the picture if there is a path.
 
-    Each panel has a legend of its labelled lines, and the picture one of the ``lines`` by name
-    that all panels share. The ending of the path gives the format.
+    The ending of the path gives the format.
     """
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
@@ -94,35 +87,49 @@ def finish(
                 handlelength=1.8,
                 columnspacing=1.4,
             )
-    if lines:
-        legend = figure.legend(
-            list(lines.values()),
-            list(lines),
-            loc="outside lower left" if title else "outside upper left",  # no room for both
-            ncols=max(1, min(len(lines), _LEGEND // (max(map(len, lines)) + 8))),
-            handlelength=3.2,
-            frameon=False,
-            fontsize="small",
-        )
-        for text in legend.get_texts():
-            text.set_parse_math(False)  # A name with two dollar signs is no formula.
     panels[-1].set_xlabel(xlabel)
     figure.align_ylabels()
     if title:
         # matplotlib's own wrapping would read dollar signs as a formula all the same.
-        figure.suptitle(_wrapped(title), fontsize="large", parse_math=False)
+        figure.suptitle(textwrap.fill(title, 95), fontsize="large", parse_math=False)
     if path is not None:
         figure.savefig(path, dpi=150)
     return figure
 
 
-def _wrapped(title: str) -> str:
-    """Return rows that end at commas, semicolons and colons if such rows are short enough."""
-    together = re.sub(r"(?<![,;:]) ", "\xa0", title)
-    rows = textwrap.wrap(together, _TITLE, break_long_words=False)
-    if any(len(row) > _TITLE for row in rows):
-        return textwrap.fill(title, _TITLE)
-    return "\n".join(rows).replace("\xa0", " ")
+def mark(panels: Sequence[Axes], at: Sequence[float], note: str, color: str = DROP) -> None:
+    """Draw thin lines through all panels, and name them in the legend of the last one."""
+    # Many lines next to each other would hide the data.
+    alpha = 0.6 if len(at) <= 10 else 0.35 if len(at) <= 40 else 0.22
+    style: dict[str, Any] = {"color": color, "linewidth": 0.7, "alpha": alpha, "zorder": 1}
+    for axes in panels:
+        axes.vlines(at, 0, 1, transform=axes.get_xaxis_transform(), gid="marks", **style)
+    panels[-1].plot([], [], color=color, linewidth=1, alpha=0.8, label=note)
+
+
+def mark_drops(panels: Sequence[Axes], at: Sequence[float]) -> None:
+    """Mark every drop by a red line."""
+    times = "once" if len(at) == 1 else f"{len(at)} times"
+    mark(panels, at, f"rate dropped {times} (red lines)" if at else "rate never dropped")
+
+
+def draw_losses(
+    axes: Axes,
+    losses: Mapping[str, Sequence[Record]],
+    styles: Mapping[str, dict[str, Any]],
+    *,
+    growing: bool = False,
+) -> None:
+    """Draw the running mean of each run's loss in its style, and the values as thin lines."""
+    name_panel(axes, "Training loss, running mean", "loss")
+    everything: list[float] = []
+    for name, metrics in losses.items():
+        with_loss = [m for m in metrics if "loss" in m]
+        steps, values = column(with_loss, "step"), column(with_loss, "loss")
+        everything += values
+        axes.plot(steps, values, color=styles[name]["color"], linewidth=0.6, alpha=0.25)
+        axes.plot(*running_mean(steps, values, growing=growing), **styles[name])
+    log_if_wide(axes, everything)
 
 
 def number(value: Any) -> float:
@@ -139,23 +146,24 @@ def column(records: Sequence[Record], key: str) -> list[float]:
     return [number(r.get(key)) for r in records]
 
 
-def mean(values: Sequence[float]) -> float:
-    """Return the mean of the finite values, NaN if there are none."""
-    finite = [v for v in values if math.isfinite(v)]
-    return math.fsum(finite) / len(finite) if finite else math.nan
-
-
 def running_mean(
-    steps: Sequence[float], values: Sequence[float]
+    steps: Sequence[float], values: Sequence[float], *, growing: bool = False
 ) -> tuple[list[float], list[float]]:
-    """Return steps, and the mean of the values around each: about a 40th of the run, at least 3.
+    """Return steps, and the mean of the finite values around each: of about a 40th of the run.
 
-    The mean is centred, and runs over fewer values at both ends. Of long runs about a thousand
-    steps are returned, which is more than a picture shows.
+    With ``growing`` a mean covers a tenth of the values so far, as it should on a logarithmic axis.
+    It covers three at least. Of long runs about a thousand steps are returned.
     """
-    half = max(1, len(values) // _MEANS // 2)
-    at = range(0, len(values), max(1, len(values) // 1000))
-    return [steps[i] for i in at], [mean(values[max(0, i - half) : i + half + 1]) for i in at]
+    count = len(values)
+    at = list(range(0, count, max(1, count // 1000)))
+    if growing:
+        at = (np.unique(np.geomspace(1, count, 1000).astype(int)) - 1).tolist()
+    means: list[float] = []
+    for i in at:
+        half = max(1, i // 20 if growing else count // 80)
+        finite = [v for v in values[max(0, i - half) : i + half + 1] if math.isfinite(v)]
+        means.append(math.fsum(finite) / len(finite) if finite else math.nan)
+    return [steps[i] for i in at], means
 
 
 def line_style(i: int) -> dict[str, Any]:
@@ -167,23 +175,14 @@ def line_style(i: int) -> dict[str, Any]:
 
 def log_if_wide(axes: Axes, values: Sequence[float]) -> None:
     """Make the y-axis logarithmic if a linear one would hide the small values."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     finite = [v for v in values if math.isfinite(v)]
-    if finite and min(finite) > 1 / _LARGEST and max(finite) > 5 * min(finite):
-        log_scale(axes, min(finite), max(finite))
-
-
-def log_scale(axes: Axes, lowest: float, highest: float) -> None:
-    """Make the y-axis logarithmic, with plain numbers that do not run into each other."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
-
+    if not finite or min(finite) < 1 / _LARGEST or max(finite) < 5 * min(finite):
+        return
     axes.set_yscale("log")
-    decades = math.log10(highest / lowest)
-    if decades < 0.6:  # up to a factor of 4 there would be one or two powers of ten, 2s and 5s
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
-        axes.yaxis.set_minor_locator(NullLocator())
-    else:
-        subs = (1, 2, 5) if decades < 2 else (1,)
-        axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=10))
+    subs = (1, 2, 5) if max(finite) < 100 * min(finite) else (1,)
+    axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=10))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 

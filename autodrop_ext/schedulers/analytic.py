@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,7 +13,7 @@ from .. import checks
 from ..ranks import check_group, find_group
 from ..saved import Form
 from ..settings import ANALYTIC, check_arguments
-from ..velocity_model import Phase, RateSequence, VelocityModel, learning_rate
+from ..velocity_model import RateSequence, VelocityModel, learning_rate
 from .base import NOTHING, Outcome, StepScheduler, as_floats, check_optimizer, in_precision_of
 
 if TYPE_CHECKING:
@@ -62,9 +62,8 @@ class AnalyticAutoDrop(StepScheduler):
         epsilon: the model's limit is ``90 (1 + epsilon alpha)`` degrees; above 0 and below
             ``1 / (3 alpha_0)``.
         tau0: initial threshold of the derivative, radians per step, in (0, 2).
-        rates: ``r_i``: "theorem" for ``(i + 1)^(-2/3)`` of Theorem 5.2, "proof" for
-            ``(i + 2)^(-1)`` of its proof (the two contradict each other), or decreasing numbers,
-            the last of which stays.
+        rates: ``r_i``: "theorem" for ``(i + 1)^(-2/3)`` of Theorem 5.2, or "proof" for
+            ``(i + 2)^(-1)`` of its proof; the two contradict each other.
         warmup_steps: optimizer steps of linear warm-up, before the model's first.
         process_group: the ranks that train the model together, as in :class:`AngularVelocity`. They
             compare their settings once, at the first step.
@@ -85,7 +84,7 @@ class AnalyticAutoDrop(StepScheduler):
     gamma: float
     epsilon: float
     tau0: float
-    rates: RateSequence | list[float]
+    rates: RateSequence
     _settings = ANALYTIC
     _gathered: ClassVar[Form] = {"since_drop": checks.at_least(-1)}
     _record_type = AnalyticDrop
@@ -97,7 +96,7 @@ class AnalyticAutoDrop(StepScheduler):
         epsilon: float,
         tau0: float,
         *,
-        rates: RateSequence | Sequence[float] = "theorem",
+        rates: RateSequence = "theorem",
         warmup_steps: int = 0,
         process_group: Any = None,
         on_drop: Callable[[AnalyticDrop], object] | None = None,
@@ -106,13 +105,12 @@ class AnalyticAutoDrop(StepScheduler):
         settings = check_arguments(self._settings, locals())
         checks.callback("on_drop", on_drop)
         check_group(process_group)
-        VelocityModel(settings["gamma"], settings["epsilon"])
         self.on_drop = on_drop
         self._process_group = process_group
         self._compared = False
         self._since_drop = -1  # t - t_i of the last step; Algorithm 2's first step is t = 0
         super().__init__(check_optimizer(optimizer), settings, last_epoch)
-        self._gap = self._next_gap(0)
+        self._gap()  # refuses an epsilon that the rate is too high for
 
     @property
     def model(self) -> VelocityModel:
@@ -122,7 +120,7 @@ class AnalyticAutoDrop(StepScheduler):
     # ---- deciding ---------------------------------------------------------------------------
 
     def _facts(self) -> dict[str, Any]:
-        """What drops depend on; equal on all ranks."""
+        """Return what drops depend on; equal on all ranks."""
         facts = {**self._saved_settings(), "num_drops": self.num_drops}
         return {**facts, "lr": as_floats(self.base_lrs)}
 
@@ -133,10 +131,9 @@ class AnalyticAutoDrop(StepScheduler):
         if warming_up:
             return NOTHING
         since = self._since_drop + 1
-        if self._gap is None or since < self._gap:
+        if since < self._gap():
             return Outcome(None, (), {"_since_drop": since})
-        angle = math.degrees(self.model.velocity(float(since), self._alpha()))
-        before, after = self._scale(self.num_drops), self._scale(self.num_drops + 1)
+        before, after = (_scale(self.rates, i) for i in (self.num_drops, self.num_drops + 1))
         lrs = []
         for i, group in enumerate(self.optimizer.param_groups):
             lr = float(group["lr"])
@@ -145,46 +142,47 @@ class AnalyticAutoDrop(StepScheduler):
             ours = math.isclose(lr, base * before, rel_tol=1e-6)
             new = base * after if ours else lr * after / before
             lrs.append(in_precision_of(group["lr"], new))
-        drops = self.num_drops + 1
         drop = AnalyticDrop(
-            step=self._optimizer_steps, index=drops - 1, gap=since, angle=angle, lr=tuple(lrs)
+            step=self._optimizer_steps,
+            index=self.num_drops,
+            gap=since,
+            angle=self._angle(since),
+            lr=tuple(lrs),
         )
-        state = {"num_drops": drops, "_since_drop": 0, "_gap": self._next_gap(drops)}
-        return Outcome(drop, lrs, state)
+        return Outcome(drop, lrs, {"num_drops": self.num_drops + 1, "_since_drop": 0})
 
     def _report(self, record: Any) -> None:
         if self.on_drop is not None:
             self.on_drop(record)
 
-    def _scale(self, i: int) -> float:
-        """``r_i / r_0``."""
-        return _scale(self.rates, i)
+    def _alpha(self, i: int | None = None) -> float:
+        """Return ``alpha_i``, the model's rate after ``i`` drops; by default after those so far."""
+        return float(self.base_lrs[0]) * _scale(self.rates, self.num_drops if i is None else i)
 
-    def _alpha(self) -> float:
-        """``alpha_i``, the model's rate."""
-        return float(self.base_lrs[0]) * self._scale(self.num_drops)
+    def _gap(self) -> int:
+        """Return the steps from the last drop to the next one."""
+        return self.model.drop_gap(self._alpha(), self.tau0)
 
-    def _next_gap(self, drops: int) -> int | None:
-        """Steps until the next drop after ``drops``; None at the end of given rates."""
-        return _gap(self.model, self.tau0, self.rates, float(self.base_lrs[0]), drops)
+    def _angle(self, since: int) -> float:
+        """Return the modelled velocity so many steps after the last drop, degrees."""
+        return math.degrees(self.model.velocity(float(since), self._alpha()))
 
     def _get_closed_form_lr(self) -> list[float]:
-        """Rates after all drops so far: what ``SequentialLR`` asks for at a milestone."""
-        scale = self._scale(self.num_drops)
+        """Return the rates after all drops so far, which ``SequentialLR`` sets at a milestone."""
+        scale = _scale(self.rates, self.num_drops)
         return [lr * scale for lr in self._warmed(self.base_lrs)]
 
     # ---- looking ----------------------------------------------------------------------------
 
     def get_metrics(self) -> dict[str, float]:
-        """The newest values for a logger, plain floats.
+        """Return the newest values for a logger, plain floats.
 
         ``lr`` (of the first param group), ``num_drops``, ``angular_velocity``, the model's
-        [degrees], and ``steps_to_drop``, left out if no lower rate follows.
+        [degrees], and ``steps_to_drop``.
         """
-        since = max(self._since_drop, 0)
         return self._metrics(
-            angular_velocity=math.degrees(self.model.velocity(float(since), self._alpha())),
-            steps_to_drop=None if self._gap is None else self._gap - self._since_drop,
+            angular_velocity=self._angle(max(self._since_drop, 0)),
+            steps_to_drop=self._gap() - self._since_drop,
         )
 
     def plot(self, path: Any = None) -> matplotlib.figure.Figure:
@@ -196,54 +194,34 @@ class AnalyticAutoDrop(StepScheduler):
         Raises:
             ImportError: matplotlib is not installed; it comes with ``autodrop_ext[plot]``.
         """
-        from ..plotting.analytic import plot_algorithm_2
+        from ..plotting.run import plot_run
 
-        base = float(self.base_lrs[0])
-        phases = [
-            Phase(drop.index, base * self._scale(drop.index), drop.step - drop.gap, drop.gap)
-            for drop in self.history
-        ]
         since = max(self._since_drop, 0)
-        phases.append(
-            Phase(self.num_drops, self._alpha(), max(self._optimizer_steps - since, 0), since)
-        )
-        return plot_algorithm_2(self.model, phases, path=path)
+        records: list[dict[str, Any]] = []
+        phases = [(drop.index, drop.step - drop.gap, drop.gap) for drop in self.history]
+        for i, start, gap in (*phases, (self.num_drops, self._optimizer_steps - since, since)):
+            for t in sorted({gap * point // 20 for point in range(21)}):
+                angle = math.degrees(self.model.velocity(float(t), self._alpha(i)))
+                record = {"step": start + t, "modelled": angle, "lr": [self._alpha(i)]}
+                records.append({**record, "dropped": i > 0 and t == 0})
+        names = {"scheduler": type(self).__name__, **self._saved_settings()}
+        return plot_run(records, settings=names, path=path)
 
     # ---- state ------------------------------------------------------------------------------
 
     def _restored(self, loaded: Mapping[str, Any]) -> dict[str, Any]:
-        rates, drops = loaded["rates"], loaded["num_drops"]
-        if isinstance(rates, list) and drops >= len(rates):
-            raise ValueError(
-                f"state_dict['num_drops']: expected less than the {len(rates)} rates, got {drops}"
-            )
         if not loaded["base_lrs"]:
             raise ValueError(
                 "state_dict['base_lrs']: expected a rate for each param group, got none"
             )
-        base_lr = loaded["base_lrs"][0]
+        alpha = loaded["base_lrs"][0] * _scale(loaded["rates"], loaded["num_drops"])
         try:
-            model = VelocityModel(loaded["gamma"], loaded["epsilon"])
-            model.limit(base_lr)  # refuses an epsilon that the rate is too high for
-            gap = _gap(model, loaded["tau0"], rates, base_lr, drops)
-        except (ValueError, TypeError, OverflowError) as error:
+            VelocityModel(loaded["gamma"], loaded["epsilon"]).drop_gap(alpha, loaded["tau0"])
+        except (ValueError, OverflowError) as error:
             raise ValueError(f"state_dict['base_lrs']: {error}") from error
-        return {**super()._restored(loaded), "_gap": gap}
+        return super()._restored(loaded)
 
 
-def _scale(rates: RateSequence | list[float], i: int) -> float:
-    if isinstance(rates, list):
-        return rates[i] / rates[0]
+def _scale(rates: RateSequence, i: int) -> float:
+    """Return ``r_i / r_0``."""
     return learning_rate(i, rates) / learning_rate(0, rates)
-
-
-def _gap(
-    model: VelocityModel,
-    tau0: float,
-    rates: RateSequence | list[float],
-    base_lr: float,
-    drops: int,
-) -> int | None:
-    if isinstance(rates, list) and drops + 1 >= len(rates):
-        return None
-    return model.drop_gap(base_lr * _scale(rates, drops), tau0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch.optim import Optimizer
 
@@ -13,9 +13,6 @@ from ..saved import Form
 from ..settings import ANYTIME, USE_BUCKETS, check_arguments, removed
 from .base import Outcome, as_floats, check_optimizer, replaced
 from .growing import GROWTH, GrowingScheduler
-
-if TYPE_CHECKING:
-    import matplotlib.figure
 
 
 @dataclass(frozen=True)
@@ -209,11 +206,6 @@ class AnytimeAutoDrop(GrowingScheduler):
             standard_error=last.standard_error,
             displacement=last.norm,
         )
-
-    def _draw(self, records: list[dict[str, Any]], **options: Any) -> matplotlib.figure.Figure:
-        from ..plotting.anytime import plot_anytime
-
-        return plot_anytime(records, critical=self.critical, **options)
 
     # ---- state ------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch.optim import Optimizer
 
@@ -16,9 +16,6 @@ from .auto_window import LEAST_WINDOW, window_for
 from .base import Outcome, as_floats, check_drops, replaced
 from .growing import GROWN, GROWTH, GrowingScheduler
 from .saturation import SEEN, Kernel, SaturationDetector, Seen, Verdict
-
-if TYPE_CHECKING:
-    import matplotlib.figure
 
 
 class AutoDrop(GrowingScheduler):
@@ -254,11 +251,6 @@ class AutoDrop(GrowingScheduler):
             standard_error=last.standard_error,
             displacement=last.norm,
         )
-
-    def _draw(self, records: list[dict[str, Any]], **options: Any) -> matplotlib.figure.Figure:
-        from ..plotting.run import plot_run
-
-        return plot_run(records, threshold=self.threshold, **options)
 
     # ---- state ------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from .. import checks
+from ..checks import choice
 from ..messages import Warnings
 from ..reading import HISTORY, from_columns, remember, to_columns
 from ..saved import Form, Later, exactly, inside, list_of, load
@@ -357,7 +358,7 @@ class StepScheduler(LRScheduler):
         """
         possible = tuple(s.name for s in self._settings if s.saved and not s.fixed)
         names = [keep] if isinstance(keep, str) else keep
-        kept = {checks.one_of("keep", name, possible): getattr(self, name) for name in names}
+        kept = {choice(*possible)("keep", name): getattr(self, name) for name in names}
         loaded = self._read(state_dict, kept)
         before = self._all_settings()
         self._warnings.hold()  # a warning may be an error, and must not leave this half done

@@ -8,7 +8,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from torch.optim import Optimizer
 
@@ -20,9 +20,6 @@ from ..saved import Form, load
 from ..settings import EPOCH, degrees_above_0
 from .base import Outcome, as_floats, check_optimizer, replaced
 from .metered import MeteredScheduler
-
-if TYPE_CHECKING:
-    import matplotlib.figure
 
 
 @dataclass(frozen=True)
@@ -291,11 +288,6 @@ class EpochAutoDrop(MeteredScheduler):
             threshold=last.threshold,
             displacement=last.norm,
         )
-
-    def _draw(self, records: list[dict[str, Any]], **options: Any) -> matplotlib.figure.Figure:
-        from ..plotting.epochs import plot_epochs
-
-        return plot_epochs(records, **options)
 
     def close(self) -> None:
         """Take the hooks off the optimizer and free the tables. The learning rates stay."""

@@ -235,14 +235,10 @@ class MeteredScheduler(StepScheduler):
             ImportError: matplotlib is not installed; it comes with ``autodrop_ext[plot]``.
             ValueError: nothing has been measured yet.
         """
-        from ..plotting.titles import title_of
+        from ..plotting.run import plot_run
 
         records = [decision.as_dict() for decision in self.history]
-        title = title_of(self._described(), records) if records else None
-        return self._draw(records, path=path, title=title)
-
-    def _draw(self, records: list[dict[str, Any]], **options: Any) -> matplotlib.figure.Figure:
-        raise NotImplementedError
+        return plot_run(records, settings=self._described(), path=path)
 
     @contextlib.contextmanager
     def averaged_parameters(self) -> Iterator[bool]:

@@ -15,7 +15,7 @@ Kernel = Literal["value", "time"]
 
 
 def gaussian_filter(values: Sequence[float], buffer_size: int, kernel: Kernel) -> float:
-    """Smoothed value at the newest of ``values`` (UAI 2024, section 4, the filter ``Gau``).
+    """Return the smoothed value at the newest of ``values`` (UAI 2024, section 4, filter ``Gau``).
 
     ``sigma = min(std(values), buffer_size / 2)`` with the population standard deviation, and every
     value weighs ``exp(-d^2 / (2 sigma^2))``. The paper prints the distance ``d`` between *values*
@@ -73,6 +73,7 @@ class Seen(NamedTuple):
         return {**self._asdict(), "buffer": list(self.buffer)}
 
 
+@dataclass(frozen=True)
 class SaturationDetector:
     """Smooths angles and says when their rise has ended.
 
@@ -90,24 +91,12 @@ class SaturationDetector:
         min_samples: angles. With 10 for both, a first value comes from 10 angles and a second one
             from the last 10 of 11, as in Algorithm 1, which never holds more than 10.
         kernel: see :func:`gaussian_filter`.
-
-    Attributes:
-        seen: angles that :meth:`update` was given.
     """
 
-    def __init__(
-        self, threshold: float, buffer_size: int, min_samples: int, kernel: Kernel
-    ) -> None:
-        self.threshold = threshold
-        self.buffer_size = buffer_size
-        self.min_samples = min_samples
-        self.kernel = kernel
-        self.seen = Seen()
-
-    def update(self, angle: float) -> Verdict:
-        """Take the next angle, in degrees."""
-        verdict, self.seen = self.judge(self.seen, angle)
-        return verdict
+    threshold: float
+    buffer_size: int
+    min_samples: int
+    kernel: Kernel
 
     def judge(self, seen: Seen, angle: float) -> tuple[Verdict, Seen]:
         """Return the verdict on the next angle, in degrees, and what has been seen with it."""
@@ -139,8 +128,7 @@ class SaturationDetector:
 
 
 def _check_angle(name: str, value: Any) -> float:
-    degrees = "a number of degrees from 0 to 180"
-    return checks.number(name, value, degrees, lambda x: 0 <= x <= 180)
+    return checks.number(name, value, "a number from 0 to 180", lambda x: 0 <= x <= 180)
 
 
 SEEN: Mapping[str, Check] = {

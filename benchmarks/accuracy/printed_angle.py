@@ -22,7 +22,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
-from autodrop_ext.schedulers.saturation import SaturationDetector
+from autodrop_ext.schedulers.saturation import SaturationDetector, Seen
 
 # Run as a file, these folders are not on the path.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
@@ -89,7 +89,7 @@ def main() -> None:
     optimizer = torch.optim.SGD(
         model.parameters(), lr=options.rate, momentum=0.9, weight_decay=decay
     )
-    detector = SaturationDetector(0.1, 10, 10, "value")
+    detector, seen = SaturationDetector(0.1, 10, 10, "value"), Seen()
     means: list[Tensor] = []
     rows: list[tuple[int, float, float, float]] = []
     met: list[int] = []
@@ -108,7 +108,8 @@ def main() -> None:
         moved = mean - last
         share = float(moved.norm() / last.norm())
         rows.append((window, angle(mean, last), share, angle(moved, last - before)))
-        if detector.update(rows[-1][1]).saturated:
+        verdict, seen = detector.judge(seen, rows[-1][1])
+        if verdict.saturated:
             met.append(window)
             if options.drop:
                 for group in optimizer.param_groups:

@@ -262,10 +262,7 @@ def train_glue(
                 replace_file(place, str(written).encode())  # last of all: now it is whole
 
     trainer.add_callback(Progress())
-    try:
-        trainer.train(resume_from_checkpoint=None if saved is None else str(saved))
-    finally:
-        log.close()
+    trainer.train(resume_from_checkpoint=None if saved is None else str(saved))
     curve = _curve(trainer.state.log_history)
     last = curve[-1]
     diverged = last["loss"] is None

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autodrop_ext.plotting.panels import log_if_wide, log_scale
+from autodrop_ext.plotting.panels import log_if_wide
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -92,7 +92,7 @@ def draw_curves(
     if positive:
         highest = max(positive)
         lowest = max(min(positive), highest * _LOWEST_RATE)
-        log_scale(rate, lowest, highest)
+        log_if_wide(rate, [lowest, highest])
         rate.set_ylim(lowest / 1.5, highest * 1.5)
     for axes, key, _, _ in panels:
         if key.endswith("loss"):

@@ -290,7 +290,6 @@ class _Run:
         }
 
     def close(self) -> None:
-        self.log.close()
         self.driver.close()
         for meter in self.meters.values():
             meter.close()

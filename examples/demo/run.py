@@ -24,7 +24,7 @@ from rich.text import Text
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from autodrop_ext import JsonLinesLog
-from autodrop_ext.cli.plot import printable
+from autodrop_ext.plotting.titles import printable
 from autodrop_ext.schedulers.saturation import Kernel
 from demo.digits import Digits
 from demo.picture import plot_lengths
@@ -183,8 +183,6 @@ def _train_all(
                         on_step=lambda: progress.advance(bar),
                     )
                     runs[schedule].append(run)
-                if log is not None:
-                    log.close()
     return runs
 
 

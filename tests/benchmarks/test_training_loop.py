@@ -129,7 +129,7 @@ def test_the_log_has_steps_epochs_and_angles(blobs, tmp_path):
     blobs(Blobs())
     spec = RunSpec("blobs", "constant", log_every=5, angles=2)
     result = train(spec, tmp_path)
-    readings, metrics = read_log(spec.folder(tmp_path) / LOG)
+    readings, metrics, _ = read_log(spec.folder(tmp_path) / LOG)
     epochs = [m for m in metrics if "epoch" in m]
     steps = [m for m in metrics if "epoch" not in m]
     assert [m["step"] for m in steps[:6]] == [5, 10, 12, 17, 22, 24]
@@ -422,7 +422,7 @@ def test_a_meter_that_watches_sees_what_autodrop_sees(blobs, tmp_path):
     blobs(Blobs())
     spec = RunSpec("blobs", "autodrop", settings={"window": 2}, angles=2)
     train(spec, tmp_path)
-    readings, _ = read_log(spec.folder(tmp_path) / LOG)
+    readings = read_log(spec.folder(tmp_path) / LOG).readings
     angles = [r["angle"] for r in readings]
     assert angles[::2] == angles[1::2]
     assert len(angles) == 2 * (48 // 2 - 2)

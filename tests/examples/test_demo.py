@@ -55,7 +55,7 @@ def test_demo_writes_picture_and_logs(small_demo):
     task, folder, result = small_demo
     log = folder / f"{task}-autodrop.jsonl"
     picture = folder / f"{task}.png"
-    readings, metrics = autodrop_ext.read_log(log)
+    readings, metrics, _ = autodrop_ext.read_log(log)
     assert len(readings) == 40 // {"digits": 3, "bytes": 2}[task] - 2
     assert [m["step"] for m in metrics] == list(range(1, 41))
     assert all(m["loss"] > 0 for m in metrics)
@@ -108,7 +108,7 @@ def test_steps_at_which_runs_are_read():
 
 def test_demo_says_how_much_the_filter_moves_angles(tmp_path):
     result = run("--seeds", 1, "--steps", 90, "--kernel", "time", "--output", tmp_path)
-    readings, _ = autodrop_ext.read_log(tmp_path / "digits-autodrop.jsonl")
+    readings = autodrop_ext.read_log(tmp_path / "digits-autodrop.jsonl").readings
     moved = [abs(r["smoothed"] - r["angle"]) for r in readings if r["smoothed"] is not None]
     text = " ".join(result.output.split())
     assert "(kernel='time'): ten angles in a row scatter by" in text

@@ -148,7 +148,7 @@ def test_logs(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names = run_recipe("Logs")
     assert_dropped(names["scheduler"])
-    readings, metrics = read_log("run.jsonl")
+    readings, metrics, _ = read_log("run.jsonl")
     assert [r["angle"] for r in readings] == [d.angle for d in names["scheduler"].history]
     assert [m["step"] for m in metrics] == list(range(10, 241, 10))
     assert list((tmp_path / "board").glob("events.*"))

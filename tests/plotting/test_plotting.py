@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from autodrop_ext import AnytimeAutoDrop, AutoDrop, EpochAutoDrop
-from autodrop_ext.plotting.anytime import plot_anytime
 from autodrop_ext.plotting.compare import plot_runs
 from autodrop_ext.plotting.panels import running_mean
 from autodrop_ext.plotting.run import plot_run
+from autodrop_ext.plotting.titles import kind_of
 
 
 def reading(window: int, **values):
@@ -46,7 +46,7 @@ def legend(axes):
 
 
 def drop_lines(axes):
-    (lines,) = [c for c in axes.collections if c.get_gid() == "drops"]
+    (lines,) = [c for c in axes.collections if c.get_gid() == "marks"]
     return [segment[0][0] for segment in lines.get_segments()]
 
 
@@ -54,10 +54,10 @@ def drop_lines(axes):
 def test_every_drop_is_marked_in_every_panel(num_drops, tmp_path):
     run = readings(num_drops)
     path = tmp_path / "run.png"
-    figure = plot_run(run, METRICS, threshold=0.1, path=path, title="a run")
+    figure = plot_run(run, METRICS, path=path, title="a run")
     steps = [r["step"] for r in run if r["dropped"]]
     assert titles(figure) == [
-        "Training loss",
+        "Training loss, running mean",
         "Angular velocity",
         "Rise of the smoothed angle",
         "Learning rate",
@@ -68,14 +68,35 @@ def test_every_drop_is_marked_in_every_panel(num_drops, tmp_path):
     (dropped,) = [line for line in rise.lines if "dropped" in str(line.get_label())]
     assert list(dropped.get_xdata()) == steps
     times = "once" if num_drops == 1 else f"{num_drops} times"
-    assert legend(figure.axes[-1]) == [f"rate dropped {times} (red lines, all panels)"]
-    assert figure.axes[-1].get_yscale() == "log"
+    assert legend(figure.axes[-1]) == [f"rate dropped {times} (red lines)"]
+    assert figure.axes[-1].get_yscale() == ("log" if num_drops == 60 else "linear")
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
-def test_threshold_is_drawn_only_where_given():
-    assert "threshold 0.25°" in legend(plot_run(readings(2), threshold=0.25).axes[1])
-    assert not any(t.startswith("threshold") for t in legend(plot_run(readings(2)).axes[1]))
+def test_each_part_of_a_run_is_drawn_with_its_own_threshold():
+    early = [reading(w, rise=1.0, threshold=0.1) for w in range(2, 6)]
+    late = [reading(w, rise=1.0, threshold=5.0) for w in range(6, 9)]
+    drawn = {line.get_label(): line for line in plot_run(early + late).axes[1].lines}
+    assert list(drawn["kept"].get_xdata()) == [r["step"] for r in early + late]
+    assert list(drawn["threshold"].get_ydata()) == [0.1] * 4 + [5.0] * 3
+
+
+def test_param_groups_that_decide_for_themselves_have_lines_and_points_in_their_colours():
+    def grouped(window, dropped):
+        values = {"group_angles": [80.0, 81.0], "group_smoothed": [80.0, 81.0]}
+        values |= {"group_rises": [-1.0, 2.0], "dropped_groups": [0] if dropped else []}
+        return reading(window, lr=[0.1, 0.2], dropped=dropped, **values)
+
+    figure = plot_run([reading(2), grouped(3, False), grouped(4, True)])
+    angle, rise = figure.axes[:2]
+    assert legend(angle) == ["each window", "group 0, smoothed", "group 1, smoothed"]
+    smoothed = [line.get_color() for line in angle.lines[1:]]
+    assert len(set(smoothed)) == 2
+    points = [line for line in rise.lines if line.get_gid()]
+    assert [line.get_color() for line in points] == [smoothed[0]] * 2 + [smoothed[1]] * 2
+    drops = [line.get_xdata() for line in points if line.get_gid() == "dropped"]
+    assert [list(steps) for steps in drops] == [[20], []]
+    assert legend(rise) == ["kept", "dropped", "threshold"]
 
 
 def test_without_losses_there_is_no_panel_for_them(tmp_path):
@@ -86,80 +107,18 @@ def test_without_losses_there_is_no_panel_for_them(tmp_path):
 def test_gaps_do_not_crash(tmp_path):
     run = [reading(w, angle=None, lr=[]) for w in range(2, 5)]
     metrics = [{"step": 1, "loss": None}, {"step": 2, "loss": 3.0}, {"step": 3, "accuracy": 1.0}]
-    figure = plot_run(run, metrics, threshold=0.1, path=tmp_path / "a.png")
+    figure = plot_run(run, metrics, path=tmp_path / "a.png")
     assert all(math.isnan(v) for v in figure.axes[1].lines[0].get_ydata())
     assert legend(figure.axes[-1]) == ["rate never dropped"]
 
 
-def test_smoothed_line_breaks_at_a_drop():
-    run = [reading(w, smoothed=80.0 + w, dropped=w == 4) for w in range(2, 8)]
-    values = list(plot_run(run).axes[0].lines[1].get_ydata())
-    assert math.isnan(values[3])
-    assert values[2] == 84.0
-    assert values[4] == 85.0
-
-
-def test_a_drop_that_min_lr_held_back_is_no_rate_that_was_kept_above_the_threshold():
-    run = readings(2)
-    held = [reading(40, rise=-2.0, smoothed=80.0), reading(41, rise=3.0), reading(42, rise=0.5)]
-    rise = plot_run(run + held, threshold=1.0).axes[1]
-    drawn = {line.get_label(): list(line.get_xdata()) for line in rise.lines}
-    assert drawn["kept"][-1] == held[1]["step"]
-    assert drawn["held back"] == [held[0]["step"], held[2]["step"]]
-    assert len(drawn["dropped"]) == 2
-    assert "held back" not in legend(plot_run(run, threshold=1.0).axes[1])
-    # Without a threshold nobody knows.
-    assert "held back" not in legend(plot_run(run + held).axes[1])
-
-
-def test_each_part_of_a_run_is_drawn_with_its_own_threshold():
-    early = [reading(w, rise=1.0, threshold=0.1) for w in range(2, 6)]
-    late = [reading(w, rise=1.0, threshold=5.0) for w in range(6, 9)]
-    rise = plot_run(early + late, threshold=5.0).axes[1]
-    drawn = {line.get_label(): line for line in rise.lines}
-    assert list(drawn["kept"].get_xdata()) == [r["step"] for r in early]
-    assert list(drawn["held back"].get_xdata()) == [r["step"] for r in late]
-    limit = drawn["threshold 0.1°, then 5°"]
-    assert list(limit.get_ydata()) == [0.1] * 4 + [5.0] * 3
-
-
-def test_param_groups_that_decide_for_themselves_have_colours_in_the_panel_of_the_rise():
-    def grouped(window, dropped):
-        values = {"group_angles": [80.0, 81.0], "group_smoothed": [80.0, 81.0]}
-        values |= {"group_rises": [-1.0, 2.0], "dropped_groups": [0] if dropped else []}
-        return reading(window, lr=[0.1, 0.2], dropped=dropped, **values)
-
-    figure = plot_run([grouped(2, False), grouped(3, True)], threshold=0.1)
-    smoothed = [line.get_color() for line in figure.axes[0].lines[1:]]
-    points = [line for line in figure.axes[1].lines if len(line.get_xdata()) == 1]
-    assert len(set(smoothed)) == 2
-    assert {line.get_color() for line in points} <= {*smoothed, "0.6"}
-    assert legend(figure.axes[1]) == ["kept", "held back", "dropped", "threshold 0.1°"]
-
-
-def test_angles_of_different_windows_are_said_not_to_be_comparable():
-    long = [r | {"step": 2 * r["step"]} for r in readings(2)]
-    equal = plot_runs({"a": (readings(2), []), "b": (readings(1), [])})
-    different = plot_runs({"a": (readings(2), []), "b": (long, [])})
-    assert equal.axes[0].get_title(loc="left") == "Angular velocity, running mean"
-    assert "windows of different lengths: not comparable" in different.axes[0].get_title(loc="left")
-
-
 def test_a_rate_that_falls_little_has_an_axis_with_numbers(tmp_path):
     figure = plot_run([reading(w, lr=[0.1 * 0.97**w]) for w in range(2, 20)])
+    assert figure.axes[-1].get_yscale() == "linear"
     figure.savefig(tmp_path / "a.png")
     axes = figure.axes[-1]
     low, high = axes.get_ylim()
     assert sum(low <= tick <= high for tick in axes.get_yticks()) >= 3
-
-
-def test_a_title_is_broken_where_a_setting_ends():
-    settings = ", ".join(["AutoDrop"] + [f"setting {i} is {i}" for i in range(12)])
-    rows = plot_run(readings(1), title=settings).get_suptitle().split("\n")
-    assert len(rows) > 1
-    assert all(row.endswith(",") for row in rows[:-1])
-    assert " ".join(rows) == settings
-    assert "\n" in plot_run(readings(1), title="word " * 40).get_suptitle()
 
 
 def test_groups_with_equal_rates_share_a_line():
@@ -184,19 +143,24 @@ def test_no_value_breaks_a_picture(value, tmp_path):
     names = ("angle", "smoothed", "rise", "standard_error")
     run = [*readings(2), reading(60, lr=[value], **dict.fromkeys(names, value))]
     metrics = [*METRICS, {"step": 60, "loss": value}]
-    plot_run(run, metrics, threshold=0.1, path=tmp_path / "a.png")
+    plot_run(run, metrics, path=tmp_path / "a.png")
     plot_runs({"a": (run, metrics), "b": (run, metrics)}, path=tmp_path / "b.png")
-    plot_anytime([r | anytime(1) for r in run], metrics, path=tmp_path / "c.png")
+    plot_run([r | anytime(1) for r in run], metrics, path=tmp_path / "c.png")
 
 
 def test_running_means():
-    steps, means = running_mean(range(400), [float(i % 2) for i in range(400)])
+    alternating = [float(i % 2) for i in range(400)]
+    steps, means = running_mean(range(400), alternating)
     assert list(steps) == list(range(400))
     assert means[0] == pytest.approx(3 / 6)  # the first value and five after it
     assert means[200] == pytest.approx(6 / 11)  # five on both sides: a 40th of the run
     assert running_mean([1, 2], [math.nan, 3.0])[1][1] == 3.0
     assert running_mean(range(9), [0.0, 3.0, 0.0] * 3)[1][1:-1] == [1.0] * 7  # of three at least
     assert len(running_mean(range(100_000), [1.0] * 100_000)[0]) == 1000
+    steps, means = running_mean(range(400), alternating, growing=True)
+    assert steps[:20] == list(range(20))
+    assert means[steps.index(40)] == pytest.approx(2 / 5)  # two on both sides: a tenth of 40
+    assert means[-1] == pytest.approx(10 / 20)  # the last one and 19 before it
 
 
 def anytime(window, **values):
@@ -209,9 +173,8 @@ def anytime(window, **values):
 def test_what_is_drawn_of_growing_windows(tmp_path):
     run = [anytime(w) for w in range(1, 20)]
     run[0] |= {"cosine": None, "mean_cosine": None}
-    figure = plot_anytime(run, METRICS, critical=0.3, path=tmp_path / "a.png", title="a run")
-    names = ["Training loss, mean over the last tenth of the steps so far"]
-    names += ["Cosine of the angle", "Exponent p", "Learning rate"]
+    figure = plot_run(run, METRICS, {"critical": 0.3}, path=tmp_path / "a.png", title="a run")
+    names = ["Training loss, running mean", "Cosine of the angle", "Exponent p", "Learning rate"]
     assert titles(figure) == names
     assert all(axes.get_xscale() == "log" for axes in figure.axes)
     _, cosine, power, rate = figure.axes
@@ -224,14 +187,58 @@ def test_what_is_drawn_of_growing_windows(tmp_path):
     assert set(drawn["critical 0.3"].get_ydata()) == {0.3}
     assert list(power.lines[0].get_ydata()) == [d["power"] for d in run]
     # Windows 8 and 16 are the first of twice the length.
-    doublings = [line.get_xdata()[0] for line in power.lines[1:]]
-    assert doublings == [run[7]["step"], run[15]["step"]]
-    assert legend(rate) == ["window doubles, from 16 to 64 steps"]
-    assert len(plot_anytime(run).axes) == 3
-    assert "critical" not in " ".join(legend(plot_anytime(run).axes[0]))
+    assert drop_lines(power) == [run[7]["step"], run[15]["step"]]
+    assert legend(rate) == ["window doubles, from 16 to 64 steps (grey lines)"]
     assert titles(plot_run(run)) == names[1:]
-    with pytest.raises(ValueError, match="decisions: expected at least one, got none"):
-        plot_anytime([])
+    assert legend(plot_run(run).axes[0]) == ["window", "mean"]
+
+
+def test_the_end_of_an_automatic_warm_up_is_marked():
+    run = [anytime(w, warmup="rising" if w < 5 else "confined" if w == 5 else None) for w in (3, 5)]
+    figure = plot_run([*run, anytime(6), anytime(7)])
+    label = "automatic warm-up ends: confined (blue line)"
+    assert label in legend(figure.axes[-1])
+    lines = [c for c in figure.axes[0].collections if c.get_gid() == "marks"]
+    assert [c.get_segments()[0][0][0] for c in lines] == [run[1]["step"]]
+
+
+@pytest.mark.parametrize(("error", "drawn"), [(0.0, False), (0.01, False), (0.9, True)])
+def test_two_standard_errors_are_a_band_if_it_is_wide_enough_to_see(error, drawn):
+    run = [reading(w, standard_error=error) for w in range(20)]  # angles of 80 to 86 degrees
+    (angle, *_) = plot_run(run).axes
+    bands = [c for c in angle.collections if c.get_label() == "two standard errors"]
+    assert len(bands) == drawn
+    if drawn:
+        low, high = (
+            bands[0].get_paths()[0].vertices[:, 1].min(),
+            bands[0].get_datalim(angle.transData).y1,
+        )
+        assert (low, high) == pytest.approx((80 - 2 * error, 86 + 2 * error))
+
+
+def epoch(number, **values):
+    plain = {"window": number, "step": 10 * number, "angle": 80.0 + number % 7, "lr": [0.1]}
+    return plain | {"change": 1.0 + number % 3, "threshold": 0.5, "waited": None} | values
+
+
+def test_what_is_drawn_of_epochs(tmp_path):
+    run = [epoch(n) for n in range(2, 5)] + [epoch(5, waited=0, change=0.4)]
+    run += [epoch(6, waited=1), epoch(7, waited=2, dropped=True), epoch(8, threshold=5.0)]
+    figure = plot_run(run, METRICS, path=tmp_path / "a.png")
+    assert titles(figure) == ["Angular velocity", "Its change", "Learning rate"]
+    angle, change, rate = figure.axes
+    assert list(angle.lines[0].get_xdata()) == list(range(2, 9))
+    drawn = {line.get_label(): line for line in change.lines}
+    assert list(drawn["condition met"].get_xdata()) == [5]
+    assert list(drawn["condition met"].get_ydata()) == [0.4]
+    assert list(drawn["not met"].get_xdata()) == [2, 3, 4, 6, 7, 8]
+    assert list(drawn["threshold"].get_ydata()) == [0.5] * 6 + [5.0]
+    for axes in figure.axes:
+        assert drop_lines(axes) == [7]
+        spans = [patch.get_xy()[0] for patch in axes.patches if patch.get_gid() == "delay"]
+        assert spans == [5, 6]
+    assert legend(rate) == ["delay before a drop", "rate dropped once (red lines)"]
+    assert rate.get_xlabel() == "epoch"
 
 
 def test_rates_of_several_groups_and_of_zero(tmp_path):
@@ -285,3 +292,38 @@ def test_a_schedulers_picture_says_what_it_was_made_with(kind, settings, title):
         if kind is not EpochAutoDrop or i % 4 == 3:
             scheduler.step()
     assert scheduler.plot().get_suptitle().startswith(title)
+
+
+def comparable(lr, losses=()):
+    run = [reading(w, lr=[lr, 1.0]) for w in range(2, 5)]
+    return run, [{"step": step, "loss": loss} for step, loss in enumerate(losses)]
+
+
+def test_what_a_comparison_draws():
+    figure = plot_runs({"a": comparable(0.1), "b": comparable(0.2, [1.0, 2.0, None])})
+    assert [axes.get_title(loc="left").split(",")[0] for axes in figure.axes] == [
+        "Training loss",
+        "Angular velocity",
+        "Learning rate",
+    ]
+    loss, angle, rate = figure.axes
+    (values, means) = loss.lines
+    assert list(values.get_ydata())[:2] == [1.0, 2.0]
+    assert list(means.get_ydata()) == [1.5, 1.5, 2.0]
+    a, b = angle.lines
+    assert means.get_color() == b.get_color() != a.get_color()
+    assert list(a.get_ydata()) == [82.5, 83.0, 83.5]
+    assert [set(line.get_ydata()) for line in rate.lines] == [{0.1}, {0.2}]
+    assert len(plot_runs({"a": comparable(0.1)}).axes) == 2
+    many = plot_runs({str(i): comparable(0.1) for i in range(10)}).axes[0].lines
+    assert len({(line.get_color(), line._unscaled_dash_pattern) for line in many}) == 10
+    with pytest.raises(ValueError, match=r"runs\['a'\]: expected at least one reading"):
+        plot_runs({"a": ([], [])})
+    with pytest.raises(ValueError, match="runs: expected at least one, got none"):
+        plot_runs({})
+
+
+def test_what_readings_are_about():
+    assert kind_of([reading(2)]) == "windows"
+    assert kind_of([epoch(2)]) == "epochs"
+    assert kind_of([anytime(2)]) == "growing"

@@ -76,14 +76,6 @@ def test_drops_where_algorithm_2_says(base, sequence):
     assert [d.lr[0] for d in scheduler.history] == pytest.approx(alphas[1:])
 
 
-def test_given_rates_keep_the_last():
-    # Numbers are relative: alpha is 2, 1, 1/2. (sqrt(1.2 pi) - 1) / 2 = 0.471, rounded up, is 1.
-    optimizer, scheduler = make(2.0, rates=[4, 2, 1])
-    assert rates(optimizer, scheduler, 40) == [2.0] * 2 + [1.0] + [0.5] * 37
-    assert scheduler.num_drops == 2
-    assert "steps_to_drop" not in scheduler.get_metrics()
-
-
 def test_every_group_falls_by_the_same_ratio_and_the_first_gives_the_models_rate():
     params = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
     groups = [{"params": [params[0]]}, {"params": [params[1]], "lr": 10.0}]
@@ -209,8 +201,11 @@ def test_plot_draws_the_drops(tmp_path):
     rates(optimizer, scheduler, 12)
     figure = scheduler.plot(tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 10_000
-    # One curve per rate, the current one included.
-    assert len(figure.axes[0].lines) == scheduler.num_drops + 1
+    (curve,) = figure.axes[0].lines
+    starts = [x for x, y in zip(curve.get_xdata(), curve.get_ydata(), strict=True) if y == 0]
+    assert starts[1:] == [drop.step for drop in scheduler.history]
+    (marks,) = [c for c in figure.axes[0].collections if c.get_gid() == "marks"]
+    assert len(marks.get_segments()) == scheduler.num_drops
 
 
 def test_close_takes_the_hook_off():
@@ -251,8 +246,8 @@ def test_resumes_exactly_from_a_plain_checkpoint(at):
 
 def test_a_checkpoints_settings_replace_those_given():
     _, scheduler = make(0.5, rates="proof")
-    _, other = make(1.0, tau0=0.5, rates=[2.0, 1.0])
-    with pytest.warns(RuntimeWarning, match=r"tau0=1.9 \(was 0.5\), rates='proof' \(was \[2.0, 1"):
+    _, other = make(1.0, tau0=0.5)
+    with pytest.warns(RuntimeWarning, match=r"tau0=1.9 \(was 0.5\), rates='proof' \(was 'theorem'"):
         other.load_state_dict(scheduler.state_dict())
     # The rates themselves are the optimizer's, whose state was not loaded.
     assert other.state_dict() | {"lrs": [0.5]} == scheduler.state_dict()
@@ -296,15 +291,8 @@ def test_a_foreign_state_is_refused(state, message):
         ({"epsilon": 0.34}, ValueError, r"epsilon: expected a number below 1 / \(3 lr\)"),
         ({"epsilon": -0.1}, ValueError, "epsilon: expected a finite number above 0"),
         ({"tau0": 2.0}, ValueError, "tau0: expected a number between 0 and 2, got 2.0"),
-        (
-            {"rates": "lemma"},
-            ValueError,
-            "rates: expected 'theorem', 'proof' or numbers, got 'lemma",
-        ),
-        ({"rates": 3}, TypeError, "rates: .* got 3"),
-        ({"rates": []}, ValueError, "rates: expected at least one number"),
-        ({"rates": [1.0, 1.0]}, ValueError, r"rates\[1\]: expected a number below .* 1.0, got 1.0"),
-        ({"rates": [1.0, -1.0]}, ValueError, r"rates\[1\]: expected a finite number above 0"),
+        ({"rates": "lemma"}, ValueError, "rates: expected 'theorem' or 'proof', got 'lemma'"),
+        ({"rates": [2.0, 1.0]}, ValueError, "rates: expected 'theorem' or 'proof', got"),
         ({"warmup_steps": -1}, ValueError, "warmup_steps: expected at least 0"),
         ({"on_drop": 1}, TypeError, "on_drop: expected a function or None, got 1"),
         ({"lr": 0.0}, ValueError, "lr: expected a finite number above 0, got 0.0"),

@@ -178,7 +178,6 @@ def test_callbacks_history_metrics_and_log_agree(tmp_path: Any) -> None:
         log(decision)
 
     scheduler = run(iterates, on_reading=note, on_drop=drops.append)
-    log.close()
     assert len(seen) == len(scheduler.history)
     assert all(a is b for a, b in zip(seen, scheduler.history, strict=True))
     assert drops == [d for d in scheduler.history if d.dropped]
@@ -192,7 +191,7 @@ def test_callbacks_history_metrics_and_log_agree(tmp_path: Any) -> None:
     assert metrics["mean_cosine"] == last.mean_cosine
     assert metrics["power"] == last.power
     assert all(type(value) is float for value in metrics.values())
-    records, _ = read_log(tmp_path / "log.jsonl")
+    records = read_log(tmp_path / "log.jsonl").readings
     names = ("step", "window_steps", "cosine", "mean_cosine", "power", "dropped")
     assert [[r[n] for n in names] for r in records] == [
         [getattr(d, n) for n in names] for d in scheduler.history

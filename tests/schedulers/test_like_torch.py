@@ -34,9 +34,7 @@ SCHEDULERS: dict[str, Make] = {
     "AutoDrop, average": lambda o, **s: AutoDrop(o, **EAGER, average=True, **s),
     "AutoDrop, snapshots": lambda o, **s: AutoDrop(o, **EAGER | {"window": 2}, snapshots=1, **s),
     "EpochAutoDrop": lambda o, **s: EpochAutoDrop(o, threshold=1.0, delay=2, average=False, **s),
-    "AnalyticAutoDrop": lambda o, **s: AnalyticAutoDrop(
-        o, 0.1, 0.1, 1.5, rates=[0.3, 0.2, 0.1], **s
-    ),
+    "AnalyticAutoDrop": lambda o, **s: AnalyticAutoDrop(o, 4.0, 0.1, 1.5, **s),
     "AnytimeAutoDrop": lambda o, **s: AnytimeAutoDrop(o, min_window=2, windows=2, **s),
 }
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autodrop_ext.schedulers.saturation import SaturationDetector, gaussian_filter
+from autodrop_ext.schedulers.saturation import SaturationDetector, Seen, Verdict, gaussian_filter
 
 
 @given(
@@ -46,9 +46,18 @@ def test_equal_values_are_their_own_mean(kernel: str) -> None:
     assert gaussian_filter([91.25] * 10, 10, kernel) == 91.25
 
 
+def judged(detector: SaturationDetector, angles: list[float]) -> list[Verdict]:
+    """Return the verdict on each angle."""
+    verdicts, seen = [], Seen()
+    for angle in angles:
+        verdict, seen = detector.judge(seen, angle)
+        verdicts.append(verdict)
+    return verdicts
+
+
 def test_saturation_needs_two_smoothed_values() -> None:
     detector = SaturationDetector(0.1, buffer_size=3, min_samples=3, kernel="value")
-    verdicts = [detector.update(90.0) for _ in range(8)]
+    verdicts = judged(detector, [90.0] * 8)
     assert [v.saturated for v in verdicts] == [False, False, False, True] * 2
     assert [v.smoothed for v in verdicts] == [None, None, 90.0, 90.0] * 2
     assert [v.rise for v in verdicts] == [None, None, None, 0.0] * 2
@@ -57,15 +66,12 @@ def test_saturation_needs_two_smoothed_values() -> None:
 def test_rise_is_signed() -> None:
     """A falling angle counts as saturated, as printed."""
     detector = SaturationDetector(0.1, buffer_size=1, min_samples=1, kernel="value")
-    assert not detector.update(100.0).saturated
-    assert detector.update(80.0).saturated
+    assert [v.saturated for v in judged(detector, [100.0, 80.0])] == [False, True]
 
 
 def test_threshold_itself_is_not_below_it() -> None:
     detector = SaturationDetector(0.5, buffer_size=1, min_samples=1, kernel="value")
-    detector.update(90.0)
-    assert not detector.update(90.5).saturated
-    assert detector.update(90.75).saturated
+    assert [v.saturated for v in judged(detector, [90.0, 90.5, 90.75])] == [False, False, True]
 
 
 @given(
@@ -79,12 +85,12 @@ def test_decisions_match_the_independent_implementation(
 ) -> None:
     detector = SaturationDetector(0.1, m, least, kernel)
     smoothed, lrs = [], []
-    lr = 1.0
+    lr, seen = 1.0, Seen()
     for angle in angle_list:
         if angle is None:
             smoothed.append(None)
         else:
-            verdict = detector.update(angle)
+            verdict, seen = detector.judge(seen, angle)
             smoothed.append(verdict.smoothed)
             if verdict.saturated:
                 lr *= 0.5

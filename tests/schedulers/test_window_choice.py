@@ -104,7 +104,7 @@ def test_the_warm_up_does_not_count() -> None:
         ),
         ({"num_steps": 10}, ValueError, "num_steps: expected window='auto' with it, got window=64"),
         ({"window": "long"}, TypeError, "window: expected an int, got 'long'"),
-        ({"buckets": "auto"}, TypeError, "buckets: expected None or an int, got 'auto'"),
+        ({"buckets": "auto"}, TypeError, "buckets: expected an int, got 'auto'"),
     ],
 )
 def test_wrong_arguments_say_what_was_expected(

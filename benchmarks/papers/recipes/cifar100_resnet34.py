@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-from training.recipe import Recipe
+from dataclasses import replace
 
 from ..models import resnet
-from ..recipe import PaperRecipe
-from .searched import IMAGE_SEARCH
+from . import cifar10_resnet18
 
-RECIPE = PaperRecipe(
+RECIPE = replace(
+    cifar10_resnet18.RECIPE,
     name="cifar100-resnet34",
     title="ResNet-34, CIFAR-100",
-    kind="cifar",
     data="cifar100",
     classes=100,
     build=lambda classes: resnet((3, 4, 6, 3), classes),
-    recipe=Recipe(
-        "sgd",
-        lr=0.05,
-        rates=(0.025, 0.05, 0.1, 0.2),
-        epochs=200,
-        window=64,
-        weight_decay=5e-4,
-        batch=128,
-        settings={"step": {"milestones": (0.3, 0.6, 0.8), "factor": 0.2}},
-        search=IMAGE_SEARCH,
-    ),
-    seeds=(0, 1, 2, 3),
     paper="2021: Table 1, Figures 7, 10; UAI 2024: Tables 1, 2, 11, 12, 15, Figure 8",
     sources="As ResNet-18 on CIFAR-10, from Lookahead (Zhang et al. 2019), heavy-ball momentum. "
     "Neither paper prints the initial rate of this model or its weight decay: 0.05 and 5e-4 "

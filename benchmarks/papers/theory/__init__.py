@@ -1,13 +1,13 @@
 """The papers' theory as code: models, limits, bounds; docs/theory.md has the map."""
 
 from autodrop_ext.velocity_model import (
-    Phase,
     RateSequence,
     VelocityModel,
     learning_rate,
 )
 
 from .algorithm_2 import (
+    Phase,
     algorithm_2,
     drop_count_bounds,
     gap_bounds,

@@ -7,9 +7,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
+from autodrop_ext import checks
 from autodrop_ext.checks import count, number
-from autodrop_ext.velocity_model import Phase, VelocityModel, check_tau0
+from autodrop_ext.velocity_model import VelocityModel
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One learning rate of Algorithm 2.
+
+    Attributes:
+        index: ``i``.
+        lr: ``alpha_i``.
+        start: ``t_i``, the iteration that the model counts from.
+        gap: ``k_i = t_{i+1} - t_i``, iterations.
+    """
+
+    index: int
+    lr: float
+    start: int
+    gap: int
 
 
 def algorithm_2(model: VelocityModel, tau0: float, rates: Iterable[float]) -> Iterator[Phase]:
@@ -50,7 +69,7 @@ def kappa_2(gamma: float, tau0: float) -> float:
     1.912, in what is left of Theorem 5.2's range ``tau0 < 2``, real gaps exceed it too where
     ``epsilon lr`` is close to 1/3. The second term of the proof's own maximum bounds all of them.
     """
-    largest = max(2 * math.pi / (3 * check_tau0(tau0)), 4 * math.pi / 3)
+    largest = max(2 * math.pi / (3 * checks.tau0("tau0", tau0)), 4 * math.pi / 3)
     return math.sqrt(largest) / number("gamma", gamma)
 
 

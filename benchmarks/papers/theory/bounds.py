@@ -19,7 +19,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from autodrop_ext.checks import at_least_zero, count, fraction, number
+from autodrop_ext.checks import at_least_zero, count, number
+
+from .momentum import fraction
 
 Sums = Literal["printed", "exact"]
 

@@ -23,7 +23,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from demo.training import single_thread
 
-from autodrop_ext.plotting.analytic import plot_algorithm_2
 from papers.theory import (
     AutomaticDrop,
     NoisyQuadratic,
@@ -33,6 +32,7 @@ from papers.theory import (
     learning_rate,
 )
 from papers.theory.figures import (
+    plot_algorithm_2,
     plot_automatic_drop,
     plot_constant_rates,
     plot_velocity_model,

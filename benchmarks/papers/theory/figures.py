@@ -9,17 +9,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from autodrop_ext.plotting.analytic import draw_band
 from autodrop_ext.plotting.panels import (
     LIMIT,
+    OWN,
     finish,
     line_style,
-    log_scale,
+    log_if_wide,
     make_panels,
+    mark_drops,
     name_panel,
 )
 from autodrop_ext.velocity_model import VelocityModel
 
+from .algorithm_2 import Phase
 from .quadratic import NoisyQuadratic, Trajectory
 
 if TYPE_CHECKING:
@@ -108,7 +110,7 @@ def plot_automatic_drop(
         rate.step(range(len(lrs)), lrs, where="post", color="0.7", linewidth=0.7, label=label)
     lrs = dropped.lr.log().mean(dim=0).exp()
     rate.step(range(len(lrs)), lrs, where="post", color=_OWN, label="geometric mean")
-    log_scale(rate, float(dropped.lr.min()), float(dropped.lr.max()))
+    log_if_wide(rate, [float(dropped.lr.min()), float(dropped.lr.max())])
     loss.set_xscale("log")
     loss.set_xlim(1, len(mean) - 1)
     loss.set_yscale("log")
@@ -146,6 +148,42 @@ def plot_velocity_model(
 # ---- parts ----------------------------------------------------------------------------------
 
 
+def plot_algorithm_2(
+    model: VelocityModel, phases: Sequence[Phase], *, path: str | Path | None = None
+) -> Figure:
+    """Draw the modelled velocity and the learning rate of Algorithm 2 (UAI 2024, Figure 5).
+
+    Args:
+        model: The model of the angular velocity.
+        phases: The learning rates so far, each with its first iteration and its number of them.
+        path: The picture; its ending gives the format.
+
+    Raises:
+        ImportError: matplotlib is not installed; it comes with ``autodrop_ext[plot]``.
+        ValueError: There are no phases.
+    """
+    if not phases:
+        raise ValueError("phases: expected at least one, got none")
+    figure, panels = make_panels([1.0, 1.0])
+    angle, rate = panels
+    name_panel(angle, "Modelled angular velocity", "degrees")
+    name_panel(rate, "Learning rate", "learning rate")
+    _band(angle)
+    for phase in phases:
+        times = torch.linspace(0, phase.gap, _POINTS, dtype=torch.float64)
+        values = model.velocity(times, phase.lr).rad2deg()
+        angle.plot(phase.start + times, values, color=OWN)
+    angle.set_yticks(range(0, 181, 30))
+    starts = [phase.start for phase in phases]
+    lrs = [phase.lr for phase in phases]
+    end = phases[-1].start + phases[-1].gap
+    rate.step([*starts, end], [*lrs, lrs[-1]], where="post", color=OWN)
+    log_if_wide(rate, lrs)
+    mark_drops(panels, starts[1:])
+    title = f"Algorithm 2, gamma = {model.gamma:g}, epsilon = {model.epsilon:g}"
+    return finish(figure, panels, path, title, xlabel="iteration")
+
+
 def _panels(count: int) -> tuple[Figure, list[Axes]]:
     """Make panels of equal heights, taller than those of a run's pictures."""
     figure, panels = make_panels([1.0] * count)
@@ -155,7 +193,9 @@ def _panels(count: int) -> tuple[Figure, list[Axes]]:
 
 def _band(axes: Axes, every: int = 30) -> None:
     """Draw the band in which angles settle, on an axis of an angle."""
-    draw_band(axes)
+    axes.axhspan(
+        90, 120, color="0.5", alpha=0.15, linewidth=0, zorder=0, label="90° to 120°", gid="band"
+    )
     axes.set_yticks(range(0, 181, every))
 
 

@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from autodrop_ext.checks import at_least_zero, fraction, number
+from autodrop_ext.checks import at_least_zero, number
+
+
+def fraction(name: str, value: Any) -> float:
+    """Check a momentum, in [0, 1)."""
+    return number(name, value, "a number from 0 to below 1", lambda x: 0 <= x < 1)
 
 
 class UnifiedMomentum(Optimizer):

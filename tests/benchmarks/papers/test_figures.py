@@ -15,12 +15,11 @@ from papers.theory import (
 )
 from papers.theory.draw import main
 from papers.theory.figures import (
+    plot_algorithm_2,
     plot_automatic_drop,
     plot_constant_rates,
     plot_velocity_model,
 )
-
-from autodrop_ext.plotting.analytic import plot_algorithm_2
 
 MODEL = VelocityModel(gamma=0.1, epsilon=0.3)
 

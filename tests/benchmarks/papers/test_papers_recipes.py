@@ -268,7 +268,7 @@ def test_imagenet_on_two_ranks(tmp_path):
     (path,) = (tmp_path / "out").rglob(RESULT)
     result = json.loads(path.read_text())
     assert [r["step"] for r in result["curve"]] == [1, 2]
-    _, metrics = read_log(path.parent / LOG)
+    metrics = read_log(path.parent / LOG).metrics
     assert [m["step"] for m in metrics] == [1, 1, 2, 2]  # each step once, and each epoch
     # Four test images, whichever rank has read them.
     assert all(r["error"] % 25 == 0 for r in result["curve"])

@@ -165,16 +165,6 @@ def test_kappas_by_hand_and_their_misprints():
     assert kappa_2(1000.0, 0.4) < short.gap_length(1.0, 0.4)
 
 
-@pytest.mark.parametrize(
-    "t", [-1.0, math.nan, torch.tensor([0.0, -1e-9]), torch.tensor([math.nan])], ids=str
-)
-def test_the_model_says_nothing_before_the_rate_was_changed(t):
-    model = VelocityModel(gamma=0.5, epsilon=0.1)
-    for method in (model.velocity, model.derivative):
-        with pytest.raises(ValueError, match="t: expected iterations of at least 0, got"):
-            method(t, 1.0)
-
-
 def test_the_threshold_is_met_far_from_saturation():
     """What draw.py says: at gamma lr / 2 the velocity is at 44 to 51 % of its limit."""
     for epsilon in (1e-6, 0.1, 0.333):
