@@ -154,18 +154,11 @@ class AnytimeAutoDrop(MeteredScheduler):
         self._doubled = True  # whether the window has doubled since the newest cosine
         self._mean_cosine: float | None = None
         self._factor = 1.0  # product of all factors so far
-        lrs = as_floats(group["lr"] for group in optimizer.param_groups)
         window = min_window
         if last_epoch > 0:
             window = self._windows_until(last_epoch, check_arguments(ANYTIME, arguments))[-1]
         super().__init__(optimizer, arguments, window=window)
         self._next_window = window  # length of the window after the last decision's
-        if last_epoch > 0:
-            # It joins a run, with the rates that it had.
-            self._optimizer_steps = last_epoch
-            warming = last_epoch < warmup_steps
-            self._set_lrs(self._warmed(self.base_lrs) if warming else lrs)
-            self._last_lr = self._lrs()
 
     @staticmethod
     def _windows_until(steps: int, settings: Mapping[str, Any]) -> list[int]:

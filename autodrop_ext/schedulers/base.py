@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from ..messages import Warnings
 from ..reading import HISTORY, from_columns, remember, to_columns
 from ..saved import Form, Later, exactly, inside, list_of, load
 from ..settings import Settings, check_together, form_of
-from ..sharding import unwrap_optimizer
+from ..sharding import stepped_optimizers, unwrap_optimizer
 from .step_hook import StepHook
 
 # If torch has no _update_lr, SequentialLR calls step(0) at a milestone.
@@ -71,9 +72,8 @@ class StepScheduler(LRScheduler):
         self.num_drops = 0
         self.history: list[Any] = []
         self._warnings = Warnings(type(self).__name__)
-        self._hook = StepHook(once_an_epoch=self._once_an_epoch)
-        self._hook.before_step = self._make_before_step()
-        self._optimizer_steps = 0  # consumed marks
+        self._hook = StepHook(self, once_an_epoch=self._once_an_epoch)
+        self._optimizer_steps = max(last_epoch, 0)  # consumed marks
         self._last_whole: dict[str, Any] | None = None  # counts before the step at hand
         self._unwritten: Outcome | None = None  # its rates and its record are being written
         self._lowered: list[tuple[float, float]] = []  # rates before and after the last drop
@@ -83,11 +83,11 @@ class StepScheduler(LRScheduler):
             # fail to wrap it; our own hook does not need that wrapper.
             optimizer.step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
         super().__init__(optimizer, last_epoch)
+        self._first_epoch = self.last_epoch
         self._hook.attach(self.optimizer)
 
-    def _make_before_step(self) -> Callable[[], None] | None:
-        """Return what the hook calls before each real optimizer step, if anything."""
-        return None
+    def _before_step(self, optimizer: Optimizer) -> None:
+        """The hook calls this before each step of the optimizer."""
 
     # ---- a step -----------------------------------------------------------------------------
 
@@ -95,8 +95,8 @@ class StepScheduler(LRScheduler):
         """Call after every ``optimizer.step()``; of an ``EpochAutoDrop``, at the end of each epoch.
 
         Args:
-            epoch: torch's deprecated argument. It sets ``last_epoch``, has no other effect, and
-                warns.
+            epoch: torch's deprecated argument. It sets ``last_epoch`` if it is a whole number, has
+                no other effect, and warns.
         """
         if epoch == 0 and _MILESTONES_CALL_STEP:
             self._update_lr(0)
@@ -116,7 +116,7 @@ class StepScheduler(LRScheduler):
         if self._unwritten is not None:  # also the end of a step can be interrupted
             self._carry_out()
         self._last_whole = self._counts()
-        self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
+        self.last_epoch = self.last_epoch + 1 if epoch is None else _whole(epoch, self.last_epoch)
         self._step_count += 1
         self._watch(epoch)
         outcome = NOTHING
@@ -124,6 +124,7 @@ class StepScheduler(LRScheduler):
             self._optimizer_steps += 1
             outcome = self._decide_step(warming_up=self._optimizer_steps <= self.warmup_steps)
             if self._optimizer_steps < self.warmup_steps:
+                self._join_warmup()
                 self._set_lrs(self._warmed(self.base_lrs))
         self._commit(outcome)
         return outcome
@@ -185,6 +186,18 @@ class StepScheduler(LRScheduler):
         if self._lowered or self._lrs_of_checkpoint is not None:
             self._watch_rates()
 
+    def _never_called(self, steps: int) -> None:
+        """The hook calls this if nothing calls :meth:`step`."""
+        if self.last_epoch < self._first_epoch:
+            return  # SequentialLR has set it back, and will call at a milestone
+        self._warnings.once(
+            "late",
+            f"step() was never called in {steps} optimizer steps, so the learning rate stays as it "
+            f"is; call it {'once an epoch' if self._once_an_epoch else 'after every optimizer step'} (a "
+            "framework that calls get_lr() instead of step() needs a hook: see 'Closed loops' in "
+            "docs/integrations.md)",
+        )
+
     def _note_lowered(self, before: Sequence[float], after: Sequence[float]) -> None:
         """Keep lowered rates for :meth:`_watch_rates`."""
         if any(lr < old for old, lr in zip(before, after, strict=False)):
@@ -229,7 +242,7 @@ class StepScheduler(LRScheduler):
     def _initial_step(self) -> None:
         self._step_count = 1
         self.last_epoch += 1
-        if self.warmup_steps and self._optimizer_steps == 0:
+        if self._optimizer_steps < self.warmup_steps:
             self._set_lrs(self._warmed(self.base_lrs))
         self._last_lr = self._lrs()
 
@@ -238,6 +251,15 @@ class StepScheduler(LRScheduler):
         t = min(self._optimizer_steps + 1, self.warmup_steps)
         share = t / self.warmup_steps if self.warmup_steps else 1.0
         return [float(lr) * share for lr in lrs]
+
+    def _join_warmup(self) -> None:
+        """Let param groups that were added since warm up to the rates that they came with."""
+        if len(self.optimizer.param_groups) > len(self.base_lrs):
+            vars(self).update(self._of_added_groups())
+
+    def _of_added_groups(self) -> dict[str, Any]:
+        """Return attributes that have a value for each param group, also for those added since."""
+        return {"base_lrs": [*self.base_lrs, *as_floats(self._rates()[len(self.base_lrs) :])]}
 
     def get_lr(self) -> list[float | Tensor]:
         """Copies of the present rates. Use ``get_last_lr()``: as in torch, this method warns.
@@ -396,7 +418,7 @@ class StepScheduler(LRScheduler):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._hook.before_step = self._make_before_step()
+        self._hook.serve(self)
         self._hook.attach(self.optimizer)
 
 
@@ -413,20 +435,51 @@ _COUNTS: Form = {
 
 
 def check_optimizer(optimizer: Any) -> Optimizer:
-    """Return the optimizer itself, taken out of accelerate's and DeepSpeed's wrappers.
+    """Return the optimizer itself, or the one inside of a wrapper.
 
     Raises:
-        TypeError, ValueError: it has no learning rates to change.
+        TypeError, ValueError: its steps cannot be seen, or it has no learning rates to change.
     """
-    optimizer = unwrap_optimizer(optimizer)
-    if not isinstance(optimizer, Optimizer):
+    wrapper, optimizer = optimizer, unwrap_optimizer(optimizer)
+    stepped = stepped_optimizers(optimizer)
+    groups = {id(group) for one in stepped for group in one.param_groups}
+    if (
+        not isinstance(optimizer, Optimizer)
+        or not stepped
+        or any(id(group) not in groups for group in optimizer.param_groups)
+    ):
+        kind = type(wrapper)
+        module = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
+        hint = (
+            ", whose step() does not run torch's hooks; pass the torch optimizer that takes the steps"
+            if hasattr(wrapper, "step")
+            else ""
+        )
         raise TypeError(
-            f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}"
+            f"optimizer: expected a torch.optim.Optimizer, got {module}{kind.__qualname__}{hint}"
         )
     for i, group in enumerate(optimizer.param_groups):
         if "lr" not in group:
             raise ValueError(f"optimizer: param_groups[{i}] has no 'lr' to change")
+        _check_lr(f"optimizer: param_groups[{i}]['lr']", group["lr"])
     return optimizer
+
+
+def _check_lr(name: str, lr: Any) -> None:
+    if isinstance(lr, Tensor):
+        if not lr.is_floating_point() or lr.numel() != 1:
+            raise TypeError(f"{name}: expected a floating-point tensor of one element, got {lr!r}")
+        lr = float(lr)
+    checks.at_least_zero(name, lr)
+
+
+def _whole(epoch: Any, last: int) -> int:
+    """Return the epoch if it is whole and not negative, and otherwise the one after the last."""
+    try:
+        number = operator.index(epoch)
+    except TypeError:  # a fraction, or a metric
+        return last + 1
+    return number if number >= 0 else last + 1
 
 
 def check_drops(loaded: Mapping[str, Any], name: str, drops: int) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -164,16 +163,10 @@ class EpochAutoDrop(MeteredScheduler):
 
     # ---- deciding ---------------------------------------------------------------------------
 
-    def _make_before_step(self) -> Callable[[], None]:
-        this = weakref.ref(self)
-
-        def measure_from_here() -> None:
-            # The reference point x_0 of the first epoch, or of the first one after NaN.
-            scheduler = this()
-            if scheduler is not None and not scheduler.meter.started:
-                scheduler.meter.rebase()
-
-        return measure_from_here
+    def _before_step(self, optimizer: Optimizer) -> None:
+        # The reference point x_0 of the first epoch, or of the first one after NaN.
+        if not self.meter.started and self._hook.moves(optimizer):
+            self.meter.rebase()
 
     def _observe(self) -> Reading:
         reading = super()._observe()

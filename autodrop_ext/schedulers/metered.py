@@ -172,6 +172,10 @@ class MeteredScheduler(StepScheduler):
                 lrs[g] = lower
         return lrs
 
+    def _of_added_groups(self) -> dict[str, Any]:
+        floors = [self._floor(g) for g in range(len(self.optimizer.param_groups))]
+        return {**super()._of_added_groups(), "min_lr": floors}
+
     def cooldown(self, num_steps: int, shape: Shape = "linear") -> None:
         """Let the rates fall to ``min_lr`` over the next ``num_steps`` steps, whatever is measured.
 
