@@ -86,6 +86,8 @@ class AnalyticAutoDrop(StepScheduler):
     epsilon: float
     tau0: float
     rates: RateSequence | list[float]
+    _since_drop: int  # t - t_i of the last step; Algorithm 2's first step is t = 0
+    _gap: int | None  # steps until the next drop
     _settings = ANALYTIC
     _gathered: ClassVar[Form] = {"since_drop": checks.at_least(-1)}
     _record_type = AnalyticDrop
@@ -110,9 +112,14 @@ class AnalyticAutoDrop(StepScheduler):
         self.on_drop = on_drop
         self._process_group = process_group
         self._compared = False
-        self._since_drop = -1  # t - t_i of the last step; Algorithm 2's first step is t = 0
         super().__init__(check_optimizer(optimizer), settings, last_epoch)
-        self._gap = self._next_gap(0)
+
+    def _at_start(self) -> dict[str, Any]:
+        return {**super()._at_start(), "_since_drop": -1}
+
+    def _initial_step(self) -> None:
+        super()._initial_step()
+        self._gap = self._next_gap(self.num_drops)
 
     @property
     def model(self) -> VelocityModel:

@@ -117,6 +117,11 @@ class AnytimeAutoDrop(MeteredScheduler):
     max_power: float
     cosines: int
     average: bool
+    _newest_cosines: list[float]  # of windows of one length, once one is known
+    _doubled: bool  # whether the window has doubled since the newest cosine
+    _mean_cosine: float | None
+    _factor: float  # product of all factors so far
+    _next_window: int  # length of the window after the last decision's
     _settings = ANYTIME
     _gathered: ClassVar[Form] = {
         "newest_cosines": list_of(cosine),
@@ -150,15 +155,24 @@ class AnytimeAutoDrop(MeteredScheduler):
     ) -> None:
         arguments = dict(locals())
         optimizer = check_optimizer(optimizer)
-        self._newest_cosines: list[float] = []  # of windows of one length, once one is known
-        self._doubled = True  # whether the window has doubled since the newest cosine
-        self._mean_cosine: float | None = None
-        self._factor = 1.0  # product of all factors so far
         window = min_window
         if last_epoch > 0:
             window = self._windows_until(last_epoch, check_arguments(ANYTIME, arguments))[-1]
         super().__init__(optimizer, arguments, window=window)
-        self._next_window = window  # length of the window after the last decision's
+        self._next_window = window
+
+    def _at_start(self) -> dict[str, Any]:
+        return {
+            **super()._at_start(),
+            "_newest_cosines": [],
+            "_doubled": True,
+            "_mean_cosine": None,
+            "_factor": 1.0,
+            "_next_window": self.min_window,
+        }
+
+    def _first_window(self) -> int:
+        return self.min_window
 
     @staticmethod
     def _windows_until(steps: int, settings: Mapping[str, Any]) -> list[int]:

@@ -83,6 +83,8 @@ class AutoDrop(MeteredScheduler):
     kernel: Kernel
     per_group: bool
     average: bool
+    group_drops: list[int]
+    _seen: list[Seen]  # of each param group, if they decide for themselves
     _settings = AUTODROP
     _gathered: ClassVar[Form] = {
         "detector": inside(SEEN),
@@ -127,8 +129,6 @@ class AutoDrop(MeteredScheduler):
             arguments["window"] = self._window_of_run(arguments)
         elif num_steps is not None:
             raise ValueError(f"num_steps: expected window='auto' with it, got window={window!r}")
-        self.group_drops: list[int] = []
-        self._seen = [Seen()]  # of each param group, if they decide for themselves
         super().__init__(optimizer, arguments)
         groups = len(self.optimizer.param_groups)
         if per_group and params is not None and self.meter.num_groups != groups:
@@ -136,6 +136,9 @@ class AutoDrop(MeteredScheduler):
                 f"params: expected {groups} param groups for per_group=True, as the optimizer has, "
                 f"got {self.meter.num_groups}"
             )
+
+    def _at_start(self) -> dict[str, Any]:
+        return {**super()._at_start(), "group_drops": [], "_seen": [Seen()]}
 
     def _window_of_run(self, arguments: Mapping[str, Any]) -> int:
         """Return the window for ``window="auto"``."""

@@ -66,18 +66,19 @@ class StepScheduler(LRScheduler):
     without its underscore."""
     _record_type: ClassVar[type]
     _once_an_epoch: ClassVar[bool] = False  # whether step() is to be called once an epoch
+    num_drops: int
+    history: list[Any]
+    _last_whole: dict[str, Any] | None  # counts before the step at hand
+    _unwritten: Outcome | None  # its rates and its record are being written
+    _lowered: list[tuple[float, float]]  # rates before and after the last drop
+    _lrs_of_checkpoint: list[float] | None  # until the first step after loading
 
     def __init__(self, optimizer: Optimizer, settings: Mapping[str, Any], last_epoch: int) -> None:
         vars(self).update(settings)
-        self.num_drops = 0
-        self.history: list[Any] = []
+        vars(self).update(self._at_start())
         self._warnings = Warnings(type(self).__name__)
         self._hook = StepHook(self, once_an_epoch=self._once_an_epoch)
         self._optimizer_steps = max(last_epoch, 0)  # consumed marks
-        self._last_whole: dict[str, Any] | None = None  # counts before the step at hand
-        self._unwritten: Outcome | None = None  # its rates and its record are being written
-        self._lowered: list[tuple[float, float]] = []  # rates before and after the last drop
-        self._lrs_of_checkpoint: list[float] | None = None  # until the first step after loading
         if not hasattr(optimizer.step, "__func__"):
             # optimizer.step was replaced, by torch.compile for example. torch's base class would
             # fail to wrap it; our own hook does not need that wrapper.
@@ -85,6 +86,27 @@ class StepScheduler(LRScheduler):
         super().__init__(optimizer, last_epoch)
         self._first_epoch = self.last_epoch
         self._hook.attach(self.optimizer)
+
+    def _at_start(self) -> dict[str, Any]:
+        """Return attributes as they are before the first step of a run."""
+        return {
+            "num_drops": 0,
+            "history": [],
+            "_last_whole": None,
+            "_unwritten": None,
+            "_lowered": [],
+            "_lrs_of_checkpoint": None,
+        }
+
+    def reset(self) -> None:
+        """Begin another run: nothing is known of the last one, and rates are the base rates again.
+
+        Settings, parameters and the optimizer's state stay.
+        """
+        vars(self).update(self._at_start(), _optimizer_steps=0, last_epoch=-1)
+        self._hook.consume()
+        self._set_lrs(as_floats(self.base_lrs))
+        self._initial_step()
 
     def _before_step(self, optimizer: Optimizer) -> None:
         """The hook calls this before each step of the optimizer."""
@@ -190,12 +212,12 @@ class StepScheduler(LRScheduler):
         """The hook calls this if nothing calls :meth:`step`."""
         if self.last_epoch < self._first_epoch:
             return  # SequentialLR has set it back, and will call at a milestone
+        when = "once per epoch" if self._once_an_epoch else "after every optimizer.step()"
         self._warnings.once(
             "late",
-            f"step() was never called in {steps} optimizer steps, so the learning rate stays as it "
-            f"is; call it {'once an epoch' if self._once_an_epoch else 'after every optimizer step'} (a "
-            "framework that calls get_lr() instead of step() needs a hook: see 'Closed loops' in "
-            "docs/integrations.md)",
+            f"step() was never called in {steps} optimizer steps, and the learning rate stays as "
+            f"it is; call it {when} (a framework that calls get_lr() instead needs a hook: see "
+            "'Closed loops' in docs/integrations.md)",
         )
 
     def _note_lowered(self, before: Sequence[float], after: Sequence[float]) -> None:
@@ -450,11 +472,9 @@ def check_optimizer(optimizer: Any) -> Optimizer:
     ):
         kind = type(wrapper)
         module = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
-        hint = (
-            ", whose step() does not run torch's hooks; pass the torch optimizer that takes the steps"
-            if hasattr(wrapper, "step")
-            else ""
-        )
+        hint = ""
+        if hasattr(wrapper, "step"):
+            hint = ", whose step() does not run torch's hooks; pass the optimizer that it steps"
         raise TypeError(
             f"optimizer: expected a torch.optim.Optimizer, got {module}{kind.__qualname__}{hint}"
         )

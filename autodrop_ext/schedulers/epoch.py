@@ -117,6 +117,9 @@ class EpochAutoDrop(MeteredScheduler):
     max_threshold: float
     delay: int
     average: bool
+    _current_threshold: float
+    _last_angle: float | None
+    _waited: int | None  # epochs of a pending drop's delay
     _settings = EPOCH
     _gathered: ClassVar[Form] = {
         "current_threshold": degrees_above_0,
@@ -150,11 +153,22 @@ class EpochAutoDrop(MeteredScheduler):
         optimizer = check_optimizer(optimizer)
         checks.callback("on_average", on_average)
         self.on_average = on_average
-        self._last_angle: float | None = None
-        self._waited: int | None = None  # epochs of a pending drop's delay
         super().__init__(optimizer, arguments, window=1)
-        self._current_threshold = self.threshold
         self._delayed = ParameterAverage(self.meter.named_parameters)
+
+    def _at_start(self) -> dict[str, Any]:
+        return {
+            **super()._at_start(),
+            "_current_threshold": self.threshold,
+            "_last_angle": None,
+            "_waited": None,
+        }
+
+    def reset(self) -> None:
+        """As :meth:`AutoDrop.reset`; a pending drop is forgotten."""
+        self._delayed.reset()
+        self._hook.real_steps = 0
+        super().reset()
 
     @property
     def current_threshold(self) -> float:

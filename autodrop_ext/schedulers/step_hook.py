@@ -139,8 +139,8 @@ class StepHook:
         for hooked in self._hooked:
             hooked.before.remove()
             hooked.after.remove()
-        self._hooked = []
-        self._root = None
+        self._hooked, self._root = [], None
+        self._begun = []
 
     def consume(self) -> bool:
         """Consume the mark, and return whether there was one."""
@@ -259,14 +259,9 @@ class StepHook:
         return known[2]
 
     def __getstate__(self) -> dict[str, Any]:
-        left_out = {
-            "_scheduler": None,
-            "_root": None,
-            "_hooked": [],
-            "_begun": [],
-            "_lr_versions": {},
-        }
-        return self.__dict__ | left_out
+        # Weak references and torch's hooks can be neither copied nor pickled.
+        fresh: dict[str, Any] = {"_hooked": [], "_begun": [], "_lr_versions": {}}
+        return {**self.__dict__, **fresh, "_scheduler": None, "_root": None}
 
 
 def _untraced(hook: Callable[[Optimizer, Any, Any], None]) -> Callable[[Optimizer, Any, Any], None]:
