@@ -85,8 +85,8 @@ class NotAnOptimizer:
         self.wrapped = inner
         self.param_groups = inner.param_groups
 
-    def step(self) -> None:
-        self.wrapped.step()
+    def step(self, closure: Any = None) -> None:
+        self.wrapped.step(closure)
 
 
 class Alone(Optimizer):

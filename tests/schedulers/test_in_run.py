@@ -1,0 +1,280 @@
+"""What frameworks do to a scheduler in the course of a run, asked of each scheduler of ours."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+import runpy
+import sys
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_like_torch import EAGER, Make, each, optimizer, plain, rates, train
+from torch import nn
+from torch.optim import lr_scheduler
+
+from autodrop_ext import AnalyticAutoDrop, AnytimeAutoDrop, AutoDrop, EpochAutoDrop, messages
+
+
+def warned(scheduler: Any, steps: int, *also: Any) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(scheduler, steps, *also)
+    assert {w.filename for w in caught} <= {__file__, inspect.getsourcefile(train)}
+    return [str(w.message) for w in caught]
+
+
+class Nothing:
+    """Stands for a framework that never calls step()."""
+
+    def step(self) -> None:
+        pass
+
+
+# ---- step() is not called -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("made", [AutoDrop, AnytimeAutoDrop])
+def test_a_scheduler_that_is_never_stepped_is_pointed_out_once(made: Any) -> None:
+    scheduler = made(optimizer())
+    (said,) = warned(scheduler, 2100, Nothing())
+    assert f"{made.__name__}: step() was never called in 1000 optimizer steps" in said
+    assert "call it after every optimizer.step()" in said
+
+
+def test_a_scheduler_of_epochs_may_have_long_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert warned(EpochAutoDrop(optimizer()), 2100, Nothing()) == []
+    monkeypatch.setattr("autodrop_ext.schedulers.step_hook._NEVER_CALLED_EPOCH", 50)
+    (said,) = warned(EpochAutoDrop(optimizer()), 100, Nothing())
+    assert "EpochAutoDrop: step() was never called in 50 optimizer steps" in said
+    assert "call it once per epoch" in said
+
+
+def test_get_lr_in_place_of_step_is_pointed_out() -> None:
+    scheduler = AutoDrop(optimizer())
+
+    class Writes:
+        def step(self) -> None:
+            for group, lr in zip(scheduler.optimizer.param_groups, scheduler.get_lr(), strict=True):
+                group["lr"] = lr
+
+    said = warned(scheduler, 1100, Writes())
+    assert len(said) == 2
+    assert "get_lr() computes nothing" in said[0]
+    assert "never called" in said[1] and "get_lr()" in said[1]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_one_that_waits_for_a_milestone_is_not_forgotten(nested: bool) -> None:
+    waiting = AutoDrop(optimizer())
+    warmup = lr_scheduler.LinearLR(waiting.optimizer, 0.1, 1.0, 1500)
+    both: Any = lr_scheduler.SequentialLR(waiting.optimizer, [warmup, waiting], [1500])
+    if nested:
+        both = lr_scheduler.ChainedScheduler([both])
+    assert warned(waiting, 1600, both) == []
+
+
+@pytest.mark.parametrize("made", [AutoDrop, AnytimeAutoDrop])
+@pytest.mark.parametrize("length", [2, 50, 1500])
+def test_once_an_epoch_is_noticed_in_two_epochs(made: Any, length: int) -> None:
+    scheduler = made(optimizer())
+    said = []
+    for _ in range(2):
+        said += warned(scheduler, length, Nothing())
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            scheduler.step()
+        said += [str(w.message) for w in caught]
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("folder", ["site-packages", "dist-packages"])
+def test_a_warning_passes_by_packages_of_any_folder(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    """Also from folders that are not those of this Python, such as the user's."""
+    packages = tmp_path / "elsewhere" / folder
+    packages.mkdir(parents=True)
+    (packages / "framework.py").write_text("def fit(train):\n    train()\n")
+    monkeypatch.syspath_prepend(str(packages))
+    found = runpy.run_path(str(messages.__file__))
+    assert str(packages) in "".join(found["_INSTALLED"])
+    monkeypatch.setattr(messages, "_INSTALLED", found["_INSTALLED"])
+    framework = __import__("framework")
+    scheduler = AutoDrop(optimizer())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        framework.fit(scheduler.get_lr)
+    assert [w.filename for w in caught] == [__file__]
+    del sys.modules["framework"]
+
+
+# ---- made again in mid-run ----------------------------------------------------------------------
+
+WITH_WARMUP: dict[str, Make] = {
+    "AutoDrop": lambda o, **s: AutoDrop(o, **EAGER, **s),
+    "AnytimeAutoDrop": lambda o, **s: AnytimeAutoDrop(o, min_window=2, windows=2, **s),
+    "AnalyticAutoDrop": lambda o, **s: AnalyticAutoDrop(o, 0.1, 0.1, 1.5, **s),
+}
+warmed = pytest.mark.parametrize("make", WITH_WARMUP.values(), ids=WITH_WARMUP)
+
+
+@warmed
+@rates
+@pytest.mark.parametrize("done", [10, 11, 40])
+def test_a_warm_up_that_is_over_is_not_repeated(make: Make, lr: Any, done: int) -> None:
+    first = make(optimizer(lr), warmup_steps=10)
+    before = train(first, done)[-1]
+    first.close()
+    again = make(first.optimizer, warmup_steps=10, last_epoch=done)
+    seen = [float(again.get_last_lr()[0]), *train(again, 40)]
+    assert seen[0] == before
+    assert seen == sorted(seen, reverse=True)
+
+
+@warmed
+@pytest.mark.parametrize("done", [1, 4, 9])
+def test_a_warm_up_goes_on_where_it_was(make: Make, done: int) -> None:
+    first = make(optimizer(), warmup_steps=10)
+    train(first, done)
+    first.close()
+    again = make(first.optimizer, warmup_steps=10, last_epoch=done)
+    assert again.get_last_lr() == pytest.approx([0.5 * (done + 1) / 10])
+    whole = train(make(optimizer(), warmup_steps=10), 10)
+    assert train(again, 10 - done) == pytest.approx(whole[done:])
+
+
+@each
+@pytest.mark.parametrize(
+    ("epoch", "expected"),
+    [
+        (0.53, 3),
+        (torch.tensor(0.7), 3),
+        (float("nan"), 3),
+        (-4, 3),
+        (7, 7),
+        (torch.tensor(7), 7),
+        (np.int64(7), 7),
+    ],
+)
+def test_whatever_step_is_given_the_state_loads(make: Make, epoch: Any, expected: int) -> None:
+    scheduler = make(optimizer())
+    train(scheduler, 2)
+    with pytest.warns(RuntimeWarning, match=r"step\(epoch="):
+        scheduler.step(epoch)
+    assert scheduler.last_epoch == expected
+    assert type(scheduler.last_epoch) is int
+    other = make(optimizer())
+    other.load_state_dict(scheduler.state_dict())
+    assert other.last_epoch == expected
+
+
+@each
+def test_a_state_can_be_given_to_the_constructor(make: Make) -> None:
+    scheduler = make(optimizer())
+    state = scheduler.state_dict()
+    names = set(inspect.signature(type(scheduler).__init__).parameters) & state.keys()
+    again = type(scheduler)(optimizer(), **{name: state[name] for name in names - {"last_epoch"}})
+    settings = {s.name for s in scheduler._settings if s.saved}
+    assert settings <= names
+    assert plain({n: again.state_dict()[n] for n in names}) == plain({n: state[n] for n in names})
+
+
+@each
+@rates
+def test_a_scheduler_that_is_reset_begins_again(make: Make, lr: Any) -> None:
+    reset, new = make(optimizer(lr)), make(optimizer(lr))
+    train(reset, 50)
+    assert reset.num_drops > 0
+    reset.reset()
+    assert reset.history == [] and reset.num_drops == 0
+    assert [float(rate) for rate in reset.get_last_lr()] == [0.5]
+    with torch.no_grad():
+        torch.manual_seed(0)
+        reset.optimizer.param_groups[0]["params"][0].copy_(torch.randn(40))
+    assert train(reset, 50) == train(new, 50)
+    other = make(optimizer(lr))
+    other.load_state_dict(reset.state_dict())
+    assert other.num_drops == reset.num_drops
+
+
+@warmed
+def test_a_scheduler_that_is_reset_warms_up_again_and_ends_a_cooldown(make: Make) -> None:
+    scheduler = make(optimizer(), warmup_steps=10)
+    before = train(scheduler, 30)
+    if make is not WITH_WARMUP["AnalyticAutoDrop"]:
+        scheduler.cooldown(5)
+        train(scheduler, 5)
+    scheduler.reset()
+    assert scheduler.get_last_lr() == pytest.approx([0.05])
+    assert train(scheduler, 10) == before[:10]
+
+
+# ---- groups that come later ---------------------------------------------------------------------
+
+
+@warmed
+@pytest.mark.parametrize("tensor", [False, True])
+def test_a_group_that_joins_a_warm_up_takes_part(make: Make, tensor: bool) -> None:
+    scheduler = make(optimizer(), warmup_steps=10)
+    train(scheduler, 4)
+    lr = torch.tensor(0.1) if tensor else 0.1
+    added = scheduler.optimizer
+    added.add_param_group({"params": [nn.Parameter(torch.ones(3))], "lr": lr})
+    seen = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the measured parameters have changed, after the warm-up
+        for _ in range(6):
+            train(scheduler, 1)
+            seen.append([float(group["lr"]) for group in added.param_groups])
+        state = copy.deepcopy(scheduler.state_dict())
+        train(scheduler, 3)
+    # Steps 5 to 10 are followed by the rates of 6/10 to 10/10. A tensor holds float32.
+    shares = [0.6, 0.7, 0.8, 0.9, 1.0, 1.0]
+    assert [rate for _, rate in seen] == pytest.approx([0.1 * x for x in shares], rel=1e-6)
+    assert [rate for rate, _ in seen] == pytest.approx([0.5 * x for x in shares])
+    make(optimizer(groups=2), warmup_steps=10).load_state_dict(state)
+
+
+# ---- compositions that are resumed --------------------------------------------------------------
+
+
+def composed(kind: str, make: Make) -> Any:
+    scheduler = make(optimizer())
+    o = scheduler.optimizer
+    warmup = lr_scheduler.LinearLR(o, 0.2, 1.0, 8)
+    if kind == "after a warm-up":
+        return scheduler, lr_scheduler.SequentialLR(o, [warmup, scheduler], [8])
+    if kind == "before a decay":
+        decay = lr_scheduler.ExponentialLR(o, 0.9)
+        return scheduler, lr_scheduler.SequentialLR(o, [scheduler, decay], [30])
+    exponential = lr_scheduler.ExponentialLR(o, 0.99)
+    if kind == "chained":
+        return scheduler, lr_scheduler.ChainedScheduler([scheduler, exponential])
+    sequence = lr_scheduler.SequentialLR(o, [warmup, scheduler], [8])
+    return scheduler, lr_scheduler.ChainedScheduler([sequence, exponential])
+
+
+@each
+@pytest.mark.parametrize("kind", ["after a warm-up", "before a decay", "chained", "nested"])
+@pytest.mark.parametrize("saved", [3, 7, 8, 9, 29, 30, 31])
+def test_a_composition_resumes_bit_for_bit(make: Make, kind: str, saved: int) -> None:
+    scheduler, whole = composed(kind, make)
+    other, resumed = composed(kind, make)
+    train(scheduler, saved, whole)
+    buffer = io.BytesIO()
+    torch.save((scheduler.optimizer.state_dict(), whole.state_dict()), buffer)
+    with torch.no_grad():
+        other.optimizer.param_groups[0]["params"][0].copy_(
+            scheduler.optimizer.param_groups[0]["params"][0]
+        )
+    buffer.seek(0)
+    of_optimizer, of_schedulers = torch.load(buffer, weights_only=False)
+    other.optimizer.load_state_dict(of_optimizer)
+    resumed.load_state_dict(of_schedulers)
+    assert train(other, 60, resumed) == train(scheduler, 60, whole)
+    assert plain(other.state_dict()) == plain(scheduler.state_dict())
