@@ -265,8 +265,20 @@ class StepScheduler(LRScheduler):
         self._step_count = 1
         self.last_epoch += 1
         if self._optimizer_steps < self.warmup_steps:
-            self._set_lrs(self._warmed(self.base_lrs))
+            if self._optimizer_steps and self._is_warm():
+                self._optimizer_steps = self.warmup_steps
+            else:
+                self._set_lrs(self._warmed(self.base_lrs))
         self._last_lr = self._lrs()
+
+    def _is_warm(self) -> bool:
+        """Return if a rate is between that of the warm-up and its end, so that it was lowered.
+
+        Frameworks may count ``last_epoch`` in epochs, and scripts may pass it one too low.
+        """
+        share = (self._optimizer_steps + 3) / self.warmup_steps
+        columns = zip(self._rates(), self.base_lrs, strict=True)
+        return any(share * float(base) < float(lr) < float(base) for lr, base in columns)
 
     def _warmed(self, lrs: Iterable[float | Tensor]) -> list[float]:
         """Return the rates for the next optimizer step, if it belongs to the warm-up."""

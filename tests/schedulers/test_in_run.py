@@ -117,7 +117,7 @@ def test_a_warning_passes_by_packages_of_any_folder(
 
 WITH_WARMUP: dict[str, Make] = {
     "AutoDrop": lambda o, **s: AutoDrop(o, **EAGER, **s),
-    "AnytimeAutoDrop": lambda o, **s: AnytimeAutoDrop(o, min_window=2, windows=2, **s),
+    "AnytimeAutoDrop": lambda o, **s: AnytimeAutoDrop(o, min_window=2, critical=1.0, **s),
     "AnalyticAutoDrop": lambda o, **s: AnalyticAutoDrop(o, 0.1, 0.1, 1.5, **s),
 }
 warmed = pytest.mark.parametrize("make", WITH_WARMUP.values(), ids=WITH_WARMUP)
@@ -146,6 +146,30 @@ def test_a_warm_up_goes_on_where_it_was(make: Make, done: int) -> None:
     assert again.get_last_lr() == pytest.approx([0.5 * (done + 1) / 10])
     whole = train(make(optimizer(), warmup_steps=10), 10)
     assert train(again, 10 - done) == pytest.approx(whole[done:])
+
+
+@warmed
+@rates
+def test_a_warm_up_is_not_repeated_if_last_epoch_counts_epochs(make: Make, lr: Any) -> None:
+    first = make(optimizer(lr), warmup_steps=40)
+    before = train(first, 60)[-1]
+    assert 0.1 < before < 0.5
+    first.close()
+    again = make(first.optimizer, warmup_steps=40, last_epoch=3)  # 20 steps each
+    seen = [float(again.get_last_lr()[0]), *train(again, 40)]
+    assert seen[0] == before
+    assert seen == sorted(seen, reverse=True)
+    make(optimizer(lr), warmup_steps=40).load_state_dict(again.state_dict())
+
+
+@warmed
+def test_a_warm_up_goes_on_if_last_epoch_is_one_too_low(make: Make) -> None:
+    """As in torch's own convention, in which it is the index of the last epoch."""
+    first = make(optimizer(), warmup_steps=10)
+    train(first, 5)
+    first.close()
+    again = make(first.optimizer, warmup_steps=10, last_epoch=4)
+    assert train(again, 5)[-1] == pytest.approx(0.5)
 
 
 @each
