@@ -77,7 +77,8 @@ class StepScheduler(LRScheduler):
         vars(self).update(settings)
         vars(self).update(self._at_start())
         self._warnings = Warnings(type(self).__name__)
-        self._hook = StepHook(self, once_an_epoch=self._once_an_epoch)
+        self._hook = StepHook(once_an_epoch=self._once_an_epoch)
+        self._hook.call(self._before_step, self._never_called)
         self._optimizer_steps = max(last_epoch, 0)  # consumed marks
         if not hasattr(optimizer.step, "__func__"):
             # optimizer.step was replaced, by torch.compile for example. torch's base class would
@@ -452,7 +453,7 @@ class StepScheduler(LRScheduler):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._hook.serve(self)
+        self._hook.call(self._before_step, self._never_called)
         self._hook.attach(self.optimizer)
 
 

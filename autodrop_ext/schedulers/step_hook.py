@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,14 +41,6 @@ class _Hooked(NamedTuple):
         return self.before.id in before and self.after.id in after
 
 
-class _Scheduler(Protocol):
-    def _before_step(self, optimizer: Optimizer) -> None:
-        """Called before each step of the optimizer, or of one inside of it."""
-
-    def _never_called(self, steps: int) -> None:
-        """Called once if ``step()`` was not called in so many optimizer steps."""
-
-
 class StepHook:
     """Marks every real step of an optimizer, for one scheduler.
 
@@ -60,7 +52,6 @@ class StepHook:
     with the outermost of them that has begun, however often the others are stepped within it.
 
     Args:
-        scheduler: what is called before steps, and if no call of it follows them.
         once_an_epoch: whether the scheduler's ``step()`` is to be called once an epoch, and not
             after every optimizer step.
 
@@ -71,8 +62,7 @@ class StepHook:
         steps_since_call: those since the scheduler's last call.
     """
 
-    def __init__(self, scheduler: _Scheduler, *, once_an_epoch: bool = False) -> None:
-        self.serve(scheduler)
+    def __init__(self, *, once_an_epoch: bool = False) -> None:
         self.once_an_epoch = once_an_epoch
         self.marked = False
         self.real_steps = 0
@@ -86,10 +76,20 @@ class StepHook:
         self._root: weakref.ref[Optimizer] | None = None  # the scheduler's optimizer
         self._hooked: list[_Hooked] = []
         self._lr_versions: dict[int, tuple[Tensor, int, bool]] = {}
+        self._before_step: weakref.WeakMethod[Callable[[Optimizer], None]] | None = None
+        self._never_called: weakref.WeakMethod[Callable[[int], None]] | None = None
 
-    def serve(self, scheduler: _Scheduler) -> None:
-        """Call the methods of this scheduler, which is not kept alive."""
-        self._scheduler = weakref.ref(scheduler)
+    def call(
+        self, before_step: Callable[[Optimizer], None], never_called: Callable[[int], None]
+    ) -> None:
+        """Call these methods of the scheduler, which is not kept alive.
+
+        Args:
+            before_step: called before each step with the optimizer.
+            never_called: called once, with the steps so far, if nothing calls ``step()``.
+        """
+        self._before_step = weakref.WeakMethod(before_step)
+        self._never_called = weakref.WeakMethod(never_called)
 
     def attach(self, optimizer: Optimizer) -> bool:
         """Register the hooks if they are missing, and return whether they were already there.
@@ -207,9 +207,8 @@ class StepHook:
         """Note that an optimizer is being stepped, within a step of another one or not."""
         self._leave(optimizer)  # after an error, or by super().step(), it is being stepped already
         self._begun.append(id(optimizer))
-        scheduler = self._scheduler()
-        if scheduler is not None:
-            scheduler._before_step(optimizer)
+        if self._before_step is not None and (before_step := self._before_step()) is not None:
+            before_step(optimizer)
 
     def end_step(self, optimizer: Optimizer) -> None:
         """Mark a step, unless it is a part of one that goes on or has ended."""
@@ -235,9 +234,10 @@ class StepHook:
         self.real_steps += 1
         self.steps_since_call += 1
         limit = _NEVER_CALLED_EPOCH if self.once_an_epoch else _NEVER_CALLED
-        scheduler = self._scheduler()
-        if not self._called and self.steps_since_call == limit and scheduler is not None:
-            scheduler._never_called(limit)
+        if self._called or self.steps_since_call != limit or self._never_called is None:
+            return
+        if (never_called := self._never_called()) is not None:
+            never_called(limit)
 
     def moves(self, optimizer: Optimizer) -> bool:
         """Return whether the optimizer step at hand moves parameters."""
@@ -260,8 +260,9 @@ class StepHook:
 
     def __getstate__(self) -> dict[str, Any]:
         # Weak references and torch's hooks can be neither copied nor pickled.
+        names = ("_root", "_before_step", "_never_called")
         fresh: dict[str, Any] = {"_hooked": [], "_begun": [], "_lr_versions": {}}
-        return {**self.__dict__, **fresh, "_scheduler": None, "_root": None}
+        return self.__dict__ | fresh | dict.fromkeys(names)
 
 
 def _untraced(hook: Callable[[Optimizer, Any, Any], None]) -> Callable[[Optimizer, Any, Any], None]:

@@ -223,7 +223,7 @@ def test_groups_that_are_stepped_one_by_one_are_one_step() -> None:
     groups = [{"params": [p]} for p in parameters]
     optimizer = torch.optim.SGD(groups, lr=0.1)
     scheduler = AutoDrop(optimizer, window=2)
-    hook = StepHook(scheduler)
+    hook = StepHook()
     hook.attach(optimizer)
     for _ in range(4):  # a warning of steps without calls would be an error here
         whole = optimizer.param_groups
