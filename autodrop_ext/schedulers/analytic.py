@@ -69,7 +69,7 @@ class AnalyticAutoDrop(StepScheduler):
         process_group: the ranks that train the model together, as in :class:`AngularVelocity`. They
             compare their settings once, at the first step.
         on_drop: called with every :class:`AnalyticDrop`.
-        last_epoch: as in torch's schedulers.
+        last_epoch: as in torch's schedulers; a warm-up that is over is not repeated.
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message gives it, what was expected and

@@ -63,7 +63,7 @@ class AutoDrop(MeteredScheduler):
         process_group: as in :class:`AngularVelocity`.
         on_reading: called with every :class:`Decision`, such as a :class:`JsonLinesLog`.
         on_drop: called with those decisions that lowered a rate.
-        last_epoch: as in torch's schedulers.
+        last_epoch: as in torch's schedulers; a warm-up that is over is not repeated.
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message gives it, what was expected and

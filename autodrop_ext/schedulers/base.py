@@ -111,6 +111,10 @@ class StepScheduler(LRScheduler):
 
     def _before_step(self, optimizer: Optimizer) -> None:
         """The hook calls this before each step of the optimizer."""
+        added = len(optimizer.param_groups) > len(self.base_lrs)
+        if added and self._optimizer_steps < self.warmup_steps and self._hook.moves(optimizer):
+            vars(self).update(self._of_added_groups())
+            self._set_lrs(self._warmed(self.base_lrs))
 
     # ---- a step -----------------------------------------------------------------------------
 
@@ -147,7 +151,6 @@ class StepScheduler(LRScheduler):
             self._optimizer_steps += 1
             outcome = self._decide_step(warming_up=self._optimizer_steps <= self.warmup_steps)
             if self._optimizer_steps < self.warmup_steps:
-                self._join_warmup()
                 self._set_lrs(self._warmed(self.base_lrs))
         self._commit(outcome)
         return outcome
@@ -287,14 +290,15 @@ class StepScheduler(LRScheduler):
         share = t / self.warmup_steps if self.warmup_steps else 1.0
         return [float(lr) * share for lr in lrs]
 
-    def _join_warmup(self) -> None:
-        """Let param groups that were added since warm up to the rates that they came with."""
-        if len(self.optimizer.param_groups) > len(self.base_lrs):
-            vars(self).update(self._of_added_groups())
-
     def _of_added_groups(self) -> dict[str, Any]:
-        """Return attributes that have a value for each param group, also for those added since."""
-        return {"base_lrs": [*self.base_lrs, *as_floats(self._rates()[len(self.base_lrs) :])]}
+        """Return attributes that have a value for each param group, also for those added since.
+
+        Within a warm-up, a group warms up to the rate that it came with.
+        """
+        lrs, base = self._rates(), list(self.base_lrs)
+        # Groups share the tensor that the optimizer was made with, and the others have warmed it.
+        shared = {id(lr): low for lr, low in zip(lrs, base, strict=False) if isinstance(lr, Tensor)}
+        return {"base_lrs": base + [float(shared.get(id(lr), lr)) for lr in lrs[len(base) :]]}
 
     def get_lr(self) -> list[float | Tensor]:
         """Copies of the present rates. Use ``get_last_lr()``: as in torch, this method warns.

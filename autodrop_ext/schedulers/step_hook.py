@@ -200,12 +200,13 @@ class StepHook:
     def _is_shared(self) -> bool:
         """Return whether another scheduler has consumed the mark of the same step."""
         optimizers = (hooked.optimizer() for hooked in self._hooked)
-        others = {hook for one in optimizers if one for hook in _hooks.get(one, ())} - {self}
-        return any(hook.consumed and hook.attached for hook in others)
+        hooks = {hook for one in optimizers if one is not None for hook in _hooks.get(one, ())}
+        return any(hook.consumed and hook.attached for hook in hooks - {self})
 
     def begin_step(self, optimizer: Optimizer) -> None:
         """Note that an optimizer is being stepped, within a step of another one or not."""
-        self._leave(optimizer)  # after an error, or by super().step(), it is being stepped already
+        if self._begun:  # an error may have ended its last step, or this is super().step()
+            self._leave(optimizer)
         self._begun.append(id(optimizer))
         if self._before_step is not None and (before_step := self._before_step()) is not None:
             before_step(optimizer)

@@ -245,26 +245,47 @@ def test_a_scheduler_that_is_reset_warms_up_again_and_ends_a_cooldown(make: Make
 
 
 @warmed
-@pytest.mark.parametrize("tensor", [False, True])
-def test_a_group_that_joins_a_warm_up_takes_part(make: Make, tensor: bool) -> None:
-    scheduler = make(optimizer(), warmup_steps=10)
+@pytest.mark.parametrize("form", ["float", "tensor", "shared"])
+def test_a_group_that_joins_a_warm_up_takes_part(make: Make, form: str) -> None:
+    shared = form == "shared"
+    lr = torch.tensor(0.1) if form == "tensor" else 0.1
+    first = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([first], lr=torch.tensor(0.5) if shared else 0.5)
+    scheduler = make(optimizer, warmup_steps=10)
     train(scheduler, 4)
-    lr = torch.tensor(0.1) if tensor else 0.1
-    added = scheduler.optimizer
-    added.add_param_group({"params": [nn.Parameter(torch.ones(3))], "lr": lr})
-    seen = []
+    group = {"params": [nn.Parameter(torch.ones(3))], **({} if shared else {"lr": lr})}
+    optimizer.add_param_group(group)
+    used = []
+    optimizer.register_step_post_hook(
+        lambda o, *_: used.append([float(group["lr"]) for group in o.param_groups])
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the measured parameters have changed, after the warm-up
-        for _ in range(6):
-            train(scheduler, 1)
-            seen.append([float(group["lr"]) for group in added.param_groups])
+        train(scheduler, 7)
         state = copy.deepcopy(scheduler.state_dict())
         train(scheduler, 3)
-    # Steps 5 to 10 are followed by the rates of 6/10 to 10/10. A tensor holds float32.
-    shares = [0.6, 0.7, 0.8, 0.9, 1.0, 1.0]
-    assert [rate for _, rate in seen] == pytest.approx([0.1 * x for x in shares], rel=1e-6)
-    assert [rate for rate, _ in seen] == pytest.approx([0.5 * x for x in shares])
-    make(optimizer(groups=2), warmup_steps=10).load_state_dict(state)
+    # A tensor holds float32.
+    shares = [0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
+    assert [rate for rate, _ in used[:6]] == pytest.approx([0.5 * x for x in shares], rel=1e-6)
+    joined = 0.5 if shared else 0.1
+    assert [rate for _, rate in used[:6]] == pytest.approx([joined * x for x in shares], rel=1e-6)
+    groups = [{"params": [nn.Parameter(torch.ones(3))]} for _ in range(2)]
+    make(torch.optim.SGD(groups, lr=0.5), warmup_steps=10).load_state_dict(state)
+
+
+def test_a_helpers_step_at_a_rate_of_zero_lets_no_group_join() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(3))], lr=0.5)
+    scheduler = AutoDrop(optimizer, warmup_steps=10)
+    train(scheduler, 4)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))], "lr": 0.1})
+    kept = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.step()
+    for group, rate in zip(optimizer.param_groups, kept, strict=True):
+        group["lr"] = rate
+    train(scheduler, 1)
+    assert scheduler.get_last_lr() == pytest.approx([0.3, 0.06])
 
 
 # ---- compositions that are resumed --------------------------------------------------------------
