@@ -219,9 +219,11 @@ class StepHook:
 
     def _leave(self, optimizer: Optimizer) -> bool:
         """Forget an optimizer that is being stepped, and those within; return if it was."""
-        if id(optimizer) not in self._begun:
+        begun, one = self._begun, id(optimizer)
+        if one not in begun:
             return False
-        del self._begun[self._begun.index(id(optimizer)) :]
+        while begun.pop() != one:
+            pass
         return True
 
     def _mark_step(self, optimizer: Optimizer) -> None:
