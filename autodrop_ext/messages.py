@@ -11,13 +11,15 @@ import warnings
 import torch
 
 # Whose frames are not the user's: this package, Python's own library, and installed packages, among
-# them those that call a scheduler's step() for the user.
+# them those that call a scheduler's step() for the user. Some are in the user's folder, or in that
+# of the Python that a virtual environment was made from.
 _INSTALLED = tuple(
     os.path.join(folder, "")
     for folder in {
         str(pathlib.Path(__file__).parent),
         str(pathlib.Path(torch.__file__).parents[1]),
         *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")),
+        *(folder for folder in sys.path if folder.endswith(("site-packages", "dist-packages"))),
     }
 )
 

@@ -98,11 +98,57 @@ def local_shards(
 
 
 def unwrap_optimizer(optimizer: Any) -> Any:
-    """Return the ``torch.optim.Optimizer`` inside of accelerate's and DeepSpeed's wrappers."""
-    inner = getattr(optimizer, "optimizer", None)
-    while isinstance(inner, Optimizer) and inner is not optimizer:
-        optimizer, inner = inner, getattr(inner, "optimizer", None)
+    """Return the outermost optimizer inside of wrappers whose ``step()`` runs torch's hooks.
+
+    Anything else, and an optimizer that has several others for its param groups, is returned as
+    it is.
+    """
+    for one in stepped_optimizers(optimizer):
+        if len(one.param_groups) == len(optimizer.param_groups):
+            return one
     return optimizer
+
+
+def stepped_optimizers(optimizer: Any) -> list[Optimizer]:
+    """Return the optimizers whose ``step()`` runs torch's hooks: this one, and those it holds.
+
+    Wrappers hold others in any attribute (accelerate, DeepSpeed, ``PostLocalSGDOptimizer``,
+    differential privacy, sharpness-aware and offloading optimizers). One takes part if all its
+    param groups are groups of ``optimizer``, the same dicts.
+    """
+    groups = _param_groups(optimizer)
+    known = set(map(id, groups))
+    waiting, seen = [optimizer], set()
+    found: list[Optimizer] = []
+    while waiting:
+        one = waiting.pop(0)
+        own = {id(group) for group in _param_groups(one)}
+        if id(one) in seen or not own or not own <= known:
+            continue
+        seen.add(id(one))
+        # torch wraps the class's step() when Optimizer.__init__ is called.
+        if hasattr(one, "_optimizer_step_post_hooks") and hasattr(type(one).step, "hooked"):
+            found.append(one)
+        waiting += _held_by(one)
+    return found
+
+
+def _param_groups(optimizer: Any) -> Sequence[Any]:
+    groups = getattr(optimizer, "param_groups", None)
+    return groups if isinstance(groups, list | tuple) else ()
+
+
+def _held_by(wrapper: Any) -> list[Any]:
+    """Return the values of the attributes, and those in lists and dicts among them."""
+    held = [getattr(wrapper, "optimizer", None)]  # may be a property
+    for value in getattr(wrapper, "__dict__", {}).values():
+        if isinstance(value, Mapping):
+            held += value.values()
+        elif isinstance(value, list | tuple):
+            held += value
+        else:
+            held.append(value)
+    return held
 
 
 def is_dtensor(tensor: Tensor) -> bool:

@@ -68,7 +68,7 @@ class AnalyticAutoDrop(StepScheduler):
         process_group: the ranks that train the model together, as in :class:`AngularVelocity`. They
             compare their settings once, at the first step.
         on_drop: called with every :class:`AnalyticDrop`.
-        last_epoch: as in torch's schedulers.
+        last_epoch: as in torch's schedulers; a warm-up that is over is not repeated.
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message gives it, what was expected and
@@ -85,6 +85,7 @@ class AnalyticAutoDrop(StepScheduler):
     epsilon: float
     tau0: float
     rates: RateSequence
+    _since_drop: int  # t - t_i of the last step; Algorithm 2's first step is t = 0
     _settings = ANALYTIC
     _gathered: ClassVar[Form] = {"since_drop": checks.at_least(-1)}
     _record_type = AnalyticDrop
@@ -108,9 +109,11 @@ class AnalyticAutoDrop(StepScheduler):
         self.on_drop = on_drop
         self._process_group = process_group
         self._compared = False
-        self._since_drop = -1  # t - t_i of the last step; Algorithm 2's first step is t = 0
         super().__init__(check_optimizer(optimizer), settings, last_epoch)
         self._gap()  # refuses an epsilon that the rate is too high for
+
+    def _at_start(self) -> dict[str, Any]:
+        return {**super()._at_start(), "_since_drop": -1}
 
     @property
     def model(self) -> VelocityModel:

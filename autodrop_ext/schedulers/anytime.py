@@ -138,16 +138,12 @@ class AnytimeAutoDrop(GrowingScheduler):
     ) -> None:
         arguments = dict(locals())
         optimizer = check_optimizer(optimizer)
-        lrs = as_floats(group["lr"] for group in optimizer.param_groups)
-        joins, settings = last_epoch > 0, check_arguments(ANYTIME, arguments)
+        settings = check_arguments(ANYTIME, arguments)
         window = self._windows_until(max(0, last_epoch), settings)[-1]
-        super().__init__(optimizer, arguments, joins=joins, warmup=warmup_steps, window=window)
-        if joins:
-            # It joins a run, with the rates that it had.
-            self._optimizer_steps = last_epoch
-            warming = last_epoch < self._linear_warmup
-            self._set_lrs(self._warmed(self.base_lrs) if warming else lrs)
-            self._last_lr = self._lrs()
+        super().__init__(optimizer, arguments, window=window)
+
+    def _usual_window(self) -> int:
+        return self.min_window
 
     @property
     def window(self) -> int:

@@ -11,10 +11,10 @@ from .. import checks
 from ..messages import Warnings
 from ..reading import Decision, Reading
 from ..saved import Form, Later, inside, list_of
-from ..settings import AUTODROP, USE_BUCKETS, WINDOW, check_arguments, removed
+from ..settings import AUTODROP, USE_BUCKETS, check_arguments, removed
 from .auto_window import LEAST_WINDOW, window_for
 from .base import Outcome, as_floats, check_drops, replaced
-from .growing import GROWN, GROWTH, GrowingScheduler
+from .growing import FIRST_WINDOW, GROWN, GROWTH, GrowingScheduler
 from .saturation import SEEN, Kernel, SaturationDetector, Seen, Verdict
 
 
@@ -62,7 +62,7 @@ class AutoDrop(GrowingScheduler):
         process_group: as in :class:`AngularVelocity`.
         on_reading: called with every :class:`Decision`, such as a :class:`JsonLinesLog`.
         on_drop: called with those decisions that lowered a rate.
-        last_epoch: as in torch's schedulers.
+        last_epoch: as in torch's schedulers; a warm-up that is over is not repeated.
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message gives it, what was expected and
@@ -82,6 +82,8 @@ class AutoDrop(GrowingScheduler):
     kernel: Kernel
     per_group: bool
     average: bool
+    group_drops: list[int]
+    _seen: list[Seen]  # of each param group, if they decide for themselves
     _settings = AUTODROP
     _gathered: ClassVar[Form] = {
         "detector": inside(SEEN),
@@ -127,19 +129,20 @@ class AutoDrop(GrowingScheduler):
             arguments["window"] = self._window_of_run(arguments)
         elif num_steps is not None:
             raise ValueError(f"num_steps: expected window='auto' with it, got window={window!r}")
-        self.group_drops: list[int] = []
-        self._seen = [Seen()]  # of each param group, if they decide for themselves
-        joins, rises = last_epoch > 0, warmup_steps == "auto"
-        first = check_arguments((WINDOW,), arguments)["window"]
-        if rises and not joins:
-            first = self._windows_until(0, arguments)[-1]
-        super().__init__(optimizer, arguments, joins=joins, warmup=warmup_steps, window=first)
+        rises = warmup_steps == "auto" and last_epoch <= 0
+        super().__init__(optimizer, arguments, window=FIRST_WINDOW if rises else None)
         groups = len(self.optimizer.param_groups)
         if per_group and params is not None and self.meter.num_groups != groups:
             raise ValueError(
                 f"params: expected {groups} param groups for per_group=True, as the optimizer has, "
                 f"got {self.meter.num_groups}"
             )
+
+    def _at_start(self) -> dict[str, Any]:
+        return {**super()._at_start(), "group_drops": [], "_seen": [Seen()]}
+
+    def _usual_window(self) -> int:
+        return self.window
 
     def _window_of_run(self, arguments: Mapping[str, Any]) -> int:
         """Return the window for ``window="auto"``."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from ..messages import Warnings
 from ..reading import HISTORY, from_columns, remember, to_columns
 from ..saved import Form, Later, exactly, inside, list_of, load
 from ..settings import Settings, check_together, form_of
-from ..sharding import unwrap_optimizer
+from ..sharding import stepped_optimizers, unwrap_optimizer
 from .step_hook import StepHook
 
 # If torch has no _update_lr, SequentialLR calls step(0) at a milestone.
@@ -66,29 +67,55 @@ class StepScheduler(LRScheduler):
     without its underscore."""
     _record_type: ClassVar[type]
     _once_an_epoch: ClassVar[bool] = False  # whether step() is to be called once an epoch
+    num_drops: int
+    history: list[Any]
+    _last_whole: dict[str, Any] | None  # counts before the step at hand
+    _unwritten: Outcome | None  # its rates and its record are being written
+    _lowered: list[tuple[float, float]]  # rates before and after the last drop
+    _lrs_of_checkpoint: list[float] | None  # until the first step after loading
 
     def __init__(self, optimizer: Optimizer, settings: Mapping[str, Any], last_epoch: int) -> None:
         vars(self).update(settings)
-        self.num_drops = 0
-        self.history: list[Any] = []
+        vars(self).update(self._at_start())
         self._warnings = Warnings(type(self).__name__)
         self._hook = StepHook(once_an_epoch=self._once_an_epoch)
-        self._hook.before_step = self._make_before_step()
-        self._optimizer_steps = 0  # consumed marks
-        self._last_whole: dict[str, Any] | None = None  # counts before the step at hand
-        self._unwritten: Outcome | None = None  # its rates and its record are being written
-        self._lowered: list[tuple[float, float]] = []  # rates before and after the last drop
-        self._lrs_of_checkpoint: list[float] | None = None  # until the first step after loading
+        self._hook.call(self._before_step, self._never_called)
+        self._optimizer_steps = max(last_epoch, 0)  # consumed marks
         if not hasattr(optimizer.step, "__func__"):
             # optimizer.step was replaced, by torch.compile for example. torch's base class would
             # fail to wrap it; our own hook does not need that wrapper.
             optimizer.step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
         super().__init__(optimizer, last_epoch)
+        self._first_epoch = self.last_epoch
         self._hook.attach(self.optimizer)
 
-    def _make_before_step(self) -> Callable[[], None] | None:
-        """Return what the hook calls before each real optimizer step, if anything."""
-        return None
+    def _at_start(self) -> dict[str, Any]:
+        """Return attributes as they are before the first step of a run."""
+        return {
+            "num_drops": 0,
+            "history": [],
+            "_last_whole": None,
+            "_unwritten": None,
+            "_lowered": [],
+            "_lrs_of_checkpoint": None,
+        }
+
+    def reset(self) -> None:
+        """Begin another run: nothing is known of the last one, and rates are the base rates again.
+
+        Settings, parameters and the optimizer's state stay.
+        """
+        vars(self).update(self._at_start(), _optimizer_steps=0, last_epoch=-1)
+        self._hook.consume()
+        self._set_lrs(as_floats(self.base_lrs))
+        self._initial_step()
+
+    def _before_step(self, optimizer: Optimizer) -> None:
+        """The hook calls this before each step of the optimizer."""
+        added = len(optimizer.param_groups) > len(self.base_lrs)
+        if added and self._optimizer_steps < self._linear_warmup and self._hook.moves(optimizer):
+            vars(self).update(self._of_added_groups())
+            self._set_lrs(self._warmed(self.base_lrs))
 
     # ---- a step -----------------------------------------------------------------------------
 
@@ -96,8 +123,8 @@ class StepScheduler(LRScheduler):
         """Call after every ``optimizer.step()``; of an ``EpochAutoDrop``, at the end of each epoch.
 
         Args:
-            epoch: torch's deprecated argument. It sets ``last_epoch``, has no other effect, and
-                warns.
+            epoch: torch's deprecated argument. It sets ``last_epoch`` if it is a whole number, has
+                no other effect, and warns.
         """
         if epoch == 0 and _MILESTONES_CALL_STEP:
             self._update_lr(0)
@@ -117,7 +144,7 @@ class StepScheduler(LRScheduler):
         if self._unwritten is not None:  # also the end of a step can be interrupted
             self._carry_out()
         self._last_whole = self._counts()
-        self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
+        self.last_epoch = self.last_epoch + 1 if epoch is None else _whole(epoch, self.last_epoch)
         self._step_count += 1
         self._watch(epoch)
         outcome = NOTHING
@@ -186,6 +213,18 @@ class StepScheduler(LRScheduler):
         if self._lowered or self._lrs_of_checkpoint is not None:
             self._watch_rates()
 
+    def _never_called(self, steps: int) -> None:
+        """The hook calls this if nothing calls :meth:`step`."""
+        if self.last_epoch < self._first_epoch:
+            return  # SequentialLR has set it back, and will call at a milestone
+        when = "once per epoch" if self._once_an_epoch else "after every optimizer.step()"
+        self._warnings.once(
+            "late",
+            f"step() was never called in {steps} optimizer steps, and the learning rate stays as "
+            f"it is; call it {when} (a framework that calls get_lr() instead needs a hook: see "
+            "'Closed loops' in docs/integrations.md)",
+        )
+
     def _note_lowered(self, before: Sequence[float], after: Sequence[float]) -> None:
         """Keep lowered rates for :meth:`_watch_rates`."""
         if any(lr < old for old, lr in zip(before, after, strict=False)):
@@ -230,8 +269,11 @@ class StepScheduler(LRScheduler):
     def _initial_step(self) -> None:
         self._step_count = 1
         self.last_epoch += 1
-        if self._linear_warmup and self._optimizer_steps == 0:
-            self._set_lrs(self._warmed(self.base_lrs))
+        if self._optimizer_steps < self._linear_warmup:
+            if self._optimizer_steps and self._is_warm():
+                self._optimizer_steps = self._linear_warmup
+            else:
+                self._set_lrs(self._warmed(self.base_lrs))
         self._last_lr = self._lrs()
 
     @property
@@ -239,11 +281,30 @@ class StepScheduler(LRScheduler):
         """Optimizer steps of linear warm-up; an automatic one has none."""
         return 0 if self.warmup_steps == "auto" else self.warmup_steps
 
+    def _is_warm(self) -> bool:
+        """Return if a rate is between that of the warm-up and its end, so that it was lowered.
+
+        Frameworks may count ``last_epoch`` in epochs, and scripts may pass it one too low.
+        """
+        share = (self._optimizer_steps + 3) / self._linear_warmup
+        columns = zip(self._rates(), self.base_lrs, strict=True)
+        return any(share * float(base) < float(lr) < float(base) for lr, base in columns)
+
     def _warmed(self, lrs: Iterable[float | Tensor]) -> list[float]:
         """Return the rates for the next optimizer step, if it belongs to the warm-up."""
         steps = self._linear_warmup
         share = min(self._optimizer_steps + 1, steps) / steps if steps else 1.0
         return [float(lr) * share for lr in lrs]
+
+    def _of_added_groups(self) -> dict[str, Any]:
+        """Return attributes that have a value for each param group, also for those added since.
+
+        Within a warm-up, a group warms up to the rate that it came with.
+        """
+        lrs, base = self._rates(), list(self.base_lrs)
+        # Groups share the tensor that the optimizer was made with, and the others have warmed it.
+        shared = {id(lr): low for lr, low in zip(lrs, base, strict=False) if isinstance(lr, Tensor)}
+        return {"base_lrs": base + [float(shared.get(id(lr), lr)) for lr in lrs[len(base) :]]}
 
     def get_lr(self) -> list[float | Tensor]:
         """Copies of the present rates. Use ``get_last_lr()``: as in torch, this method warns.
@@ -431,7 +492,7 @@ class StepScheduler(LRScheduler):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._hook.before_step = self._make_before_step()
+        self._hook.call(self._before_step, self._never_called)
         self._hook.attach(self.optimizer)
 
 
@@ -448,20 +509,49 @@ _COUNTS: Form = {
 
 
 def check_optimizer(optimizer: Any) -> Optimizer:
-    """Return the optimizer itself, taken out of accelerate's and DeepSpeed's wrappers.
+    """Return the optimizer itself, or the one inside of a wrapper.
 
     Raises:
-        TypeError, ValueError: it has no learning rates to change.
+        TypeError, ValueError: its steps cannot be seen, or it has no learning rates to change.
     """
-    optimizer = unwrap_optimizer(optimizer)
-    if not isinstance(optimizer, Optimizer):
+    wrapper, optimizer = optimizer, unwrap_optimizer(optimizer)
+    stepped = stepped_optimizers(optimizer)
+    groups = {id(group) for one in stepped for group in one.param_groups}
+    if (
+        not isinstance(optimizer, Optimizer)
+        or not stepped
+        or any(id(group) not in groups for group in optimizer.param_groups)
+    ):
+        kind = type(wrapper)
+        module = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
+        hint = ""
+        if hasattr(wrapper, "step"):
+            hint = ", whose step() does not run torch's hooks; pass the optimizer that it steps"
         raise TypeError(
-            f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}"
+            f"optimizer: expected a torch.optim.Optimizer, got {module}{kind.__qualname__}{hint}"
         )
     for i, group in enumerate(optimizer.param_groups):
         if "lr" not in group:
             raise ValueError(f"optimizer: param_groups[{i}] has no 'lr' to change")
+        _check_lr(f"optimizer: param_groups[{i}]['lr']", group["lr"])
     return optimizer
+
+
+def _check_lr(name: str, lr: Any) -> None:
+    if isinstance(lr, Tensor):
+        if not lr.is_floating_point() or lr.numel() != 1:
+            raise TypeError(f"{name}: expected a floating-point tensor of one element, got {lr!r}")
+        lr = float(lr)
+    checks.at_least_zero(name, lr)
+
+
+def _whole(epoch: Any, last: int) -> int:
+    """Return the epoch if it is whole and not negative, and otherwise the one after the last."""
+    try:
+        number = operator.index(epoch)
+    except TypeError:  # a fraction, or a metric
+        return last + 1
+    return number if number >= 0 else last + 1
 
 
 def check_drops(loaded: Mapping[str, Any], name: str, drops: int) -> None:

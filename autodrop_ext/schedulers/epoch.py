@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -115,6 +114,9 @@ class EpochAutoDrop(MeteredScheduler):
     max_threshold: float
     delay: int
     average: bool
+    _current_threshold: float
+    _last_angle: float | None
+    _waited: int | None  # epochs of a pending drop's delay
     _settings = EPOCH
     _gathered: ClassVar[Form] = {
         "current_threshold": degrees_above_0,
@@ -148,11 +150,22 @@ class EpochAutoDrop(MeteredScheduler):
         optimizer = check_optimizer(optimizer)
         checks.callback("on_average", on_average)
         self.on_average = on_average
-        self._last_angle: float | None = None
-        self._waited: int | None = None  # epochs of a pending drop's delay
         super().__init__(optimizer, arguments, window=1)
-        self._current_threshold = self.threshold
         self._delayed = ParameterAverage(self.meter.named_parameters)
+
+    def _at_start(self) -> dict[str, Any]:
+        return {
+            **super()._at_start(),
+            "_current_threshold": self.threshold,
+            "_last_angle": None,
+            "_waited": None,
+        }
+
+    def reset(self) -> None:
+        """As :meth:`AutoDrop.reset`; a pending drop is forgotten."""
+        self._delayed.reset()
+        self._hook.real_steps = 0
+        super().reset()
 
     @property
     def current_threshold(self) -> float:
@@ -161,16 +174,10 @@ class EpochAutoDrop(MeteredScheduler):
 
     # ---- deciding ---------------------------------------------------------------------------
 
-    def _make_before_step(self) -> Callable[[], None]:
-        this = weakref.ref(self)
-
-        def measure_from_here() -> None:
-            # The reference point x_0 of the first epoch, or of the first one after NaN.
-            scheduler = this()
-            if scheduler is not None and not scheduler.meter.started:
-                scheduler.meter.rebase()
-
-        return measure_from_here
+    def _before_step(self, optimizer: Optimizer) -> None:
+        # The reference point x_0 of the first epoch, or of the first one after NaN.
+        if not self.meter.started and self._hook.moves(optimizer):
+            self.meter.rebase()
 
     def _observe(self) -> Reading:
         reading = super()._observe()

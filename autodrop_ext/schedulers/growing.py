@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from torch.optim import Optimizer
+
 from .. import checks
 from ..checks import cosine, none_or
 from ..reading import Reading
@@ -15,7 +17,7 @@ from .base import Outcome, in_precision_of
 from .metered import MeteredScheduler
 
 _FIRST_COSINES = 4  # before the first mean of them is trusted
-_FIRST_WINDOW = 2  # of the automatic warm-up, optimizer steps
+FIRST_WINDOW = 2  # of the automatic warm-up, optimizer steps
 _FIRST_SHARE = 16 / 512  # of the rates that were set
 _STILL_STEPS = 16  # at its start, in which rates stay
 _TRUSTED_WINDOW = 8  # the shortest that may end it
@@ -66,28 +68,62 @@ class GrowingScheduler(MeteredScheduler):
     cosines: int = 8
     warmup_steps: int | Literal["auto"]
 
-    def __init__(self, *args: Any, joins: bool, warmup: Any, window: int, **kwargs: Any) -> None:
-        self._newest_cosines: list[float] = []  # of windows of one length, once one is known
-        self._doubled = True  # whether the window has doubled since the newest cosine
-        self._mean_cosine: float | None = None
-        self._rising = warmup == "auto" and not joins
-        self._share = _FIRST_SHARE if self._rising else 1.0  # of the rates that were set
-        self._next_window = window  # length of the window after the last decision's
-        super().__init__(*args, window=window, **kwargs)
+    _newest_cosines: list[float]  # of windows of one length, once one is known
+    _doubled: bool  # whether the window has doubled since the newest cosine
+    _mean_cosine: float | None
+    _rising: bool
+    _share: float  # of the rates that were set
+    _next_window: int  # length of the window after the last decision's
+
+    def __init__(
+        self, optimizer: Optimizer, arguments: Mapping[str, Any], window: int | None
+    ) -> None:
+        meter = {} if window is None else {"window": window}
+        super().__init__(optimizer, arguments, **meter)
+        self._next_window = self.meter.window
+
+    def _at_start(self) -> dict[str, Any]:
+        rises = self.warmup_steps == "auto"
+        return {
+            **super()._at_start(),
+            "_newest_cosines": [],
+            "_doubled": True,
+            "_mean_cosine": None,
+            "_rising": rises,
+            "_share": _FIRST_SHARE if rises else 1.0,
+            "_next_window": self._first_window(),
+        }
+
+    def _first_window(self) -> int:
+        return FIRST_WINDOW if self.warmup_steps == "auto" else self._usual_window()
+
+    def _usual_window(self) -> int:
+        """Return the length of the first window without an automatic warm-up."""
+        raise NotImplementedError
+
+    def _before_step(self, optimizer: Optimizer) -> None:
+        super()._before_step(optimizer)
+        known = len(self.base_lrs)
+        if self._rising and len(optimizer.param_groups) > known and self._hook.moves(optimizer):
+            vars(self).update(self._of_added_groups())
+            later = [self._share * float(lr) for lr in self.base_lrs[known:]]
+            self._set_lrs([*[None] * known, *later])
 
     @staticmethod
     def _windows_until(steps: int, settings: Mapping[str, Any]) -> list[int]:
         """Return the lengths that windows may have had after a number of optimizer steps."""
         warmup, windows = settings["warmup_steps"], settings.get("windows", 8)
         automatic = warmup == "auto"
-        lengths = [_FIRST_WINDOW if automatic else settings["min_window"]]
+        lengths = [FIRST_WINDOW if automatic else settings["min_window"]]
         while steps - (0 if automatic else warmup) >= 2 * windows * lengths[-1]:
             lengths.append(2 * lengths[-1])
         return lengths
 
     def _initial_step(self) -> None:
         super()._initial_step()
-        if self._rising and self._optimizer_steps == 0:
+        if self._optimizer_steps:  # it joins a run, with the rates that it had
+            self._rising, self._share = False, 1.0
+        elif self._rising:
             self._set_lrs(float(lr) * self._share for lr in self.base_lrs)
             self._last_lr = self._lrs()
 

@@ -47,6 +47,9 @@ class MeteredScheduler(StepScheduler):
     _window_follows_from: ClassVar[str] = ""
     """For messages: entries of a saved state, if the window follows from several."""
     average: bool = False
+    _decided: int | None  # window of the newest reading that was decided on
+    _cooldown: Cooldown | None
+    _described_to_log: bool
     _averages_run: ClassVar[bool] = True
     """Whether ``average`` stands for an average over the run, which is moved at every window."""
 
@@ -54,6 +57,7 @@ class MeteredScheduler(StepScheduler):
         optimizer = check_optimizer(optimizer)
         settings = check_arguments(self._settings, arguments)
         settings["min_lr"] = _one_for_each(settings["min_lr"], len(optimizer.param_groups))
+        _check_one_rate(optimizer, settings)
         checks.callback("on_reading", arguments["on_reading"])
         checks.callback("on_drop", arguments["on_drop"])
         self.on_reading: Callable[[Any], object] | None = arguments["on_reading"]
@@ -65,8 +69,6 @@ class MeteredScheduler(StepScheduler):
             backend=arguments["backend"],
             process_group=arguments["process_group"],
         )
-        self._decided: int | None = None  # window of the newest reading that was decided on
-        self._cooldown: Cooldown | None = None
         self._mean: ParameterAverage | None = None
         if self._averages_run and settings["average"]:
             self._mean = ParameterAverage(self.meter.named_parameters)
@@ -74,12 +76,34 @@ class MeteredScheduler(StepScheduler):
         super().__init__(optimizer, own, arguments["last_epoch"])
         self.meter.warn_through(self._warnings)
 
+    def _at_start(self) -> dict[str, Any]:
+        return {
+            **super()._at_start(),
+            "_decided": self._newest_window(),
+            "_cooldown": None,
+            "_described_to_log": False,
+        }
+
+    def reset(self) -> None:
+        """Begin another run: what was measured is forgotten, and rates are the base rates again.
+
+        Settings, parameters and the optimizer's state stay. Every rank must call it.
+        """
+        self.meter.start_over(self._first_window())
+        if self._mean is not None:
+            self._mean.reset()
+        super().reset()
+
+    def _first_window(self) -> int:
+        """Return the length of the first window of a run, optimizer steps."""
+        return self.meter.window
+
     # ---- a step -----------------------------------------------------------------------------
 
     def _decide_step(self, *, warming_up: bool) -> Outcome:
         # At the first step of all, where every rank is: one with another warm-up would not come.
         self.meter.compare(self._facts)
-        if self._optimizer_steps == 1:
+        if not self._described_to_log:
             self._begin_log()
         if warming_up:
             return NOTHING
@@ -174,6 +198,10 @@ class MeteredScheduler(StepScheduler):
                 lrs[g] = lower
         return lrs
 
+    def _of_added_groups(self) -> dict[str, Any]:
+        floors = [self._floor(g) for g in range(len(self.optimizer.param_groups))]
+        return {**super()._of_added_groups(), "min_lr": floors}
+
     def cooldown(self, num_steps: int, shape: Shape = "linear") -> None:
         """Let the rates fall to ``min_lr`` over the next ``num_steps`` steps, whatever is measured.
 
@@ -212,6 +240,7 @@ class MeteredScheduler(StepScheduler):
 
     def _begin_log(self) -> None:
         """Give the settings and a cooldown to a log, as ``JsonLinesLog`` is one."""
+        self._described_to_log = True
         begin = getattr(self.on_reading, "begin", None)
         if begin is not None:
             begin(self._described())
@@ -364,7 +393,11 @@ class MeteredScheduler(StepScheduler):
         self._cooldown = loaded["cooldown"]
         if self._averages_run:
             self._take_over_average(loaded.get("mean"))
-        self._decided = self.meter.history[-1].window if self.meter.history else None
+        self._decided = self._newest_window()
+
+    def _newest_window(self) -> int | None:
+        """Return the window of the meter's newest reading."""
+        return self.meter.history[-1].window if self.meter.history else None
 
 
 class Cooldown(NamedTuple):
@@ -427,6 +460,23 @@ def _lower(lr: float | Tensor, factor: float, floor: float) -> float | None:
     now = float(lr)
     lower = in_precision_of(lr, max(floor, factor * now))
     return lower if lower < now else None
+
+
+def _check_one_rate(optimizer: Optimizer, settings: Mapping[str, Any]) -> None:
+    """Raise ValueError if param groups would get different rates and the optimizer refuses them.
+
+    D-Adaptation and Prodigy estimate one distance ``d`` for all groups, after ``k`` steps.
+    """
+    groups = optimizer.param_groups
+    if len(groups) < 2 or not all({"d", "k"} <= group.keys() for group in groups):
+        return
+    for name in ("per_group", "min_lr"):
+        value = settings.get(name)
+        if value is True or (isinstance(value, list) and len(set(value)) > 1):
+            raise ValueError(
+                f"{name}: expected the same rate for all param groups, because "
+                f"{type(optimizer).__qualname__} accepts no others, got {value!r}"
+            )
 
 
 def _one_for_each(min_lr: float | list[float], groups: int) -> list[float]:

@@ -114,7 +114,7 @@ def test_param_groups_keep_their_ratios_and_tensors() -> None:
     assert 0.1 < float(tensor) < 0.5
 
 
-def test_a_group_that_joins_the_warm_up_keeps_its_rate() -> None:
+def test_a_group_that_joins_the_warm_up_takes_part_in_it() -> None:
     iterates = process("drift", 200, n=60)
     optimizer = Given(iterates, dtype=torch.float64)
     scheduler = AnytimeAutoDrop(optimizer, warmup_steps="auto")
@@ -129,8 +129,26 @@ def test_a_group_that_joins_the_warm_up_keeps_its_rate() -> None:
         for _ in range(100):
             optimizer.step()
             scheduler.step()
-    assert optimizer.param_groups[1]["lr"] == 0.25
-    assert 1 / 32 < optimizer.param_groups[0]["lr"] < 1.0
+    first, second = (group["lr"] for group in optimizer.param_groups)
+    assert second == pytest.approx(0.25 * first, rel=1e-12)  # products in another order
+    assert 0.1 < first < 1.0
+
+
+def test_reset_begins_it_again() -> None:
+    iterates = process("mean-reverting", 600, n=60)
+    optimizer = Given(iterates, dtype=torch.float64)
+    scheduler = AnytimeAutoDrop(optimizer, warmup_steps="auto")
+    rates: list[list[float]] = []
+    for _ in range(2):
+        rates.append([optimizer.param_groups[0]["lr"]])
+        for _ in range(300):
+            optimizer.step()
+            scheduler.step()
+            rates[-1].append(optimizer.param_groups[0]["lr"])
+        assert ends_of(scheduler) == ["confined"]
+        scheduler.reset()
+    assert rates[0][:17] == rates[1][:17] == [1 / 32] * 17
+    assert scheduler.window == 2
 
 
 @pytest.mark.parametrize("kind", KINDS)
