@@ -94,14 +94,21 @@ def digests_of(facts: Facts) -> tuple[float, float]:
     return digest([json.dumps(values)]), digest([json.dumps(rates)])
 
 
-def agree(rows: Sequence[Row]) -> Agreement:
+def agree(rows: Sequence[Row], compare: Callable[[], object] | None = None) -> Agreement:
     """Return the verdict on the rows of all ranks, in rank order.
+
+    Args:
+        rows: of all ranks.
+        compare: called if ranks decide from different facts, which it is to name. Replicas are
+            looked at afterwards, because other learning rates make them differ.
 
     Raises:
         DisagreementError: the ranks did not measure the same; the message names them.
     """
     _check_counting(rows)
     _check_layouts(rows)
+    if compare is not None and facts_differ(rows):
+        compare()
     restart = any(row.restart for row in rows)
     restart = restart or len({row.windows_since_restart for row in rows}) > 1
     not_finite = [rank for rank, row in enumerate(rows) if row.not_finite]

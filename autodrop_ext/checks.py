@@ -80,15 +80,18 @@ def finite(name: str, value: Any, expected: str = "a finite number") -> float:
 
 
 def count(name: str, value: Any, least: int) -> int:
-    """The value as an int of at least ``least``.
+    """The value as an int of at least ``least`` and of 63 bits at most.
 
     Raises:
-        TypeError, ValueError: it is no int, or smaller.
+        TypeError, ValueError: it is no int, or not in that range.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name}: expected an int, got {value!r}")
     if value < least:
         raise ValueError(f"{name}: expected at least {least}, got {value}")
+    if value >= 1 << 63:
+        bits = int(value).bit_length()
+        raise ValueError(f"{name}: expected less than 2**63, got an int of {bits} bits")
     return int(value)
 
 
@@ -139,7 +142,7 @@ def window(name: str, value: Any) -> int:
         raise TypeError(f"{name}: expected an int, got {value!r}")
     if value < 1:
         raise ValueError(f"{name}: expected at least 1 optimizer step, got {value}")
-    return int(value)
+    return count(name, value, 1)
 
 
 def buckets(name: str, value: Any) -> int | None:

@@ -97,6 +97,7 @@ class AngularVelocity:
         self._faults = Faults(Warnings(type(self).__name__))
         self._warns_by_itself = True
         self._has_read = False
+        self._all_started_over = False
         self._observing = False  # state_dict() may be called in the middle of a step
         self._compared = False  # whether the ranks have compared their settings
         self._sketch: Sketch | None = None
@@ -135,6 +136,11 @@ class AngularVelocity:
     def has_read(self) -> bool:
         """Whether the last :meth:`observe` has read the parameters."""
         return self._has_read
+
+    @property
+    def all_started_over(self) -> bool:
+        """Whether the last :meth:`observe` has made several ranks start over together."""
+        return self._all_started_over
 
     def named_parameters(self) -> list[tuple[str, Tensor]]:
         """Names and parameters that are measured, as they are now; sharded ones as DTensors."""
@@ -182,7 +188,7 @@ class AngularVelocity:
         if counter.position == 1 or self._sketch is None:
             self._begin_window()
         self._compare_once(facts)
-        self._has_read = False
+        self._has_read = self._all_started_over = False
         if counter.is_snapshot():
             self._read()
         if counter.position < counter.window:
@@ -230,6 +236,7 @@ class AngularVelocity:
         values = self._with_settings(facts)
         row = self._row(calls, restart, values)
         verdict = ranks.agree(row, values)
+        self._all_started_over = ranks.size > 1 and (verdict.restart or bool(verdict.not_finite))
         counter.next_window()
         if changed:
             self._parameters_changed()
@@ -484,6 +491,20 @@ class AngularVelocity:
         if self._sketch is None and not self._compared and not is_alone(self._process_group):
             self._ranks = self._find_ranks(self._source.shards())
         self._compare_once(facts)
+
+    def same_on_all_ranks(self, value: Any) -> bool:
+        """Return True if ranks that hold parts of one model give equal values; a collective then.
+
+        Replicas compare nothing, because one of them may be evaluated alone.
+        """
+        if is_alone(self._process_group):
+            return True
+        shards = self._source.shards() if self._sketch is None else self._sketch.shards
+        ranks = self._find_ranks(shards)
+        if not ranks.layout(shards).sharded:
+            return True
+        values = ranks.gather_objects(value, "their averages could not be compared")
+        return all(other == values[0] for other in values)
 
     def _with_settings(self, facts: GetFacts) -> Facts:
         return {**{setting.name: getattr(self, setting.name) for setting in METER}, **facts()}

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .agreement import Agreement, Facts, Row, agree, check_facts, digest, facts_differ
+from .agreement import Agreement, Facts, Row, agree, check_facts, digest
 from .sharding import LocalShard
 
 PIPELINE_DIMENSION = "pp"
@@ -125,11 +125,7 @@ class Ranks:
                 learning rates; raised on all of them alike.
             RuntimeError: a rank is dead or late.
         """
-        rows = self.gather(row)
-        agreement = agree(rows)
-        if facts_differ(rows):
-            self.compare(facts)
-        return agreement
+        return agree(self.gather(row), lambda: self.compare(facts))
 
     def compare(self, facts: Facts) -> None:
         """Compare facts by name.

@@ -152,7 +152,15 @@ def from_columns(kind: type[Any]) -> Check:
             if len(column) != length:
                 raise ValueError(f"{name}[{key!r}]: expected {length} values, got {len(column)}")
         rows = zip(*columns.values(), strict=True)
-        return [kind(**dict(zip(columns, row, strict=True))) for row in rows]
+        records = [kind(**dict(zip(columns, row, strict=True))) for row in rows]
+        for i, record in enumerate(records):
+            lengths = [len(getattr(record, key, ())) for key in _ONE_A_GROUP]
+            if len(set(lengths)) > 1:
+                raise ValueError(
+                    f"{name}: expected equally many {', '.join(_ONE_A_GROUP)} in record {i}, got "
+                    f"{lengths}"
+                )
+        return records
 
     return check
 
@@ -173,7 +181,8 @@ def _check_float(name: str, value: Any) -> float:
 
 
 _OF_EARLIER_RELEASES = ("rounding_error", "margin")  # columns that are passed over
-_OF_GROUPS = ("dropped_groups", "group_angles", "group_smoothed", "group_rises")
+_ONE_A_GROUP = ("group_angles", "group_smoothed", "group_rises")
+_OF_GROUPS = ("dropped_groups", *_ONE_A_GROUP)
 
 R = TypeVar("R", bound=Reading)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
@@ -11,11 +12,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import checks
-from ..average import ParameterAverage, checked_average
+from ..average import HELD, ParameterAverage, checked_average
 from ..meter import AngularVelocity
+from ..parameters import ParameterSource
 from ..reading import Decision, Reading
 from ..saved import Form, Later, inside, list_of, load
 from ..settings import METER, check_arguments
+from ..sharding import zero_optimizer_of
 from .base import NOTHING, Outcome, StepScheduler, as_floats, check_optimizer, in_precision_of
 
 if TYPE_CHECKING:
@@ -67,9 +70,13 @@ class MeteredScheduler(StepScheduler):
         )
         self._decided: int | None = None  # window of the newest reading that was decided on
         self._cooldown: Cooldown | None = None
+        # Averaged is what the optimizer trains, whatever is measured.
+        self._named = (
+            self.meter.named_parameters if params is None else ParameterSource(optimizer).named
+        )
         self._mean: ParameterAverage | None = None
         if self._averages_run and settings["average"]:
-            self._mean = ParameterAverage(self.meter.named_parameters)
+            self._mean = ParameterAverage(self._named)
         own = {s.name: settings[s.name] for s in self._settings if s.saved}
         super().__init__(optimizer, own, arguments["last_epoch"])
         self.meter.warn_through(self._warnings)
@@ -90,11 +97,41 @@ class MeteredScheduler(StepScheduler):
 
     def _observe(self) -> Reading | None:
         """Let the meter take the parameters, and return a reading if there is one to decide on."""
-        if self._mean is not None and self._mean.in_block:
-            raise RuntimeError("step: expected parameters of a training step, got averaged ones")
+        if any(group.get("train_mode") is False for group in self.optimizer.param_groups):
+            raise RuntimeError(
+                "step: expected the parameters that a schedule-free optimizer trains, got those "
+                "of its eval mode; call step() before optimizer.eval()"
+            )
+        self._end_block()
         reading = self.meter.observe(calls=self._step_count, facts=self._facts)
+        if self._mean is not None and self.meter.all_started_over:
+            # Some rank may have missed snapshots.
+            self._mean.reset()
         self._update_average()
         return reading
+
+    def _make_before_step(self) -> Callable[[], None] | None:
+        if self._mean is None:
+            return None
+        this = weakref.ref(self)
+
+        def end_block() -> None:
+            scheduler = this()
+            if scheduler is not None:
+                scheduler._end_block(hold=True)
+
+        return end_block
+
+    def _end_block(self, *, hold: bool = False) -> None:
+        """Give the parameters their own values back, if they hold their average.
+
+        Args:
+            hold: whether the warning waits for the next :meth:`step`.
+        """
+        if self._mean is not None and self._mean.restore():
+            if hold:
+                self._warnings.hold()
+            self._warnings.once("held", HELD)
 
     def _update_average(self) -> None:
         """Move the average where the meter has read the parameters, but not too often.
@@ -175,8 +212,9 @@ class MeteredScheduler(StepScheduler):
     def cooldown(self, num_steps: int, shape: Shape = "linear") -> None:
         """Let the rates fall to ``min_lr`` over the next ``num_steps`` steps, whatever is measured.
 
-        For someone who now knows when the run ends. A second call starts from the present rates.
-        Checkpoints hold the cooldown, and readings go on.
+        For someone who now knows when the run ends. A second call starts from the present rates,
+        and :meth:`end_cooldown` ends it. Checkpoints hold the cooldown, readings go on, and steps
+        count, also at a rate of 0. On several ranks all of them have to call it at the same step.
 
         Args:
             num_steps: calls of :meth:`step` that follow an optimizer step.
@@ -191,13 +229,31 @@ class MeteredScheduler(StepScheduler):
                 f"cooldown: expected a call after the warm-up of {self.warmup_steps} steps, got "
                 f"one after {self._optimizer_steps}"
             )
-        self._cooldown = Cooldown(
-            self._optimizer_steps,
-            checks.count("num_steps", num_steps, 1),
-            _SHAPE("shape", shape),
-            as_floats(self._rates()),
+        self._take_cooldown(
+            Cooldown(
+                self._optimizer_steps,
+                checks.count("num_steps", num_steps, 1),
+                _SHAPE("shape", shape),
+                as_floats(self._rates()),
+            )
         )
         self._begin_log()
+
+    def end_cooldown(self) -> None:
+        """Let drops go on after a :meth:`cooldown`, also before its end.
+
+        The rates stay as they are until a drop, or until you set them; set them if they are 0. On
+        several ranks all of them have to call it at the same step. Without a cooldown it does
+        nothing.
+        """
+        self._take_cooldown(None)
+        self._begin_log()
+
+    def _take_cooldown(self, cooldown: Cooldown | None) -> None:
+        self._cooldown = cooldown
+        self._hook.at_zero = cooldown is not None
+        if cooldown is not None:  # it lets parameters stand still in the end
+            self._warnings.mute("still", "half")
 
     def _cool(self, cooldown: Cooldown) -> None:
         now = as_floats(self._rates())
@@ -253,15 +309,21 @@ class MeteredScheduler(StepScheduler):
                 evaluate(model)
 
         Save what a run is to be resumed from outside of the block. Afterwards the parameters have
-        their bits back, also after an exception. The average takes 4 bytes a parameter, and within
-        the block there is a copy of the parameters. It weighs the parameters after step ``s`` of
-        ``t`` in proportion to ``s**7`` (Shamir and Zhang 2013, section 4). Statistics of batch
-        normalisation belong to the parameters of the last step: measure them again within the block
-        with ``torch.optim.swa_utils.update_bn(loader, model)``, and keep copies of them if training
-        goes on.
+        their bits back, also after an exception. A step of the optimizer, :meth:`step`,
+        :meth:`state_dict` and another block end the block before, with a warning: a Ctrl-C may have
+        struck right where a block ends, and then they give the parameters their own bits back.
+
+        Averaged are the parameters of the optimizer, whatever ``params=`` measures. The average
+        takes 4 bytes a parameter, and within the block there is a copy of the parameters. It weighs
+        the parameters after step ``s`` of ``t`` in proportion to ``s**7`` (Shamir and Zhang 2013,
+        section 4). Statistics of batch normalisation belong to the parameters of the last step:
+        measure them again within the block with ``torch.optim.swa_utils.update_bn(loader, model)``,
+        and keep copies of them if training goes on. If parameters are sharded, all ranks have to
+        enter the block, which takes a collective.
 
         Yields:
-            True if the parameters hold the average; False, with one warning, if there is none yet.
+            True if the parameters hold the average; False, with one warning for each reason, if
+            they keep their own values, on all ranks alike.
 
         Raises:
             RuntimeError: the scheduler was made with ``average=False``.
@@ -271,14 +333,27 @@ class MeteredScheduler(StepScheduler):
                 "averaged_parameters: expected a scheduler that was made with average=True, got "
                 f"average={self.average!r}"
             )
+        self._end_block()
+        problem = self._problem_of_average(self._mean)
+        if problem is not None:
+            self._warnings.once(problem, f"averaged_parameters() changed nothing: {problem}")
+            yield False
+            return
         with self._mean.swapped() as held:
-            if not held:
-                self._warnings.once(
-                    "no average",
-                    "averaged_parameters() changed nothing, because there is no average of the "
-                    "present parameters yet; it begins with the first window",
-                )
             yield held
+
+    def _problem_of_average(self, mean: ParameterAverage) -> str | None:
+        """Return why the model cannot be evaluated with the average, or None; equal on all ranks."""
+        if any("train_mode" in group for group in self.optimizer.param_groups):
+            return "a schedule-free optimizer has its own average; call optimizer.eval()"
+        if zero_optimizer_of(self.optimizer) is not None:
+            return "DeepSpeed's optimizer holds float32 copies of the model's parameters"
+        problem = mean.problem()
+        if not self.meter.same_on_all_ranks((problem is None, mean.steps, mean.updates)):
+            return "ranks hold parts of the model, and have averages of different steps"
+        if problem is None:
+            return None
+        return f"there is no average of the present parameters ({problem})"
 
     def close(self) -> None:
         """Take the hooks off the optimizer and free the sums. The learning rates stay."""
@@ -295,11 +370,7 @@ class MeteredScheduler(StepScheduler):
         Called while a step is being taken, it has the last whole step, and a meter whose open
         window is discarded.
         """
-        if self._mean is not None and self._mean.in_block:
-            self._warnings.warn(
-                "state_dict() was called within averaged_parameters(), where the parameters are "
-                "not those of the run; to resume, save everything outside of the block"
-            )
+        self._end_block()
         cooldown = Cooldown.saved(self._cooldown)
         state = {**super().state_dict(), "cooldown": cooldown, "meter": self.meter.state_dict()}
         if self._mean is not None:
@@ -360,7 +431,8 @@ class MeteredScheduler(StepScheduler):
         if not self.average:
             self._mean = None
             return
-        self._mean = self._mean or ParameterAverage(self.meter.named_parameters)
+        self._mean = self._mean or ParameterAverage(self._named)
+        self._hook.before_step = self._make_before_step()
         problem = self._mean.restore_state(saved) if saved is not None else "none was saved"
         if problem is not None:
             self._warnings.once("average", f"the average over the run starts over ({problem})")
@@ -368,7 +440,7 @@ class MeteredScheduler(StepScheduler):
     def _take_over(self, loaded: dict[str, Any]) -> None:
         self.meter.load_state_dict(loaded["meter"], name="state_dict['meter']")
         super()._take_over(loaded)
-        self._cooldown = loaded["cooldown"]
+        self._take_cooldown(loaded["cooldown"])
         if self._averages_run:
             self._take_over_average(loaded.get("mean"))
         self._decided = self.meter.history[-1].window if self.meter.history else None

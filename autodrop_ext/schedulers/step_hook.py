@@ -27,7 +27,8 @@ class StepHook:
 
     The hook only sets a mark, and the scheduler's ``step()`` consumes it. A call of ``step()``
     without a mark, or after a step that GradScaler skipped, therefore counts nothing. Steps at a
-    learning rate of zero, which checkpoint helpers run, are not marked.
+    learning rate of zero, which checkpoint helpers run, are not marked, unless the scheduler itself
+    has lowered the rate to it.
 
     Args:
         once_an_epoch: whether the scheduler's ``step()`` is to be called once an epoch, and not
@@ -40,6 +41,7 @@ class StepHook:
         steps_since_call: those since the scheduler's last call.
         before_step: called before each real step, or None.
         entered: whether a step has begun whose end has not been looked at.
+        at_zero: whether steps at a learning rate of zero are marked too.
     """
 
     def __init__(self, *, once_an_epoch: bool = False) -> None:
@@ -51,6 +53,7 @@ class StepHook:
         self._leader: int | None = None  # first parameter of the first step since the last call
         self.steps_since_call = 0
         self.entered = False
+        self.at_zero = False
         self._wrong_calls = 0  # in a row: late ones, or of epochs of a single step
         self._idle_calls = 0  # in a row: without a mark
         self._handles: dict[int, Any] = {}  # by their ids, which all optimizers share
@@ -182,7 +185,7 @@ class StepHook:
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and bool(found_inf):
             return False  # a fused optimizer under GradScaler is called but moves nothing
-        return not all(self._is_zero(group["lr"]) for group in optimizer.param_groups)
+        return self.at_zero or not all(self._is_zero(g["lr"]) for g in optimizer.param_groups)
 
     def _is_zero(self, lr: float | Tensor) -> bool:
         if not isinstance(lr, Tensor):
