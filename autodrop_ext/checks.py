@@ -89,10 +89,11 @@ def count(name: str, value: Any, least: int) -> int:
         raise TypeError(f"{name}: expected an int, got {value!r}")
     if value < least:
         raise ValueError(f"{name}: expected at least {least}, got {value}")
-    if value >= 1 << 63:
-        bits = int(value).bit_length()
+    converted = int(value)
+    if converted >= 1 << 63:
+        bits = converted.bit_length()
         raise ValueError(f"{name}: expected less than 2**63, got an int of {bits} bits")
-    return int(value)
+    return converted
 
 
 def at_least(least: int) -> Check:

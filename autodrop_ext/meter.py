@@ -47,8 +47,10 @@ class AngularVelocity:
 
     Args:
         params: tensors, ``(name, tensor)`` pairs, param groups, an optimizer, or a function that
-            returns one of the first three and is asked again at each end of a window. Parameters
-            that have never required a gradient are not measured, tied ones count once.
+            returns one of the first three and is asked again at each end of a window, and before
+            each read if it returns tensors that are not an ``nn.Parameter``, such as sums that it
+            computes. Parameters that have never required a gradient are not measured, tied ones
+            count once.
         window: ``k``, optimizer steps per window, at least 1.
         snapshots: how many times a window the parameters are read, evenly spaced, the last time at
             the window's end; None for every step.
@@ -257,7 +259,7 @@ class AngularVelocity:
         if sketch.own:
             sums = np.array(ranks.add_numbers(sums.ravel().tolist())).reshape(sums.shape)
         totals = sketch.totals(sums)
-        self._faults.watch_motion(sketch, totals, counter.windows_since_restart)
+        self._faults.watch_motion(sketch, totals, counter.window, counter.windows_since_restart)
         if counter.windows_since_restart < WINDOWS_FOR_ANGLE:
             return self._keep(self._undefined())
         return self._keep(self._reading(totals))

@@ -57,15 +57,17 @@ class ParameterSource:
     An optimizer's ``param_groups`` are never cached: ``load_state_dict``, ``add_param_group`` and
     wrappers replace them. Of sharded parameters it finds the part on this rank.
 
-    A parameter is measured if it requires a gradient, or if it did when this object looked before
-    and has been held since: a discriminator may be frozen while ``step()`` is called, and adapters
-    may be trained in turn. Tensors given by hand that are not an ``nn.Parameter``, such as float32
+    A parameter is measured if it requires a gradient or has one, or if it did when this object
+    looked before and has been held since: a discriminator may be frozen while ``step()`` is called,
+    and adapters may be trained in turn. Tensors that are not an ``nn.Parameter``, such as float32
     master weights, are always measured.
 
     Args:
         params: an optimizer, also one wrapped by accelerate or DeepSpeed; or an iterable of
             tensors, of ``(name, tensor)`` pairs or of param groups; or a function without arguments
-            that returns such an iterable.
+            that returns such an iterable. It is called at the ends of windows, and before each read
+            if it returns tensors that are not an ``nn.Parameter``: it may have to compute them, and
+            new ones of the same names and forms are the same parameters.
     """
 
     def __init__(self, params: Any) -> None:
@@ -155,6 +157,10 @@ class ParameterSource:
         found = self._found
         if found is None:
             raise RuntimeError("addresses: expected a call after shards(), got one before it")
+        if self._read is not None and any(not _is_parameter(s.origin) for s in found.every):
+            found = self._again(found, self._items())
+            if found is None:
+                return None
         with torch._C.DisableTorchFunction():
             # Half of the time of a loop: 40 ns a parameter, and this is called at every read.
             now = list(map(_ADDRESS, found.plain)) if found.plain else _addresses(found.every)
@@ -170,17 +176,18 @@ class ParameterSource:
         """Return True if :meth:`shards` would find the same parameters again.
 
         A parameter is the same if it is the same object with the same shape, order in memory, dtype
-        and device, whatever memory it has now, or none for the moment. A new object is the same if
-        its memory is, because some functions given as ``params=`` make new objects at every call.
+        and device, whatever memory it has now, or none for the moment. A new ``nn.Parameter`` is
+        the same if its memory is, and another new tensor if its name is, because some functions
+        given as ``params=`` make new objects at every call.
         """
         found = self._found
         if found is None:
             return False
-        items = self._items()
-        if _ids(items) != found.ids:
-            return self._same_memory(found, items)
+        found = self._again(found, self._items())
+        if found is None:
+            return False
         with torch._C.DisableTorchFunction():
-            if any(parameter.requires_grad for parameter in found.frozen):
+            if any(map(_is_trained, found.frozen)):
                 return False
             if _forms(found.every) != found.forms:
                 return False
@@ -196,22 +203,35 @@ class ParameterSource:
             self._found = found._replace(addresses=now)
         return same
 
-    def _same_memory(self, found: _Found, items: Sequence[Any]) -> bool:
-        """Return True if new objects hold the memory that was found, in the same form."""
+    def _again(self, found: _Found, items: Sequence[Any]) -> _Found | None:
+        """Return what was found, with new objects for the same parameters; None for others."""
+        if _ids(items) == found.ids:
+            return found
         if self._zero is not None:
-            return False
+            return None
         named = self._look(items)
         if any(is_partitioned(parameter) for _, parameter in named):
-            return False
+            return None
+        computed = self._read is not None and not any(_is_parameter(p) for _, p in named)
         memory = {_local(parameter).data_ptr() for _, parameter in named}
-        if memory != {_local(shard.origin).data_ptr() for shard in found.every}:
-            return False  # soon, because a look at shards takes long
+        if not computed and memory != {_local(shard.origin).data_ptr() for shard in found.every}:
+            return None  # soon, because a look at shards takes long
         now = local_shards(named, _group_of(items))
         facts = [
             [(s.name, s.layout, s.group, s.part) for s in shards] for shards in (now, found.every)
         ]
-        same = facts[0] == facts[1] and _forms(now) == found.forms
-        return same and _addresses(now) == _addresses(found.every)
+        if facts[0] != facts[1] or _forms(now) != found.forms:
+            return None
+        addresses = _addresses(now)
+        if not computed:
+            return found if addresses == _addresses(found.every) else None
+        if any(s.staged for s in now) or distinct([(s.name, s.tensor) for s in now]) != found.kept:
+            return None
+        plain = [s.origin for s in now] if found.plain else []
+        self._found = found._replace(
+            ids=_ids(items), every=now, addresses=addresses, plain=plain, frozen=[]
+        )
+        return self._found
 
     def _items(self) -> Sequence[Any]:
         """Return tensors, pairs and param groups as they are now."""
@@ -227,11 +247,10 @@ class ParameterSource:
 
     def _measured_of(self, held: Sequence[Named]) -> list[Named]:
         before = set(map(id, self._measured))
-        by_hand = self._optimizer is None
         named = [
             (name, p)
             for name, p in held
-            if p.requires_grad or id(p) in before or (by_hand and not isinstance(p, nn.Parameter))
+            if _is_trained(p) or id(p) in before or not _is_parameter(p)
         ]
         self._measured = [p for _, p in named]
         return named
@@ -256,6 +275,15 @@ def _find(named: Sequence[Named], items: Sequence[Any]) -> list[LocalShard]:
                 "module that has not seen an input"
             )
     return local_shards(named, _group_of(items))
+
+
+def _is_parameter(tensor: Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter)
+
+
+def _is_trained(tensor: Tensor) -> bool:
+    """Return True if torch's optimizers move the tensor."""
+    return tensor.requires_grad or (tensor.is_leaf and tensor.grad is not None)
 
 
 def _local(tensor: Any) -> Tensor:

@@ -343,7 +343,7 @@ class MeteredScheduler(StepScheduler):
             yield held
 
     def _problem_of_average(self, mean: ParameterAverage) -> str | None:
-        """Return why the model cannot be evaluated with the average, or None; equal on all ranks."""
+        """Return why parameters cannot hold the average, or None; equal on all ranks."""
         if any("train_mode" in group for group in self.optimizer.param_groups):
             return "a schedule-free optimizer has its own average; call optimizer.eval()"
         if zero_optimizer_of(self.optimizer) is not None:
