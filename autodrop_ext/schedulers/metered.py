@@ -105,9 +105,9 @@ class MeteredScheduler(StepScheduler):
         self._end_block()
         reading = self.meter.observe(calls=self._step_count, facts=self._facts)
         if self._mean is not None and self.meter.all_started_over:
-            # Some rank may have missed snapshots.
-            self._mean.reset()
-        self._update_average()
+            self._mean.reset()  # some rank may have missed snapshots, this one among them
+        else:
+            self._update_average()
         return reading
 
     def _make_before_step(self) -> Callable[[], None] | None:
@@ -247,6 +247,7 @@ class MeteredScheduler(StepScheduler):
         nothing.
         """
         self._take_cooldown(None)
+        self._lowered = []  # rates that are set by hand now undo nothing
         self._begin_log()
 
     def _take_cooldown(self, cooldown: Cooldown | None) -> None:

@@ -140,7 +140,7 @@ def test_an_interrupt_anywhere_ends_with_the_next_call(ending: str) -> None:
         left(run)
     assert counter.places > 300 and run.holds(own)
     late = 0
-    for at in range(counter.places):
+    for at in range(list(ENDINGS).index(ending), counter.places, len(ENDINGS)):
         interrupter = Interrupter(at)
         try:
             with interrupter:
@@ -151,7 +151,7 @@ def test_an_interrupt_anywhere_ends_with_the_next_call(ending: str) -> None:
             ENDINGS[ending](run)
             assert run.holds(own), interrupter.where
         assert run.holds(own), interrupter.where
-    assert late < counter.places / 50  # of contextlib's own end of a block
+    assert late < counter.places / 100  # of contextlib's own end of a block
 
 
 # ---- what is averaged -----------------------------------------------------------------------
