@@ -545,16 +545,13 @@ class AngularVelocity:
         counts = counter.state()
         tables: Mapping[str, Any] = NO_TABLES
         if self._observing:
-            pass
+            counts |= {"position": 0, "usable": 0, "spoiled": False}
         elif self._saved is not None:
             tables = self._saved
         elif sketch is None:
             tables = self._new_sketch()[0].state_dict(running=False)
         elif self._source.unchanged():  # no tables of other parameters
             tables = sketch.state_dict(running=not counter.spoiled)
-        if self._observing or counter.state() != counts:  # also if another thread began meanwhile
-            counts |= {"position": 0, "usable": 0, "spoiled": False}
-            tables = NO_TABLES
         return {
             "version": 2,
             **counts,

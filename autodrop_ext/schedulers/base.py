@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -71,6 +72,7 @@ class StepScheduler(LRScheduler):
         self.num_drops = 0
         self.history: list[Any] = []
         self._warnings = Warnings(type(self).__name__)
+        self._lock = threading.RLock()  # another thread's state_dict() waits for a whole step
         self._hook = StepHook(once_an_epoch=self._once_an_epoch)
         self._hook.before_step = self._make_before_step()
         self._optimizer_steps = 0  # consumed marks
@@ -103,7 +105,8 @@ class StepScheduler(LRScheduler):
             return
         self._warnings.hold()  # a warning may be an error, and must not leave a step half done
         try:
-            outcome = self._take_step(epoch)
+            with self._lock:
+                outcome = self._take_step(epoch)
         except BaseException:
             self._make_whole()
             raise
@@ -394,8 +397,12 @@ class StepScheduler(LRScheduler):
         )
         self._hook.marked = loaded["stepped"]
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._lock = threading.RLock()
         self._hook.before_step = self._make_before_step()
         self._hook.attach(self.optimizer)
 

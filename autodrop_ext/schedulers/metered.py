@@ -368,14 +368,15 @@ class MeteredScheduler(StepScheduler):
 
         Plain values and tensors only, so that ``torch.load(weights_only=True)`` reads it. Learning
         rates are restored by the *optimizer's* ``load_state_dict``, as with torch's schedulers.
-        Called while a step is being taken, it has the last whole step, and a meter whose open
-        window is discarded.
+        Called by another thread, it waits for the end of a step. Called by a signal's handler in
+        the middle of one, it has the last whole step, and a meter whose open window is discarded.
         """
         self._end_block()
-        cooldown = Cooldown.saved(self._cooldown)
-        state = {**super().state_dict(), "cooldown": cooldown, "meter": self.meter.state_dict()}
-        if self._mean is not None:
-            state["mean"] = self._mean.state_dict()
+        with self._lock:
+            cooldown = Cooldown.saved(self._cooldown)
+            state = {**super().state_dict(), "cooldown": cooldown, "meter": self.meter.state_dict()}
+            if self._mean is not None:
+                state["mean"] = self._mean.state_dict()
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
