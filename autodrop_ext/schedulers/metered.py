@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import math
+import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import checks
@@ -16,16 +16,14 @@ from ..average import HELD, ParameterAverage, checked_average
 from ..meter import AngularVelocity
 from ..parameters import ParameterSource
 from ..reading import Decision, Reading
-from ..saved import Form, Later, inside, list_of, load
+from ..saved import Later, inside, load
 from ..settings import METER, check_arguments
 from ..sharding import zero_optimizer_of
 from .base import NOTHING, Outcome, StepScheduler, as_floats, check_optimizer, in_precision_of
+from .cooldown import COOLDOWN_FORM, Cooldown, Shape, check_shape
 
 if TYPE_CHECKING:
     import matplotlib.figure
-
-Shape = Literal["linear", "sqrt", "cosine"]
-_SHAPE = checks.choice("linear", "sqrt", "cosine")
 
 
 class MeteredScheduler(StepScheduler):
@@ -70,10 +68,9 @@ class MeteredScheduler(StepScheduler):
         )
         self._decided: int | None = None  # window of the newest reading that was decided on
         self._cooldown: Cooldown | None = None
-        # Averaged is what the optimizer trains, whatever is measured.
-        self._named = (
-            self.meter.named_parameters if params is None else ParameterSource(optimizer).named
-        )
+        self._named: Callable[[], list[tuple[str, Tensor]]] = self.meter.named_parameters
+        if params is not None:
+            self._named = functools.partial(_to_average, ParameterSource(optimizer), self.meter)
         self._mean: ParameterAverage | None = None
         if self._averages_run and settings["average"]:
             self._mean = ParameterAverage(self._named)
@@ -233,7 +230,7 @@ class MeteredScheduler(StepScheduler):
             Cooldown(
                 self._optimizer_steps,
                 checks.count("num_steps", num_steps, 1),
-                _SHAPE("shape", shape),
+                check_shape("shape", shape),
                 as_floats(self._rates()),
             )
         )
@@ -314,13 +311,14 @@ class MeteredScheduler(StepScheduler):
         :meth:`state_dict` and another block end the block before, with a warning: a Ctrl-C may have
         struck right where a block ends, and then they give the parameters their own bits back.
 
-        Averaged are the parameters of the optimizer, whatever ``params=`` measures. The average
-        takes 4 bytes a parameter, and within the block there is a copy of the parameters. It weighs
-        the parameters after step ``s`` of ``t`` in proportion to ``s**7`` (Shamir and Zhang 2013,
-        section 4). Statistics of batch normalisation belong to the parameters of the last step:
-        measure them again within the block with ``torch.optim.swa_utils.update_bn(loader, model)``,
-        and keep copies of them if training goes on. If parameters are sharded, all ranks have to
-        enter the block, which takes a collective.
+        Averaged are the parameters of the optimizer, whatever ``params=`` measures, and those of
+        other optimizers that it measures; master weights are not. The average takes 4 bytes a
+        parameter, and within the block there is a copy of the parameters. It weighs the parameters
+        after step ``s`` of ``t`` in proportion to ``s**7`` (Shamir and Zhang 2013, section 4).
+        Statistics of batch normalisation belong to the parameters of the last step: measure them
+        again within the block with ``torch.optim.swa_utils.update_bn(loader, model)``, and keep
+        copies of them if training goes on. If parameters are sharded, all ranks have to enter the
+        block, which takes a collective.
 
         Yields:
             True if the parameters hold the average; False, with one warning for each reason, if
@@ -400,7 +398,7 @@ class MeteredScheduler(StepScheduler):
         # Groups may have been added after the state was saved.
         loaded["min_lr"] = [*lows, *self.min_lr[groups:]]
         loaded["base_lrs"] = [*loaded["base_lrs"], *as_floats(self.base_lrs[groups:])]
-        form: dict[str, Any] = {"cooldown": Later(inside(_COOLDOWN), None)}
+        form: dict[str, Any] = {"cooldown": Later(inside(COOLDOWN_FORM), None)}
         if self._averages_run and loaded["average"]:
             form = {**form, "mean": Later(checked_average, None)}
         loaded |= load(state, form)
@@ -448,59 +446,15 @@ class MeteredScheduler(StepScheduler):
         self._decided = self.meter.history[-1].window if self.meter.history else None
 
 
-class Cooldown(NamedTuple):
-    """A fall of all rates to their lower bounds.
+def _to_average(trained: ParameterSource, meter: AngularVelocity) -> list[tuple[str, Tensor]]:
+    """Return the parameters of the optimizer, and those of other ones that are measured, too.
 
-    Attributes:
-        begin: steps before it.
-        num_steps: steps that it takes.
-        shape: form of the fall.
-        lrs: rates at its begin.
+    Master weights are not: averaged is what the model is evaluated with.
     """
-
-    begin: int
-    num_steps: int
-    shape: Shape
-    lrs: Sequence[float]
-
-    def lrs_at(self, step: int, floor: Callable[[int], float]) -> list[float]:
-        """Return the rates after a step."""
-        left = self._left(step)
-        lows = [min(floor(g), lr) for g, lr in enumerate(self.lrs)]
-        return [low + (lr - low) * left for low, lr in zip(lows, self.lrs, strict=True)]
-
-    def _left(self, step: int) -> float:
-        done = min(1.0, (step - self.begin) / self.num_steps)
-        return {
-            "linear": 1.0 - done,
-            "sqrt": 1.0 - math.sqrt(done),
-            "cosine": (1.0 + math.cos(math.pi * done)) / 2,
-        }[self.shape]
-
-    def joined(self, step: int, lrs: Sequence[float]) -> Cooldown:
-        """Return the cooldown with groups that were added since; they fall to 0 by its end.
-
-        Args:
-            step: optimizer steps so far, the first one of these groups included.
-            lrs: rates of all groups.
-        """
-        left = self._left(step - 1) or 1.0
-        added = [lr / left for lr in lrs[len(self.lrs) :]]
-        return self._replace(lrs=[*self.lrs, *added])
-
-    @staticmethod
-    def saved(cooldown: Cooldown | None) -> dict[str, Any]:
-        """Return plain values, with the same entries if there is no cooldown."""
-        cooldown = Cooldown(0, 0, "linear", []) if cooldown is None else cooldown
-        return {**cooldown._asdict(), "lrs": list(cooldown.lrs)}
-
-
-_COOLDOWN: Form = {
-    "begin": checks.at_least(0),
-    "num_steps": checks.at_least(0),
-    "shape": _SHAPE,
-    "lrs": list_of(checks.at_least_zero),
-}
+    named = trained.named()
+    held = {id(p) for _, p in named}
+    others = [(n, p) for n, p in meter.named_parameters() if isinstance(p, nn.Parameter)]
+    return [*named, *((f"measured: {name}", p) for name, p in others if id(p) not in held)]
 
 
 def _lower(lr: float | Tensor, factor: float, floor: float) -> float | None:

@@ -199,6 +199,27 @@ def test_the_models_own_parameters_hold_the_average_whatever_is_measured(
     assert run.holds(before)
 
 
+@pytest.mark.parametrize("function", [False, True])
+def test_parameters_of_another_optimizer_are_averaged_if_they_are_measured(function: bool) -> None:
+    """As in the recipe of docs/integrations.md for several optimizers."""
+    run = Run(steps=0)
+    run.scheduler.close()
+    other = [nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(2))]
+    every = [*run.parameters, *other]
+    params = (lambda: every) if function else every
+    run.scheduler = AnytimeAutoDrop(run.optimizer, min_window=4, params=params)
+    for _ in range(12):
+        with torch.no_grad():
+            for p in other:
+                p += 1
+        run.step()
+    before = [p.detach().clone() for p in every]
+    with run.scheduler.averaged_parameters() as held:
+        assert held
+        assert not any(map(torch.equal, before, every))
+    assert all(map(torch.equal, before, every))
+
+
 class ScheduleFree(torch.optim.SGD):
     """Its groups say which of two sets of parameters the model has, as schedulefree's do."""
 
