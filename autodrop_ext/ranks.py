@@ -125,7 +125,8 @@ class Ranks:
                 learning rates; raised on all of them alike.
             RuntimeError: a rank is dead or late.
         """
-        return agree(self.gather(row), lambda: self.compare(facts))
+        rows = self.gather(row)
+        return agree(rows, lambda: self.compare(facts))
 
     def compare(self, facts: Facts) -> None:
         """Compare facts by name.

@@ -110,14 +110,14 @@ class MeteredScheduler(StepScheduler):
     def _make_before_step(self) -> Callable[[], None] | None:
         if self._mean is None:
             return None
-        this = weakref.ref(self)
+        method = weakref.WeakMethod(self._end_block)
 
-        def end_block() -> None:
-            scheduler = this()
-            if scheduler is not None:
-                scheduler._end_block(hold=True)
+        def before_step() -> None:
+            end_block = method()
+            if end_block is not None:
+                end_block(hold=True)
 
-        return end_block
+        return before_step
 
     def _end_block(self, *, hold: bool = False) -> None:
         """Give the parameters their own values back, if they hold their average.

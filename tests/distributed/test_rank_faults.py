@@ -468,7 +468,11 @@ def averages_on_some_ranks(rank: int, what: str) -> list[Any]:
             model(t).backward()
             optimizer.step()
             optimizer.zero_grad()
+            if rank == 1 and what.endswith("NaN") and t == 4 * WINDOW + 1:
+                _local(model.second).data[0, 0] = torch.nan
             scheduler.step()
+        if what.endswith("NaN"):
+            _local(model.second).data[0, 0] = 0.25
 
     def held() -> bool:
         before = [p.detach().clone() for p in model.parameters()]
@@ -485,18 +489,14 @@ def averages_on_some_ranks(rank: int, what: str) -> list[Any]:
         if rank == 1 and what.endswith("interrupted"):
             scheduler.meter.discard()
         elif rank == 1 and what.endswith("state of one rank"):
-            scheduler._mean.reset()
-        if what.endswith("NaN"):
-            if rank == 1:
-                _local(model.second).data[0, 0] = torch.nan
-            scheduler._mean.update(1)  # as a step does, which would be a window of NaN as well
-            _local(model.second).data[0, 0] = 0.25
-        else:
-            steps(4 * WINDOW + 1, 4 * WINDOW + 2)
+            none = {"steps": 0, "updates": 0, "tensors": {}}
+            scheduler.load_state_dict({**scheduler.state_dict(), "mean": none})
+        steps(4 * WINDOW + 1, 4 * WINDOW + 2)
         found.append(held() if what.startswith("shards") else None)
         if what.endswith("interrupted"):
             steps(4 * WINDOW + 2, 5 * WINDOW + 3)
-            found += [held(), scheduler._mean.steps, scheduler._mean.updates]
+            mean = scheduler.state_dict()["mean"]
+            found += [held(), mean["steps"], mean["updates"]]
     return [*found, [str(w.message) for w in caught if "different steps" in str(w.message)]]
 
 
