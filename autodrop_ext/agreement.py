@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 REPLICA_TOLERANCE = 1e-6
@@ -93,8 +93,13 @@ _COUNTS = (
 )
 
 
-def agree(rows: Sequence[Row]) -> Agreement:
+def agree(rows: Sequence[Row], compare: Callable[[], object] | None = None) -> Agreement:
     """Return the verdict on the rows of all ranks, in rank order.
+
+    Args:
+        rows: of all ranks.
+        compare: called if ranks decide from different facts, which it is to name. Replicas are
+            looked at afterwards, because other learning rates make them differ.
 
     Raises:
         DisagreementError: the ranks did not measure the same; the message names them.
@@ -102,6 +107,8 @@ def agree(rows: Sequence[Row]) -> Agreement:
     for name, message, form in _COUNTS:
         _same(rows, range(len(rows)), (name,), message, form)
     _check_layouts(rows)
+    if compare is not None and facts_differ(rows):
+        compare()
     restart = any(row.restart for row in rows)
     restart = restart or len({row.windows_since_restart for row in rows}) > 1
     not_finite = [rank for rank, row in enumerate(rows) if row.not_finite]

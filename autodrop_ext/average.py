@@ -21,6 +21,12 @@ Named = Sequence[tuple[str, Tensor]]
 # the caches hold; on a GPU 64 MiB, because a launch takes as long as 10 million elements.
 PIECE_ON_CPU, PIECE_ON_GPU = 1 << 18, 1 << 24
 
+HELD = (
+    "the parameters held their average: an interrupt had struck where the block of "
+    "averaged_parameters() ends, or the call came from within a block, or a copy was made there; "
+    "they have their own values again"
+)
+
 
 class ParameterAverage:
     """A running average ``a`` of parameters ``x``, moved towards them by ``a += c (x - a)``.
@@ -58,7 +64,6 @@ class ParameterAverage:
         self._named = named
         self.kappa = checks.number("kappa", kappa)
         self._own: list[tuple[Tensor, Tensor]] | None = None  # of parameters that are averaged now
-        self._in_block = False
         self.reset()
 
     def reset(self) -> None:
@@ -66,11 +71,6 @@ class ParameterAverage:
         self.steps = self.updates = 0
         self._tensors: dict[str, Tensor] = {}
         self._parameters: dict[str, Tensor] = {}  # of the last update; some may be frozen since
-
-    @property
-    def in_block(self) -> bool:
-        """Whether the parameters hold the average now, within the block of :meth:`swapped`."""
-        return self._in_block
 
     # ---- averaging --------------------------------------------------------------------------
 
@@ -86,10 +86,10 @@ class ParameterAverage:
             neither happened.
 
         Raises:
-            RuntimeError: within the block of :meth:`swapped`, or no memory for the average.
+            RuntimeError: no memory for the average.
         """
         checks.count("steps", steps, 1)
-        named, problem = self._follow("update")
+        named, problem = self._follow()
         t = self.steps + steps
         not_finite = self._move(named, 1 - (self.steps / t) ** self.kappa)
         if not_finite is None:
@@ -107,7 +107,7 @@ class ParameterAverage:
             As :meth:`update`, which also gives the errors.
         """
         checks.number("share", share, "a number above 0 and at most 1", lambda x: 0 < x <= 1)
-        named, problem = self._follow("add")
+        named, problem = self._follow()
         return self._move(named, share) or problem
 
     def write_back(self) -> bool:
@@ -115,11 +115,8 @@ class ParameterAverage:
 
         Returns:
             True if it was done, False if there is no average of the present parameters.
-
-        Raises:
-            RuntimeError: within the block of :meth:`swapped`.
         """
-        named, _ = self._follow("write_back")
+        named, _ = self._follow()
         averages = self._tensors if self.updates else None
         self.reset()  # first: after an interrupt the parameters are whole, and not averaged twice
         if averages is None:
@@ -128,19 +125,9 @@ class ParameterAverage:
         _write((p, local_tensor(averages[name])) for name, p in named)
         return True
 
-    def _follow(self, caller: str) -> tuple[Named, str | None]:
+    def _follow(self) -> tuple[Named, str | None]:
         """Return the present parameters, and why an average of others was given up for them."""
-        in_block, interrupted = self._in_block, self._own is not None
-        self.restore()
-        if in_block:
-            raise RuntimeError(
-                f"{caller}: expected parameters of a training step, got averaged ones"
-            )
-        problem = (
-            "the parameters held their average since an interrupt or a copy"
-            if interrupted
-            else None
-        )
+        problem = HELD if self.restore() else None
         named = self._named()
         misfit = _misfit(named, self._tensors)
         if misfit is not None:
@@ -175,31 +162,37 @@ class ParameterAverage:
 
     # ---- swapping ---------------------------------------------------------------------------
 
+    def problem(self) -> str | None:
+        """Return why the parameters cannot hold their average, or None."""
+        if not self.updates:
+            return "there is none yet"
+        return _misfit(list(self._present().items()), self._tensors)
+
+    def _present(self) -> dict[str, Tensor]:
+        return {**self._parameters, **dict(self._named())}  # also those that were frozen since
+
     @contextlib.contextmanager
     def swapped(self) -> Iterator[bool]:
         """Within the block the parameters hold their average.
 
-        Afterwards they have their own bits again, also after an exception. Within the block there
-        is a copy of the parameters. Statistics of batch normalisation belong to the parameters of
-        the last step: measure them again within the block with
+        Afterwards they have their own bits again, also after an exception. They have them before if
+        another method of this object is called within the block, because an interrupt may have
+        struck where a block ends, and then the block is over without its end. Within the block
+        there is a copy of the parameters. Statistics of batch normalisation belong to the
+        parameters of the last step: measure them again within the block with
         ``torch.optim.swa_utils.update_bn(loader, model)``, and keep copies of them if training goes
         on. On several ranks all have to enter and leave the block.
 
         Yields:
             True if the parameters hold the average, False if there is none of these parameters.
         """
-        if self._in_block:
-            yield True
-            return
         self.restore()
-        now = {**self._parameters, **dict(self._named())}  # also those that were frozen since
-        if not self.updates or _misfit(list(now.items()), self._tensors) is not None:
+        if self.problem() is not None:
             yield False
             return
         try:
             try:
-                self._swap_in(now)
-                self._in_block = True
+                self._swap_in(self._present())
                 yield True
             finally:
                 self.restore()
@@ -213,20 +206,21 @@ class ParameterAverage:
         self._own = own
         _write((p, local_tensor(self._tensors[name])) for name, p in parameters.items())
 
-    def restore(self) -> None:
-        """Give the parameters their own bits back, if they hold the average.
+    def restore(self) -> bool:
+        """Give the parameters their own bits back, and return whether they held the average.
 
-        Every other method does it first, in case an interrupt struck where the block ends.
+        Every other method does it first.
         """
-        if self._own is not None:
-            _discard_gathered()
-            _write(self._own)
-            self._own = None
-        self._in_block = False
+        if self._own is None:
+            return False
+        _discard_gathered()
+        _write(self._own)
+        self._own = None
+        return True
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy that was made within a block is in none; it restores its parameters at first use.
-        return {**self.__dict__, "_in_block": False, "_parameters": {}}
+        # A copy that was made within a block gives its parameters their own bits at its first use.
+        return {**self.__dict__, "_parameters": {}}
 
     # ---- state ------------------------------------------------------------------------------
 
@@ -239,8 +233,7 @@ class ParameterAverage:
         goes on with it. Parameters that FSDP1 has flattened are left out, because other
         ranks' parts would be missing.
         """
-        if not self._in_block:
-            self.restore()
+        self.restore()
         named = self._named()
         if not self.updates and _misfit(named, self._tensors) is not None:
             self._tensors = _zeros(named)
@@ -268,8 +261,7 @@ class ParameterAverage:
             As :meth:`load_state_dict`.
         """
         steps, updates, tensors = saved["steps"], saved["updates"], saved["tensors"]
-        if not self._in_block:
-            self.restore()
+        self.restore()
         if not updates:
             self.reset()
             return None

@@ -92,16 +92,20 @@ def one_or_several(name: str, value: Any) -> float | list[float]:
 
 
 def count(name: str, value: Any, least: int) -> int:
-    """Return the value as an int of at least ``least``.
+    """Return the value as an int of at least ``least`` and of 63 bits at most.
 
     Raises:
-        TypeError, ValueError: It is no int, or smaller.
+        TypeError, ValueError: It is no int, or not in that range.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name}: expected an int, got {value!r}")
     if value < least:
         raise ValueError(f"{name}: expected at least {least}, got {value}")
-    return int(value)
+    converted = int(value)
+    if converted >= 1 << 63:
+        bits = converted.bit_length()
+        raise ValueError(f"{name}: expected less than 2**63, got an int of {bits} bits")
+    return converted
 
 
 def at_least(least: int) -> Check:

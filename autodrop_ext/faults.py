@@ -84,12 +84,13 @@ class Faults:
         name = next(bad, "a parameter")
         self.warnings.once("nonfinite", f"{name}{where} {consequence}")
 
-    def watch_motion(self, sketch: Sketch, totals: Totals, windows: int) -> None:
+    def watch_motion(self, sketch: Sketch, totals: Totals, window: int, windows: int) -> None:
         """Look at a window's displacement for parameters that do not move.
 
         Args:
             sketch: whose window it is.
             totals: its sums.
+            window: steps per window.
             windows: since the meter started; the first displacement comes with the second.
         """
         if windows < 2:
@@ -103,13 +104,15 @@ class Faults:
                 "measured parameters, and is its learning rate above zero?",
             )
         if sketch.half_precision and not self.warnings.has_warned("half"):
-            # An element that moves at all moves by about eps / 2 of itself, and on average half of
-            # the window has passed by then: 0.003 eps^2 is one element in twenty.
+            # Steps of a random walk with this displacement, squared. Below eps, angles are wrong by
+            # 3 degrees and more; docs/precision.md has the measurement.
+            step = float(totals.norm.sum()) * 3 * window / (2 * window**2 + 1)
             eps = torch.finfo(sketch.half_precision).eps
-            if float(totals.norm.sum()) < 0.003 * eps**2 * sketch.mean_norm():
+            if step < eps**2 * sketch.mean_norm():
                 self.warnings.once(
                     "half",
-                    "the half-precision parameters hardly moved during a window: their updates "
-                    "are smaller than the format can resolve, so the angle shows rounding and not "
-                    "training; pass the float32 master weights as params=",
+                    "the half-precision parameters hardly move: a step changes them by less than "
+                    f"{eps:.2g} of their size, a few units in the last place, so the angle shows "
+                    "rounding and not training; pass float32 master weights, or parameters plus "
+                    "their compensations, as params=",
                 )

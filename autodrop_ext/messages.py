@@ -46,6 +46,10 @@ class Warnings:
             self._kinds.add(kind)
             self.warn(message)
 
+    def mute(self, *kinds: str) -> None:
+        """Give no warning of these kinds from now on."""
+        self._kinds.update(kinds)
+
     def has_warned(self, kind: str) -> bool:
         """Return whether there was a warning of this kind."""
         return kind in self._kinds

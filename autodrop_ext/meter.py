@@ -44,8 +44,10 @@ class AngularVelocity:
 
     Args:
         params: tensors, ``(name, tensor)`` pairs, param groups, an optimizer, or a function that
-            returns one of the first three and is asked again at each end of a window. Parameters
-            that have never required a gradient are not measured, tied ones count once.
+            returns one of the first three and is asked again at each end of a window, and before
+            each read if it returns tensors that are not an ``nn.Parameter``, such as sums that it
+            computes. Parameters that have never required a gradient are not measured, tied ones
+            count once.
         window: ``k``, optimizer steps per window, at least 1.
         snapshots: how many times a window the parameters are read, evenly spaced, the last time at
             the window's end; None for every step.
@@ -95,6 +97,7 @@ class AngularVelocity:
         self._backend = backend
         self._faults = Faults(Warnings(type(self).__name__))
         self._warns_by_itself = True
+        self.all_started_over = False  # several ranks together, in the last observe()
         self._observing = False  # state_dict() may be called in the middle of a step
         self._compared = False  # whether the ranks have compared their settings
         self._sketch: Sketch | None = None
@@ -190,7 +193,7 @@ class AngularVelocity:
         if counter.position == 1 or self._sketch is None:
             self._begin_window()
         self.compare(facts)
-        self.has_read = False
+        self.has_read = self.all_started_over = False
         if counter.is_snapshot():
             self._read()
         return self._close_window(calls, facts) if counter.position >= counter.window else None
@@ -232,6 +235,7 @@ class AngularVelocity:
         values = self._with_settings(facts)
         row = self._row(calls, restart, table, values)
         verdict = ranks.agree(row, values)
+        self.all_started_over = ranks.size > 1 and (verdict.restart or bool(verdict.not_finite))
         counter.next_window()
         if changed:
             self._faults.parameters_changed(WINDOWS_FOR_ANGLE)
@@ -256,7 +260,7 @@ class AngularVelocity:
         if sketch.own:
             ranks.add_up(torch.from_numpy(sums))
         totals = sketch.totals(sums)
-        self._faults.watch_motion(sketch, totals, counter.windows_since_restart)
+        self._faults.watch_motion(sketch, totals, counter.window, counter.windows_since_restart)
         if counter.windows_since_restart < WINDOWS_FOR_ANGLE:
             return self._keep(Reading(self.steps, self.windows - 1, *UNDEFINED))
         whole, of_groups, of_tensors = sketch.angles(totals)
@@ -436,6 +440,20 @@ class AngularVelocity:
             shards = self._source.shards() if self._sketch is None else self._sketch.shards
             self._find_ranks(shards).compare(self._with_settings(facts))
         self._compared = True
+
+    def same_on_all_ranks(self, value: Any) -> bool:
+        """Return True if ranks that hold parts of one model give equal values; a collective then.
+
+        Replicas compare nothing, because one of them may be evaluated alone.
+        """
+        if is_alone(self._process_group):
+            return True
+        shards = self._source.shards() if self._sketch is None else self._sketch.shards
+        ranks = self._find_ranks(shards)
+        if ranks.num_stages == 1 and not any(shard.split for shard in shards):
+            return True
+        values = ranks.gather_objects(value)
+        return all(other == values[0] for other in values)
 
     def _with_settings(self, facts: GetFacts) -> Facts:
         return {**{setting.name: getattr(self, setting.name) for setting in METER}, **facts()}

@@ -50,13 +50,15 @@ class ParameterSource:
     An optimizer's ``param_groups`` are never cached: ``load_state_dict``, ``add_param_group`` and
     wrappers replace them. Of sharded parameters it finds the part on this rank.
 
-    A parameter is measured if it requires a gradient, or if it did when this object looked before
-    and has been held since: a discriminator may be frozen while ``step()`` is called, and adapters
-    may be trained in turn. Tensors given by hand that are not an ``nn.Parameter``, such as float32
+    A parameter is measured if it requires a gradient or has one, or if it did when this object
+    looked before and has been held since: a discriminator may be frozen while ``step()`` is called,
+    and adapters may be trained in turn. Tensors that are not an ``nn.Parameter``, such as float32
     master weights, are always measured.
 
     Args:
-        params: as that of :class:`~autodrop_ext.AngularVelocity`.
+        params: as that of :class:`~autodrop_ext.AngularVelocity`. A function is called at the ends
+            of windows, and before each read if it returns tensors that are not an ``nn.Parameter``:
+            it may have to compute them, and new ones of the same names and forms are the same.
     """
 
     def __init__(self, params: Any) -> None:
@@ -139,6 +141,10 @@ class ParameterSource:
         found = self._found
         if found is None:
             raise RuntimeError("addresses: expected a call after shards(), got one before it")
+        if self._read is not None and any(not _is_parameter(s.origin) for s in found.every):
+            found = self._again(found, self._items())
+            if found is None:
+                return None
         with torch._C.DisableTorchFunction():
             now = _addresses(found)
             if not np.array_equal(now, self._readable):
@@ -153,22 +159,38 @@ class ParameterSource:
         """Return True if :meth:`shards` would find the same parameters again.
 
         A parameter is the same if it is the same object with the same shape, order in memory, dtype
-        and device, whatever memory it has now, or none for the moment. A new object from a function
-        is the same if its memory is.
+        and device, whatever memory it has now, or none for the moment. A new ``nn.Parameter`` from
+        a function is the same if its memory is, and another new tensor if its name is.
         """
         found = self._found
         if found is None:
             return False
-        items = self._items()
-        if _ids(items) != found.ids:
-            if self._read is None:
-                return False
-            shards = local_shards(self._measured_of(_named(items)), _group_of(items))
-            return _places(shards) == _places(found.every)
+        found = self._again(found, self._items())
+        if found is None:
+            return False
         with torch._C.DisableTorchFunction():
-            if any(parameter.requires_grad for parameter in found.frozen):
+            if any(map(_is_trained, found.frozen)):
                 return False
             return _forms(found.every) == found.forms
+
+    def _again(self, found: _Found, items: Sequence[Any]) -> _Found | None:
+        """Return what was found, with new objects for the same parameters; None for others."""
+        if _ids(items) == found.ids:
+            return found
+        if self._read is None:
+            return None
+        named = self._measured_of(_named(items))
+        now = local_shards(named, _group_of(items))
+        if _places(now) == _places(found.every):
+            return found
+        facts = [[(s.name, s.layout, s.group, s.part) for s in one] for one in (now, found.every)]
+        if facts[0] != facts[1] or any(_is_parameter(p) for _, p in named):
+            return None
+        if _forms(now) != found.forms or distinct([(s.name, s.tensor) for s in now]) != found.kept:
+            return None
+        plain = [s.origin for s in now] if found.plain else []
+        self._found = found._replace(ids=_ids(items), every=now, plain=plain, frozen=[])
+        return self._found
 
     def _items(self) -> Sequence[Any]:
         """Return tensors, pairs and param groups as they are now."""
@@ -181,11 +203,10 @@ class ParameterSource:
     def _measured_of(self, held: Sequence[Named]) -> list[Named]:
         """Return the parameters to measure, and remember that they are measured."""
         before = set(map(id, self._measured))
-        by_hand = self._optimizer is None
         named = [
             (name, p)
             for name, p in held
-            if p.requires_grad or id(p) in before or (by_hand and not isinstance(p, nn.Parameter))
+            if _is_trained(p) or id(p) in before or not _is_parameter(p)
         ]
         self._measured = [p for _, p in named]
         return named
@@ -210,6 +231,15 @@ def _find(named: Sequence[Named], items: Sequence[Any]) -> list[LocalShard]:
                 "module that has not seen an input"
             )
     return local_shards(named, _group_of(items))
+
+
+def _is_parameter(tensor: Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter)
+
+
+def _is_trained(tensor: Tensor) -> bool:
+    """Return True if torch's optimizers move the tensor."""
+    return tensor.requires_grad or (tensor.is_leaf and tensor.grad is not None)
 
 
 def _local(tensor: Any) -> Tensor:

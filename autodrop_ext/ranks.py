@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import checks
-from .agreement import Agreement, Facts, Row, agree, check_facts, digest, facts_differ
+from .agreement import Agreement, Facts, Row, agree, check_facts, digest
 from .sharding import LocalShard, is_dtensor
 
 PIPELINE_DIMENSION = "pp"
@@ -100,10 +100,7 @@ class Ranks:
             RuntimeError: a rank is dead or late, as in every method with a collective.
         """
         rows = self.gather(row)
-        agreement = agree(rows)
-        if facts_differ(rows):
-            self.compare(facts)
-        return agreement
+        return agree(rows, lambda: self.compare(facts))
 
     def compare(self, facts: Facts) -> None:
         """Compare facts by name; raises DisagreementError on all ranks alike if a value differs."""

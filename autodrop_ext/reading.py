@@ -151,7 +151,15 @@ def from_columns(kind: type[Any]) -> Check:
             if len(column) != length:
                 raise ValueError(f"{name}[{key!r}]: expected {length} values, got {len(column)}")
         rows = zip(*columns.values(), strict=True)
-        return [kind(**dict(zip(columns, row, strict=True))) for row in rows]
+        records = [kind(**dict(zip(columns, row, strict=True))) for row in rows]
+        for i, record in enumerate(records):
+            lengths = [len(getattr(record, key, ())) for key in _ONE_A_GROUP]
+            if len(set(lengths)) > 1:
+                raise ValueError(
+                    f"{name}: expected equally many {', '.join(_ONE_A_GROUP)} in record {i}, got "
+                    f"{lengths}"
+                )
+        return records
 
     return check
 
@@ -175,6 +183,8 @@ def _check_float(name: str, value: Any) -> float:
     # NaN and infinity are values of norms and errors.
     return value if type(value) is float else checks.number(name, value, "a number", lambda x: True)
 
+
+_ONE_A_GROUP = ("group_angles", "group_smoothed", "group_rises")
 
 R = TypeVar("R", bound=Reading)
 

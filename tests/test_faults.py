@@ -464,7 +464,7 @@ def test_vanishing_half_precision_steps_warn_once(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4000, generator=generator).to(dtype)
     meter = AngularVelocity([x], 4)
-    message = "half-precision parameters hardly moved during a window: .* master weights"
+    message = "half-precision parameters hardly move: .* 0.00.* master weights"
     with pytest.warns(RuntimeWarning, match=message) as caught:
         for _ in range(24):
             x += (1e-6 * torch.randn(4000, generator=generator)).to(dtype)
@@ -476,22 +476,73 @@ def test_vanishing_steps_of_a_hashed_model_warn_once() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(300_000, generator=generator).bfloat16()
     meter = AngularVelocity([x], 2)
-    with pytest.warns(RuntimeWarning, match="pass the float32 master weights as params=") as caught:
+    with pytest.warns(RuntimeWarning, match="pass float32 master weights, or") as caught:
         for _ in range(12):
             x[:300] += (0.005 * torch.randn(300, generator=generator)).bfloat16()
             meter.observe()
     assert len(caught) == 1
 
 
+@pytest.mark.parametrize("window", [1, 4, 32])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_steps_that_are_resolved_do_not_warn(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("steps", [0.5, 2.0])
+def test_half_precision_steps_warn_below_eps(dtype: torch.dtype, window: int, steps: float) -> None:
+    """A random walk, of whose steps the threshold is exact."""
     generator = torch.Generator().manual_seed(0)
+    size = steps * torch.finfo(dtype).eps
     x = torch.randn(4000, generator=generator).to(dtype)
-    meter = AngularVelocity([x], 4)
-    for _ in range(24):
-        x += (0.02 * torch.randn(4000, generator=generator)).to(dtype)
-        reading = meter.observe()
+    meter = AngularVelocity([x], window)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(6 * window):
+            x.copy_(x.float() + size * torch.randn(4000, generator=generator))
+            reading = meter.observe()
     assert reading is not None and reading.angle is not None
+    assert len(caught) == (steps < 1)
+
+
+def kahan(parameters: list[torch.Tensor], state: dict[Any, Any], update: torch.Tensor) -> None:
+    """As the Kahan summation of optimizers: parameter plus compensation is the float32 weight."""
+    for p in parameters:
+        c = state.setdefault(p, {"kahan_comp": torch.zeros_like(p)})["kahan_comp"]
+        c += update.to(p.dtype)
+        before = p.detach().clone()
+        p.add_(c)
+        c += before - p
+
+
+@pytest.mark.parametrize("buckets", [2**18, 4096])
+@pytest.mark.parametrize("made", ["at every call", "in place"])
+def test_parameters_plus_compensation_have_the_angle_of_the_float32_weights(
+    made: str, buckets: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    drift = torch.randn(90, 70, generator=generator)
+    weight = torch.randn(90, 70, generator=generator).bfloat16().float()
+    half, state = weight.bfloat16(), {}
+    kept = weight.clone()
+
+    def compensated() -> list[torch.Tensor]:
+        c = state[half]["kahan_comp"] if half in state else torch.zeros_like(half)
+        if made == "at every call":
+            return [half.float() + c.float()]
+        kept.copy_(half.float() + c.float())
+        return [kept]
+
+    meters = [AngularVelocity(x, 8, buckets=buckets) for x in (compensated, [weight], [half])]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(80):
+            update = 1e-4 * (0.4 * drift + torch.randn(90, 70, generator=generator))
+            weight += update
+            kahan([half], state, update)
+            for meter in meters:
+                meter.observe()
+    assert ["hardly move" in str(w.message) for w in caught] == [True]  # of the third meter
+    both, true, alone = ([r.angle or 0.0 for r in meter.history] for meter in meters)
+    # The compensation has 8 bits of its own, and keeps 1e-5 of the parameters.
+    assert both == pytest.approx(true, abs=0.5)
+    assert alone[-1] - true[-1] > 20
 
 
 def test_master_weights_can_be_watched_instead() -> None:

@@ -225,14 +225,69 @@ def test_a_function_may_make_new_objects_for_the_same_memory() -> None:
     source = ParameterSource(lambda: [p.detach() for p in model.parameters()])
     source.shards()
     assert source.unchanged()
-    model.weight.data = model.weight.data.clone()
-    assert not source.unchanged()
-    source.shards()
-    assert source.unchanged()
     same = ParameterSource(model.parameters)
     same.shards()
     model.weight.data = model.weight.data.clone()
+    assert source.unchanged()
+    assert list(source.addresses()) == [p.data_ptr() for p in model.parameters()]
     assert same.unchanged()  # the function returns the parameters themselves
+    wrapped = ParameterSource(lambda: [nn.Parameter(p.data) for p in model.parameters()])
+    wrapped.shards()
+    assert wrapped.unchanged()
+    model.weight.data = model.weight.data.clone()
+    assert not wrapped.unchanged()  # another nn.Parameter in another memory is another one
+
+
+def test_a_function_may_compute_the_tensors_at_every_read() -> None:
+    (half,), remainder = parameters(6), torch.zeros(6)
+    calls = []
+
+    def compensated() -> list[Tensor]:
+        calls.append(half.float() + remainder)
+        return calls[-1:]
+
+    source = ParameterSource(compensated)
+    (shard,) = source.shards()
+    for _ in range(3):
+        remainder += 1
+        before = len(calls)
+        (address,) = source.addresses() or [0]
+        assert len(calls) == before + 1 and address == calls[-1].data_ptr()
+        assert source.unchanged()
+    half.data = torch.randn(7)
+    remainder = torch.zeros(7)
+    assert source.addresses() is None and not source.unchanged()
+    assert shard.tensor.numel() == 6
+
+
+def test_parameters_are_asked_for_at_the_ends_of_windows_only() -> None:
+    model, calls = nn.Linear(3, 2), []
+
+    def given() -> list[nn.Parameter]:
+        calls.append(1)
+        return list(model.parameters())
+
+    source = ParameterSource(given)
+    source.shards()
+    before = len(calls)
+    source.addresses()
+    assert len(calls) == before
+
+
+@pytest.mark.parametrize("kind", ["master weights", "frozen while it is looked at"])
+def test_what_an_optimizer_moves_is_measured(kind: str) -> None:
+    if kind == "master weights":
+        tensor = torch.randn(5)
+        optimizer = torch.optim.SGD([tensor], lr=0.1)
+    else:
+        tensor = nn.Parameter(torch.randn(5), requires_grad=False)
+        optimizer = torch.optim.SGD([tensor], lr=0.1)
+        frozen = ParameterSource(optimizer)
+        assert not frozen.shards()
+        tensor.grad = torch.randn(5)
+        assert not frozen.unchanged()
+    (shard,) = ParameterSource(optimizer).shards()
+    assert shard.origin is tensor
 
 
 def test_a_copy_has_found_nothing_and_knows_what_was_measured() -> None:

@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import textwrap
+import threading
 import warnings
 from typing import Any
 
@@ -480,3 +481,105 @@ def test_a_state_of_version_1_had_the_number_of_cosines_under_another_name() -> 
     assert repr(other.history) == repr(scheduler.history)  # NaN does not equal itself
     train(other, 66)  # windows of 8 steps, and the first of 16 after a doubling
     assert any(d.angle is not None for d in other.history[len(scheduler.history) :])
+
+
+@pytest.mark.parametrize("column", ["group_angles", "group_smoothed", "group_rises"])
+@pytest.mark.parametrize("values", [[], [1.0], [1.0] * 3])
+def test_columns_of_groups_have_one_length(column: str, values: list[float]) -> None:
+    def made() -> AutoDrop:
+        parameters = [torch.nn.Parameter(torch.randn(5)) for _ in range(2)]
+        groups = [{"params": [p]} for p in parameters]
+        return AutoDrop(torch.optim.SGD(groups, lr=0.1), 1, per_group=True)
+
+    scheduler = made()
+    for _ in range(9):
+        for group in scheduler.optimizer.param_groups:
+            group["params"][0].grad = torch.randn(5)
+        scheduler.optimizer.step()
+        scheduler.step()
+    state = scheduler.state_dict()
+    made().load_state_dict(state)
+    state["history"][column][3] = values
+    with pytest.raises(ValueError, match=r"state_dict\['history'\]: expected equally many group_"):
+        made().load_state_dict(state)
+
+
+@pytest.mark.parametrize("digits", [19, 400])
+@pytest.mark.parametrize(
+    "entry", ["optimizer_steps", "last_epoch", "step_count", "window", "min_samples", "steps"]
+)
+def test_integers_of_any_length_are_refused(entry: str, digits: int) -> None:
+    run = Run()
+    run.train(20)
+    state = run.scheduler.state_dict()
+    (state["meter"] if entry == "steps" else state)[entry] = 10**digits
+    with pytest.raises(ValueError, match=rf"\['{entry}'\]: expected less than 2\*\*63, got an int"):
+        Run().scheduler.load_state_dict(state)
+
+
+@pytest.mark.filterwarnings("ignore:AutoDrop. the learning rates are:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:AutoDrop. the average over the run starts over:RuntimeWarning")
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("factor", 0.9), ("threshold", 3.0), ("min_lr", [0.01]), ("kernel", "time")),
+        *(("buffer_size", 7), ("min_samples", 6), ("warmup_steps", 9), ("average", True)),
+    ],
+)
+def test_settings_may_be_edited_in_a_state(name: str, value: Any) -> None:
+    """As docs/troubleshooting.md says."""
+    run = Run()
+    run.train(40)
+    state = {**run.scheduler.state_dict(), name: value}
+    other = Run()
+    with pytest.warns(RuntimeWarning, match=f"settings replace those given: .*{name}="):
+        other.scheduler.load_state_dict(state)
+    assert getattr(other.scheduler, name) == value
+    other.train(12)
+
+
+@pytest.mark.parametrize("stop", [1, 10, 15, 16, 63, 64, 74, 138])
+def test_a_resume_before_the_first_snapshot_of_a_window(stop: int) -> None:
+    run = Run(window=64, snapshots=4)
+    run.train(stop)
+    other = Run(seed=1, window=64, snapshots=4)
+    other.load(run.save())
+    for one in (run, other):
+        one.train(280 - stop)
+    assert repr(other.scheduler.history) == repr(run.scheduler.history)
+    assert [d.step for d in run.scheduler.history] == [192, 256]
+
+
+def test_states_that_another_thread_saves_are_of_whole_steps() -> None:
+    run, undisturbed = Run(window=2), Run(window=2)
+    states: list[dict[str, Any]] = []
+    over = threading.Event()
+
+    def save() -> None:
+        while not over.wait(0.001):
+            states.append(run.scheduler.state_dict())
+
+    interval, threads = sys.getswitchinterval(), torch.get_num_threads()
+    thread = threading.Thread(target=save)
+    sys.setswitchinterval(1e-5)
+    torch.set_num_threads(1)
+    try:
+        thread.start()
+        run.train(200)
+        over.set()
+        thread.join()
+        undisturbed.train(200)
+    finally:
+        over.set()
+        sys.setswitchinterval(interval)
+        torch.set_num_threads(threads)
+    history = undisturbed.scheduler.history
+    assert repr(run.scheduler.history) == repr(history)
+    assert len(states) > 10
+    for state in states:
+        steps, meter = state["optimizer_steps"], state["meter"]
+        decided = [d for d in history if d.step <= steps]
+        assert state["history"]["step"] == [d.step for d in decided]
+        assert state["num_drops"] == sum(d.dropped for d in decided)
+        assert meter["steps"] == steps
+        assert meter["usable"] == meter["windows"] == steps // 2  # nothing was discarded

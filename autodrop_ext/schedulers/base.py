@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -78,6 +79,7 @@ class StepScheduler(LRScheduler):
         vars(self).update(settings)
         vars(self).update(self._at_start())
         self._warnings = Warnings(type(self).__name__)
+        self._lock = threading.RLock()  # another thread's state_dict() waits for a whole step
         self._hook = StepHook(once_an_epoch=self._once_an_epoch)
         self._hook.call(self._before_step, self._never_called)
         self._optimizer_steps = max(last_epoch, 0)  # consumed marks
@@ -131,7 +133,8 @@ class StepScheduler(LRScheduler):
             return
         self._warnings.hold()  # a warning may be an error, and must not leave a step half done
         try:
-            outcome = self._take_step(epoch)
+            with self._lock:
+                outcome = self._take_step(epoch)
         except BaseException:
             self._make_whole()
             raise
@@ -490,8 +493,12 @@ class StepScheduler(LRScheduler):
         )
         self._hook.marked = loaded["stepped"]
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._lock = threading.RLock()
         self._hook.call(self._before_step, self._never_called)
         self._hook.attach(self.optimizer)
 

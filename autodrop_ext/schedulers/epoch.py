@@ -309,8 +309,9 @@ class EpochAutoDrop(MeteredScheduler):
 
         As :meth:`AutoDrop.state_dict`.
         """
-        steps, mean = self._hook.real_steps, self._delayed.state_dict()
-        return {**super().state_dict(), "real_steps": steps, "mean": mean}
+        with self._lock:
+            steps, mean = self._hook.real_steps, self._delayed.state_dict()
+            return {**super().state_dict(), "real_steps": steps, "mean": mean}
 
     def _read(self, state: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
         form: Form = {"real_steps": checks.at_least(0), "mean": checked_average}

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import math
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import checks
-from ..average import ParameterAverage, checked_average
+from ..average import HELD, ParameterAverage, checked_average
 from ..meter import AngularVelocity
+from ..parameters import ParameterSource
 from ..reading import Decision, Reading
-from ..saved import Form, Later, inside, list_of, load
+from ..saved import Later, inside, load
 from ..settings import METER, check_arguments
+from ..sharding import zero_optimizer_of
 from .base import NOTHING, Outcome, StepScheduler, as_floats, check_optimizer, in_precision_of
+from .cooldown import COOLDOWN_FORM, Cooldown, Shape, check_shape
 
 if TYPE_CHECKING:
     import matplotlib.figure
-
-Shape = Literal["linear", "sqrt", "cosine"]
-_SHAPE = checks.choice("linear", "sqrt", "cosine")
 
 
 class MeteredScheduler(StepScheduler):
@@ -69,9 +69,12 @@ class MeteredScheduler(StepScheduler):
             backend=arguments["backend"],
             process_group=arguments["process_group"],
         )
+        self._named: Callable[[], list[tuple[str, Tensor]]] = self.meter.named_parameters
+        if params is not None:
+            self._named = functools.partial(_to_average, ParameterSource(optimizer), self.meter)
         self._mean: ParameterAverage | None = None
         if self._averages_run and settings["average"]:
-            self._mean = ParameterAverage(self.meter.named_parameters)
+            self._mean = ParameterAverage(self._named)
         own = {s.name: settings[s.name] for s in self._settings if s.saved}
         super().__init__(optimizer, own, arguments["last_epoch"])
         self.meter.warn_through(self._warnings)
@@ -90,6 +93,7 @@ class MeteredScheduler(StepScheduler):
         Settings, parameters and the optimizer's state stay. Every rank must call it.
         """
         self.meter.start_over(self._first_window())
+        self._take_cooldown(None)
         if self._mean is not None:
             self._mean.reset()
         super().reset()
@@ -114,11 +118,34 @@ class MeteredScheduler(StepScheduler):
 
     def _observe(self) -> Reading | None:
         """Let the meter take the parameters, and return a reading if there is one to decide on."""
-        if self._mean is not None and self._mean.in_block:
-            raise RuntimeError("step: expected parameters of a training step, got averaged ones")
+        if any(group.get("train_mode") is False for group in self.optimizer.param_groups):
+            raise RuntimeError(
+                "step: expected the parameters that a schedule-free optimizer trains, got those "
+                "of its eval mode; call step() before optimizer.eval()"
+            )
+        self._end_block()
         reading = self.meter.observe(calls=self._step_count, facts=self._facts)
-        self._update_average()
+        if self._mean is not None and self.meter.all_started_over:
+            self._mean.reset()  # some rank may have missed snapshots, this one among them
+        else:
+            self._update_average()
         return reading
+
+    def _before_step(self, optimizer: Optimizer) -> None:
+        super()._before_step(optimizer)
+        if self._mean is not None and self._hook.moves(optimizer):
+            self._end_block(hold=True)
+
+    def _end_block(self, *, hold: bool = False) -> None:
+        """Give the parameters their own values back, if they hold their average.
+
+        Args:
+            hold: whether the warning waits for the next :meth:`step`.
+        """
+        if self._mean is not None and self._mean.restore():
+            if hold:
+                self._warnings.hold()
+            self._warnings.once("held", HELD)
 
     def _update_average(self) -> None:
         """Move the average where the meter has read the parameters, but not too often.
@@ -205,8 +232,9 @@ class MeteredScheduler(StepScheduler):
     def cooldown(self, num_steps: int, shape: Shape = "linear") -> None:
         """Let the rates fall to ``min_lr`` over the next ``num_steps`` steps, whatever is measured.
 
-        For someone who now knows when the run ends. A second call starts from the present rates.
-        Checkpoints hold the cooldown, and readings go on.
+        For someone who now knows when the run ends. A second call starts from the present rates,
+        and :meth:`end_cooldown` ends it. Checkpoints hold the cooldown, readings go on, and steps
+        count, also at a rate of 0. On several ranks all of them have to call it at the same step.
 
         Args:
             num_steps: calls of :meth:`step` that follow an optimizer step.
@@ -221,13 +249,32 @@ class MeteredScheduler(StepScheduler):
                 f"cooldown: expected a call after the warm-up of {self.warmup_steps} steps, got "
                 f"one after {self._optimizer_steps}"
             )
-        self._cooldown = Cooldown(
-            self._optimizer_steps,
-            checks.count("num_steps", num_steps, 1),
-            _SHAPE("shape", shape),
-            as_floats(self._rates()),
+        self._take_cooldown(
+            Cooldown(
+                self._optimizer_steps,
+                checks.count("num_steps", num_steps, 1),
+                check_shape("shape", shape),
+                as_floats(self._rates()),
+            )
         )
         self._begin_log()
+
+    def end_cooldown(self) -> None:
+        """Let drops go on after a :meth:`cooldown`, also before its end.
+
+        The rates stay as they are until a drop, or until you set them; set them if they are 0. On
+        several ranks all of them have to call it at the same step. Without a cooldown it does
+        nothing.
+        """
+        self._take_cooldown(None)
+        self._lowered = []  # rates that are set by hand now undo nothing
+        self._begin_log()
+
+    def _take_cooldown(self, cooldown: Cooldown | None) -> None:
+        self._cooldown = cooldown
+        self._hook.at_zero = cooldown is not None
+        if cooldown is not None:  # it lets parameters stand still in the end
+            self._warnings.mute("still", "half")
 
     def _cool(self, cooldown: Cooldown) -> None:
         now = as_floats(self._rates())
@@ -279,15 +326,22 @@ class MeteredScheduler(StepScheduler):
                 evaluate(model)
 
         Save what a run is to be resumed from outside of the block. Afterwards the parameters have
-        their bits back, also after an exception. The average takes 4 bytes a parameter, and within
-        the block there is a copy of the parameters. It weighs the parameters after step ``s`` of
-        ``t`` in proportion to ``s**7`` (Shamir and Zhang 2013, section 4). Statistics of batch
-        normalisation belong to the parameters of the last step: measure them again within the block
-        with ``torch.optim.swa_utils.update_bn(loader, model)``, and keep copies of them if training
-        goes on.
+        their bits back, also after an exception. A step of the optimizer, :meth:`step`,
+        :meth:`state_dict` and another block end the block before, with a warning: a Ctrl-C may have
+        struck right where a block ends, and then they give the parameters their own bits back.
+
+        Averaged are the parameters of the optimizer, whatever ``params=`` measures, and those of
+        other optimizers that it measures; master weights are not. The average takes 4 bytes a
+        parameter, and within the block there is a copy of the parameters. It weighs the parameters
+        after step ``s`` of ``t`` in proportion to ``s**7`` (Shamir and Zhang 2013, section 4).
+        Statistics of batch normalisation belong to the parameters of the last step: measure them
+        again within the block with ``torch.optim.swa_utils.update_bn(loader, model)``, and keep
+        copies of them if training goes on. If parameters are sharded, all ranks have to enter the
+        block, which takes a collective.
 
         Yields:
-            True if the parameters hold the average; False, with one warning, if there is none yet.
+            True if the parameters hold the average; False, with one warning for each reason, if
+            they keep their own values, on all ranks alike.
 
         Raises:
             RuntimeError: the scheduler was made with ``average=False``.
@@ -297,14 +351,27 @@ class MeteredScheduler(StepScheduler):
                 "averaged_parameters: expected a scheduler that was made with average=True, got "
                 f"average={self.average!r}"
             )
+        self._end_block()
+        problem = self._problem_of_average(self._mean)
+        if problem is not None:
+            self._warnings.once(problem, f"averaged_parameters() changed nothing: {problem}")
+            yield False
+            return
         with self._mean.swapped() as held:
-            if not held:
-                self._warnings.once(
-                    "no average",
-                    "averaged_parameters() changed nothing, because there is no average of the "
-                    "present parameters yet; it begins with the first window",
-                )
             yield held
+
+    def _problem_of_average(self, mean: ParameterAverage) -> str | None:
+        """Return why parameters cannot hold the average, or None; equal on all ranks."""
+        if any("train_mode" in group for group in self.optimizer.param_groups):
+            return "a schedule-free optimizer has its own average; call optimizer.eval()"
+        if zero_optimizer_of(self.optimizer) is not None:
+            return "DeepSpeed's optimizer holds float32 copies of the model's parameters"
+        problem = mean.problem()
+        if not self.meter.same_on_all_ranks((problem is None, mean.steps, mean.updates)):
+            return "ranks hold parts of the model, and have averages of different steps"
+        if problem is None:
+            return None
+        return f"there is no average of the present parameters ({problem})"
 
     def close(self) -> None:
         """Take the hooks off the optimizer and free the sums. The learning rates stay."""
@@ -318,18 +385,15 @@ class MeteredScheduler(StepScheduler):
 
         Plain values and tensors only, so that ``torch.load(weights_only=True)`` reads it. Learning
         rates are restored by the *optimizer's* ``load_state_dict``, as with torch's schedulers.
-        Called while a step is being taken, it has the last whole step, and a meter whose open
-        window is discarded.
+        Called by another thread, it waits for the end of a step. Called by a signal's handler in
+        the middle of one, it has the last whole step, and a meter whose open window is discarded.
         """
-        if self._mean is not None and self._mean.in_block:
-            self._warnings.warn(
-                "state_dict() was called within averaged_parameters(), where the parameters are "
-                "not those of the run; to resume, save everything outside of the block"
-            )
-        cooldown = Cooldown.saved(self._cooldown)
-        state = {**super().state_dict(), "cooldown": cooldown, "meter": self.meter.state_dict()}
-        if self._mean is not None:
-            state["mean"] = self._mean.state_dict()
+        self._end_block()
+        with self._lock:
+            cooldown = Cooldown.saved(self._cooldown)
+            state = {**super().state_dict(), "cooldown": cooldown, "meter": self.meter.state_dict()}
+            if self._mean is not None:
+                state["mean"] = self._mean.state_dict()
         return state
 
     def _all_settings(self) -> dict[str, Any]:
@@ -349,7 +413,7 @@ class MeteredScheduler(StepScheduler):
         # Groups may have been added after the state was saved.
         loaded["min_lr"] = [*lows, *self.min_lr[groups:]]
         loaded["base_lrs"] = [*loaded["base_lrs"], *as_floats(self.base_lrs[groups:])]
-        form: dict[str, Any] = {"cooldown": Later(inside(_COOLDOWN), None)}
+        form: dict[str, Any] = {"cooldown": Later(inside(COOLDOWN_FORM), None)}
         if self._averages_run and loaded["average"]:
             form = {**form, "mean": Later(checked_average, None)}
         loaded |= load(state, form)
@@ -382,7 +446,7 @@ class MeteredScheduler(StepScheduler):
         if not self.average:
             self._mean = None
             return
-        self._mean = self._mean or ParameterAverage(self.meter.named_parameters)
+        self._mean = self._mean or ParameterAverage(self._named)
         problem = self._mean.restore_state(saved) if saved is not None else "none was saved"
         if problem is not None:
             self._warnings.once("average", f"the average over the run starts over ({problem})")
@@ -390,7 +454,7 @@ class MeteredScheduler(StepScheduler):
     def _take_over(self, loaded: dict[str, Any]) -> None:
         self.meter.load_state_dict(loaded["meter"], name="state_dict['meter']")
         super()._take_over(loaded)
-        self._cooldown = loaded["cooldown"]
+        self._take_cooldown(loaded["cooldown"])
         if self._averages_run:
             self._take_over_average(loaded.get("mean"))
         self._decided = self._newest_window()
@@ -400,59 +464,15 @@ class MeteredScheduler(StepScheduler):
         return self.meter.history[-1].window if self.meter.history else None
 
 
-class Cooldown(NamedTuple):
-    """A fall of all rates to their lower bounds.
+def _to_average(trained: ParameterSource, meter: AngularVelocity) -> list[tuple[str, Tensor]]:
+    """Return the parameters of the optimizer, and those of other ones that are measured, too.
 
-    Attributes:
-        begin: steps before it.
-        num_steps: steps that it takes.
-        shape: form of the fall.
-        lrs: rates at its begin.
+    Master weights are not: averaged is what the model is evaluated with.
     """
-
-    begin: int
-    num_steps: int
-    shape: Shape
-    lrs: Sequence[float]
-
-    def lrs_at(self, step: int, floor: Callable[[int], float]) -> list[float]:
-        """Return the rates after a step."""
-        left = self._left(step)
-        lows = [min(floor(g), lr) for g, lr in enumerate(self.lrs)]
-        return [low + (lr - low) * left for low, lr in zip(lows, self.lrs, strict=True)]
-
-    def _left(self, step: int) -> float:
-        done = min(1.0, (step - self.begin) / self.num_steps)
-        return {
-            "linear": 1.0 - done,
-            "sqrt": 1.0 - math.sqrt(done),
-            "cosine": (1.0 + math.cos(math.pi * done)) / 2,
-        }[self.shape]
-
-    def joined(self, step: int, lrs: Sequence[float]) -> Cooldown:
-        """Return the cooldown with groups that were added since; they fall to 0 by its end.
-
-        Args:
-            step: optimizer steps so far, the first one of these groups included.
-            lrs: rates of all groups.
-        """
-        left = self._left(step - 1) or 1.0
-        added = [lr / left for lr in lrs[len(self.lrs) :]]
-        return self._replace(lrs=[*self.lrs, *added])
-
-    @staticmethod
-    def saved(cooldown: Cooldown | None) -> dict[str, Any]:
-        """Return plain values, with the same entries if there is no cooldown."""
-        cooldown = Cooldown(0, 0, "linear", []) if cooldown is None else cooldown
-        return {**cooldown._asdict(), "lrs": list(cooldown.lrs)}
-
-
-_COOLDOWN: Form = {
-    "begin": checks.at_least(0),
-    "num_steps": checks.at_least(0),
-    "shape": _SHAPE,
-    "lrs": list_of(checks.at_least_zero),
-}
+    named = trained.named()
+    held = {id(p) for _, p in named}
+    others = [(n, p) for n, p in meter.named_parameters() if isinstance(p, nn.Parameter)]
+    return [*named, *((f"measured: {name}", p) for name, p in others if id(p) not in held)]
 
 
 def _lower(lr: float | Tensor, factor: float, floor: float) -> float | None:

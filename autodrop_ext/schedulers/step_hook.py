@@ -46,7 +46,8 @@ class StepHook:
 
     The hook only sets a mark, and the scheduler's ``step()`` consumes it. A call of ``step()``
     without a mark, or after a step that GradScaler skipped, therefore counts nothing. Steps at a
-    learning rate of zero, which checkpoint helpers run, are not marked.
+    learning rate of zero, which checkpoint helpers run, are not marked, unless the scheduler itself
+    has lowered the rate to it.
 
     Optimizers that share the param groups, inside of a wrapper, are hooked as well. One step ends
     with the outermost of them that has begun, however often the others are stepped within it.
@@ -60,6 +61,7 @@ class StepHook:
         consumed: whether the newest mark was consumed.
         real_steps: real steps, consumed or not.
         steps_since_call: those since the scheduler's last call.
+        at_zero: whether steps at a learning rate of zero are marked too.
     """
 
     def __init__(self, *, once_an_epoch: bool = False) -> None:
@@ -71,6 +73,7 @@ class StepHook:
         self._leader: int | None = None  # first parameter of the first step since the last call
         self._begun: list[int] = []  # ids of optimizers that are being stepped, outermost first
         self._called = False
+        self.at_zero = False
         self._wrong_calls = 0  # in a row: late ones, or of epochs of a single step
         self._idle_calls = 0  # in a row: without a mark
         self._root: weakref.ref[Optimizer] | None = None  # the scheduler's optimizer
@@ -247,7 +250,7 @@ class StepHook:
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and bool(found_inf):
             return False  # a fused optimizer under GradScaler is called but moves nothing
-        return not all(self._is_zero(group["lr"]) for group in optimizer.param_groups)
+        return self.at_zero or not all(self._is_zero(g["lr"]) for g in optimizer.param_groups)
 
     def _is_zero(self, lr: float | Tensor) -> bool:
         if not isinstance(lr, Tensor):

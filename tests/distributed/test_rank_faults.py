@@ -429,3 +429,110 @@ def test_ranks_that_do_not_meet_are_started_again(monkeypatch: pytest.MonkeyPatc
 
 def own_rank(rank: int) -> int:
     return rank
+
+
+# ---- cooldowns and averages of some ranks ---------------------------------------------------
+
+
+def cools_down_alone(rank: int, what: str) -> tuple[str, str, float]:
+    replica = Run()
+    replica.steps(WINDOW + 1)
+    if what == "end_cooldown":
+        replica.scheduler.cooldown(3 * WINDOW)
+        replica.steps(1)
+        if rank == 1:
+            replica.scheduler.end_cooldown()
+    elif rank == 1:
+        replica.scheduler.cooldown(1 if what == "over within the window" else 3 * WINDOW)
+    kind, message, _ = replica.failure(2 * WINDOW)
+    return kind, message, replica.scheduler.num_drops
+
+
+@pytest.mark.parametrize("what", ["under way", "over within the window", "end_cooldown"])
+def test_a_cooldown_on_one_rank_is_named(what: str) -> None:
+    for kind, message, drops in run(2, cools_down_alone, what):
+        assert (kind, drops) == ("DisagreementError", 0)
+        assert message.startswith("cooldown: expected the same on all ranks, got {'begin': ")
+        assert "on rank 0" in message and "on rank 1" in message
+
+
+def averages_on_some_ranks(rank: int, what: str) -> list[Any]:
+    model = Driven()
+    if what.startswith("shards"):
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    optimizer = optimizer_of(model)
+    scheduler = AutoDrop(optimizer, **(SETTINGS | {"average": True, "factor": 0.999}))
+
+    def steps(begin: int, end: int) -> None:
+        for t in range(begin, end):
+            model(t).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if rank == 1 and what.endswith("NaN") and t == 4 * WINDOW + 1:
+                _local(model.second).data[0, 0] = torch.nan
+            scheduler.step()
+        if what.endswith("NaN"):
+            _local(model.second).data[0, 0] = 0.25
+
+    def held() -> bool:
+        before = [p.detach().clone() for p in model.parameters()]
+        with scheduler.averaged_parameters() as done:
+            changed = any(not _equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+            assert changed == done
+        return done
+
+    found: list[Any] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        steps(0, 4 * WINDOW + 1)
+        found.append(held())
+        if rank == 1 and what.endswith("interrupted"):
+            scheduler.meter.discard()
+        elif rank == 1 and what.endswith("state of one rank"):
+            none = {"steps": 0, "updates": 0, "tensors": {}}
+            scheduler.load_state_dict({**scheduler.state_dict(), "mean": none})
+        steps(4 * WINDOW + 1, 4 * WINDOW + 2)
+        found.append(held() if what.startswith("shards") else None)
+        if what.endswith("interrupted"):
+            steps(4 * WINDOW + 2, 5 * WINDOW + 3)
+            mean = scheduler.state_dict()["mean"]
+            found += [held(), mean["steps"], mean["updates"]]
+    return [*found, [str(w.message) for w in caught if "different steps" in str(w.message)]]
+
+
+def _local(p: Any) -> Any:
+    return p.to_local() if isinstance(p, DTensor) else p
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return torch.equal(_local(a), _local(b))
+
+
+@pytest.mark.parametrize("what", ["interrupted", "state of one rank", "NaN"])
+def test_shards_are_averaged_on_all_ranks_or_on_none(what: str) -> None:
+    first, second = run(2, averages_on_some_ranks, f"shards, {what}")
+    assert first == second
+    assert first[:2] == [True, False]
+    assert len(first[-1]) == 1
+    if what == "interrupted":  # the next window makes them equal
+        assert first[2:5] == [True, 5 * WINDOW + 3, 3]
+
+
+def test_averages_of_replicas_are_equal_after_the_window_that_was_interrupted() -> None:
+    first, second = run(2, averages_on_some_ranks, "replicas, interrupted")
+    assert first == second
+    assert first[2:5] == [True, 5 * WINDOW + 3, 3]
+
+
+def evaluates_on_one_rank(rank: int) -> bool:
+    replica = Run(average=True)
+    replica.steps(2 * WINDOW)
+    if rank == 0:
+        with replica.scheduler.averaged_parameters() as held:
+            return held
+    replica.steps(0)
+    return False
+
+
+def test_one_replica_may_be_evaluated_alone() -> None:
+    assert run(2, evaluates_on_one_rank) == [True, False]

@@ -409,7 +409,7 @@ def test_a_failing_callback_leaves_the_scheduler_whole(failing: str) -> None:
 def test_plot_shows_delays_and_drops(tmp_path: Any) -> None:
     optimizer = Given(np.arange(1.0, 9.0)[:, None])
     scheduler = EpochAutoDrop(optimizer, 0.5, delay=2)
-    with pytest.raises(ValueError, match="decisions: expected at least one"):
+    with pytest.raises(ValueError, match="readings: expected at least one"):
         scheduler.plot()
     for _ in range(8):
         optimizer.step()
@@ -417,7 +417,7 @@ def test_plot_shows_delays_and_drops(tmp_path: Any) -> None:
     figure = scheduler.plot(tmp_path / "run.png")
     assert (tmp_path / "run.png").stat().st_size > 10_000
     rate = figure.axes[-1]
-    (drops,) = [marks for marks in rate.collections if marks.get_gid() == "drops"]
+    (drops,) = [marks for marks in rate.collections if marks.get_gid() == "marks"]
     assert [segment[0][0] for segment in drops.get_segments()] == [5, 8]
     assert sum(patch.get_gid() == "delay" for patch in rate.patches) == 4
     assert [axes.get_ylabel() for axes in figure.axes] == [

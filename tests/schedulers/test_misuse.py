@@ -175,7 +175,7 @@ def test_parameters_that_change_their_group_start_over() -> None:
     optimizer.param_groups[1]["params"].append(moved)
     with pytest.warns(RuntimeWarning, match="AutoDrop: the measured parameters were replaced"):
         steps(2)
-    steps(2)
+    steps(4)
     assert scheduler.history[-1].group_angles == ()
     steps(2)
     assert scheduler.history[-1].group_angles != ()
