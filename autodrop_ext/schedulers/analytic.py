@@ -219,7 +219,9 @@ class AnalyticAutoDrop(StepScheduler):
             )
         alpha = loaded["base_lrs"][0] * _scale(loaded["rates"], loaded["num_drops"])
         try:
-            VelocityModel(loaded["gamma"], loaded["epsilon"]).drop_gap(alpha, loaded["tau0"])
+            model = VelocityModel(loaded["gamma"], loaded["epsilon"])
+            model.limit(loaded["base_lrs"][0])  # refuses an epsilon that the rate is too high for
+            model.drop_gap(alpha, loaded["tau0"])
         except (ValueError, OverflowError) as error:
             raise ValueError(f"state_dict['base_lrs']: {error}") from error
         return super()._restored(loaded)

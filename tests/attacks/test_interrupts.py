@@ -309,6 +309,54 @@ def test_an_interrupted_close_doubles_the_window() -> None:
     assert doubled > len(tried) / 2  # most places come after the window was counted
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # that a window is discarded
+@pytest.mark.parametrize("kind", ["AnytimeAutoDrop", "AutoDrop"])
+@pytest.mark.parametrize("close", [64, 80, 88], ids=["doubles", "rises", "ends the rise"])
+def test_an_interrupt_in_an_automatic_warm_up(kind: str, close: int) -> None:
+    """A rise is done once or not at all, and the warm-up ends once, wherever it is interrupted."""
+    iterates = process("mean-reverting", 330, n=60)
+
+    def run(at: int | None) -> tuple[Any, Interrupter]:
+        optimizer = Given(iterates, dtype=torch.float64)
+        window = {"window": 16} if kind == "AutoDrop" else {}
+        scheduler = getattr(autodrop_ext, kind)(optimizer, warmup_steps="auto", **window)
+        for t in range(1, len(iterates) + 1):
+            optimizer.step()
+            if t == close:
+                with Interrupter(at) as interrupter, contextlib.suppress(KeyboardInterrupt):
+                    scheduler.step()
+            else:
+                scheduler.step()
+        return scheduler, interrupter
+
+    def problems(scheduler: Any, highest: float) -> Iterator[str]:
+        steps = [d.step for d in scheduler.history]
+        rates = [d.lr[0] for d in scheduler.history]
+        ends = [d.step for d in scheduler.history if d.warmup in ("reached", "confined")]
+        if len(steps) != len(set(steps)):
+            yield "a close is in the history twice"
+        if len(ends) != 1:
+            yield f"the warm-up ends at {ends}"
+        # A window that is lost may delay the end of the rise by some windows of an eighth of it.
+        elif max(rates) > 1.5 * highest:
+            yield f"a rate of {max(rates)}, without an interrupt {highest}"
+        if not any(d.cosine is not None for d in scheduler.history if d.step > close + 96):
+            yield "no cosine after it"
+
+    undisturbed, counter = run(None)
+    highest = max(d.lr[0] for d in undisturbed.history)
+    assert list(problems(undisturbed, highest)) == []
+    assert undisturbed.history[[d.step for d in undisturbed.history].index(88)].warmup == "confined"
+    tried = list(range(counter.places))
+    if not LARGE:
+        tried = sorted(random.Random(0).sample(tried, 40))
+    wrong = []
+    for at in tried:
+        scheduler, interrupter = run(at)
+        wrong += [f"{interrupter.where}: {problem}" for problem in problems(scheduler, highest)]
+    assert not wrong, f"{len(wrong)} in {len(tried)} places:\n" + "\n".join(wrong[:6])
+
+
 @pytest.mark.filterwarnings("ignore:AutoDrop. the last observation was interrupted")
 @pytest.mark.parametrize("kind", ["AutoDrop", "AnalyticAutoDrop"])
 def test_an_interrupt_in_the_last_step_of_a_warm_up(kind: str) -> None:

@@ -117,7 +117,7 @@ def test_evaluations_are_of_the_average_and_training_is_as_without(
     raw, average, loss = at[STEPS]
     model = language_model()
     model.load_state_dict(raw, strict=False)
-    assert abs(eval_loss(model) - loss) > 1e-3 * loss  # an order above the tolerance of approx
+    assert abs(eval_loss(model) - loss) > 1e-4 * loss  # a hundred times the tolerance of approx
 
     # Checkpoints have the parameters of the run, the model that is saved in the end the average.
     for step, (then, _, _) in at.items():

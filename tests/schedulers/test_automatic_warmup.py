@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import io
 import json
@@ -177,50 +176,6 @@ def test_resume_is_exact_in_every_phase(kind: str) -> None:
             resumed.step()
         assert repr(resumed.history) == repr(whole.history)  # NaN does not equal itself
         assert rest.param_groups[0]["lr"] == rates[-1]
-
-
-@pytest.mark.filterwarnings("ignore:(AnytimeAutoDrop|AutoDrop).*interrupted:RuntimeWarning")
-@pytest.mark.parametrize("kind", ["anytime", "autodrop"])
-@pytest.mark.parametrize("close", [64, 96, 104])
-def test_an_interrupted_rise_is_done_once_or_not_at_all(
-    kind: str, close: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """At a rise, a doubling and the end of the warm-up, wherever rates and windows are written."""
-    iterates = process("mean-reverting", 330, n=30)
-    undisturbed, straight = run(kind, iterates)
-    cls = type(undisturbed)
-    for name in ("_carry_out", "_set_lrs", "_commit", "_outcome", "_grown"):
-        for after in (False, True):
-            optimizer = Given(iterates, dtype=torch.float64)
-            scheduler = made(kind, optimizer)
-            inner = getattr(cls, name)
-
-            def interrupted(
-                self: Any, *args: Any, inner: Any = inner, after: bool = after, **kwargs: Any
-            ) -> Any:
-                if after:
-                    inner(self, *args, **kwargs)
-                raise KeyboardInterrupt
-
-            for t in range(1, len(iterates) + 1):
-                optimizer.step()
-                if t == close:
-                    monkeypatch.setattr(cls, name, interrupted)
-                    # The end of a step is done again by whoever handles the interrupt.
-                    with contextlib.suppress(KeyboardInterrupt):
-                        scheduler.step()
-                    monkeypatch.undo()
-                else:
-                    scheduler.step()
-            steps = [d.step for d in scheduler.history]
-            assert len(steps) == len(set(steps))
-            assert steps.count(close) <= 1
-            rates = [d.lr[0] for d in scheduler.history]
-            assert max(rates) <= 1.0
-            # Rates differ by the windows that were lost, not by a rise that was done twice.
-            assert max(rates) <= 1.3 * max(straight)
-            assert ends_of(scheduler) in (["confined"], ["reached"])
-            assert any(d.cosine is not None for d in scheduler.history if d.step > close + 96)
 
 
 @pytest.mark.parametrize("kind", KINDS)
