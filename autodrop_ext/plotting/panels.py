@@ -80,7 +80,7 @@ def finish(
             axes.legend(
                 loc="lower right",
                 bbox_to_anchor=(1.0, 1.0),
-                ncols=len(handles),
+                ncols=len(handles) if len(handles) <= 4 else (len(handles) + 1) // 2,
                 frameon=False,
                 fontsize="small",
                 borderaxespad=0.1,
