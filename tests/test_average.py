@@ -9,13 +9,12 @@ import io
 import math
 import pathlib
 import pickle
-import sys
 import weakref
-from types import FrameType
 from typing import Any
 
 import pytest
 import torch
+from interrupter import Interrupter
 from torch import Tensor, nn
 
 from autodrop_ext import average as module
@@ -411,38 +410,7 @@ def test_batch_normalisation_is_measured_again_in_the_block() -> None:
 # ---- interrupts -----------------------------------------------------------------------------
 
 
-class Interrupter:
-    """Raises KeyboardInterrupt before the n-th instruction in the average's file, or counts them.
-
-    Every instruction is tried, more than those at which Python looks for signals.
-    """
-
-    FILES = (str(pathlib.Path(module.__file__)), contextlib.__file__)
-
-    def __init__(self, at: int | None) -> None:
-        self.at, self.places, self.where = at, 0, ""
-
-    def __enter__(self) -> Interrupter:
-        self._before = sys.gettrace()
-        sys.settrace(self._enter)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        sys.settrace(self._before)
-
-    def _enter(self, frame: FrameType, event: str, argument: Any) -> Any:
-        if frame.f_code.co_filename not in self.FILES:
-            return None
-        frame.f_trace_opcodes, frame.f_trace_lines = True, False
-        return self._inside
-
-    def _inside(self, frame: FrameType, event: str, argument: Any) -> Any:
-        if event == "opcode":
-            self.places += 1
-            if self.places - 1 == self.at:
-                self.where = f"{frame.f_code.co_qualname}:{frame.f_lineno}"
-                raise KeyboardInterrupt
-        return self._inside
+FILES = (str(pathlib.Path(module.__file__)), contextlib.__file__)
 
 
 class Few:
@@ -476,7 +444,7 @@ def interrupted(
 ) -> tuple[Few, Interrupter, list[bytes]]:
     few = Few(updates)
     before = few.bits()
-    with Interrupter(at) as interrupter:
+    with Interrupter(at, lambda code: code.co_filename in FILES) as interrupter:
         try:  # noqa: SIM105 (contextlib.suppress would be interrupted, too)
             call(few)
         except KeyboardInterrupt:

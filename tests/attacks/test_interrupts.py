@@ -14,12 +14,12 @@ import gc
 import math
 import pathlib
 import random
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from types import CodeType, FrameType
 from typing import Any
 
+import interrupter
 import numpy as np
 import pytest
 import torch
@@ -38,53 +38,28 @@ CHECKED = ("CALL", "JUMP_BACKWARD", "JUMP_ABSOLUTE", "RESUME", "SETUP_FINALLY")
 CALLS = {"first": 0, "inside": 7, "end": 5, "reading": 8, "after a reading": 9}
 
 
-class Interrupter:
-    """Raises KeyboardInterrupt at one of the places, or counts them.
+class Interrupter(interrupter.Interrupter):
+    """Raises KeyboardInterrupt where a signal's may come from within the package, or counts.
 
     Args:
         at: number of the place, from 0; None counts only.
         act: called there, as a signal's handler that returns; None to raise KeyboardInterrupt.
-
-    Attributes:
-        places: how many have been passed.
-        where: the place at which it was raised.
     """
 
     _after: dict[CodeType, set[int]] = {}  # noqa: RUF012 (a cache for all of them)
 
     def __init__(self, at: int | None, act: Callable[[], None] | None = None) -> None:
-        self.at = at
+        super().__init__(at, lambda code: code.co_filename.startswith(PACKAGE))
         self.act = act
-        self.places = 0
-        self.where = ""
 
-    def __enter__(self) -> Interrupter:
-        self._before = sys.gettrace()
-        sys.settrace(self._enter)
-        return self
+    def is_place(self, frame: FrameType) -> bool:
+        return frame.f_lasti in self._checked(frame.f_code)
 
-    def __exit__(self, *_: object) -> None:
-        sys.settrace(self._before)
-
-    def _enter(self, frame: FrameType, event: str, argument: Any) -> Any:
-        if not frame.f_code.co_filename.startswith(PACKAGE):
-            return None
-        frame.f_trace_opcodes = True
-        frame.f_trace_lines = False
-        return self._inside
-
-    def _inside(self, frame: FrameType, event: str, argument: Any) -> Any:
-        if event == "opcode" and frame.f_lasti in self._checked(frame.f_code):
-            if self.places == self.at:
-                name = pathlib.Path(frame.f_code.co_filename).name
-                self.where = f"{name}:{frame.f_lineno} in {frame.f_code.co_name}"
-                self.places += 1
-                if self.act is None:
-                    raise KeyboardInterrupt
-                self.act()
-                return self._inside
-            self.places += 1
-        return self._inside
+    def interrupt(self) -> None:
+        if self.act is None:
+            super().interrupt()
+        else:
+            self.act()
 
     def _checked(self, code: CodeType) -> set[int]:
         """Offsets of instructions before which signals are delivered.

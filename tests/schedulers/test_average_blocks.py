@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import pathlib
 import pickle
-import sys
 from collections.abc import Callable
-from types import FrameType
+from types import CodeType
 from typing import Any
 
 import pytest
 import torch
+from interrupter import Interrupter
 from torch import Tensor, nn
 
 from autodrop_ext import AnytimeAutoDrop, AutoDrop, average
@@ -92,41 +91,16 @@ def test_a_step_of_the_optimizer_moves_the_parameters_themselves(kind: type) -> 
     assert run.holds(undisturbed.values())
 
 
-class Interrupter:
-    """Raises KeyboardInterrupt before the n-th instruction that belongs to a block."""
-
-    FILES = (average.__file__, metered.__file__, contextlib.__file__)
-
-    def __init__(self, at: int | None) -> None:
-        self.at, self.places, self.where = at, 0, ""
-
-    def __enter__(self) -> Interrupter:
-        self._before = sys.gettrace()
-        sys.settrace(self._enter)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        sys.settrace(self._before)
-
-    def _enter(self, frame: FrameType, event: str, argument: Any) -> Any:
-        if frame.f_code.co_filename not in self.FILES and frame.f_code is not left.__code__:
-            return None
-        frame.f_trace_opcodes, frame.f_trace_lines = True, False
-        return self._inside
-
-    def _inside(self, frame: FrameType, event: str, argument: Any) -> Any:
-        if event == "opcode":
-            self.places += 1
-            if self.places - 1 == self.at:
-                name = pathlib.Path(frame.f_code.co_filename).name
-                self.where = f"{name}:{frame.f_lineno} in {frame.f_code.co_name}"
-                raise KeyboardInterrupt
-        return self._inside
+FILES = (average.__file__, metered.__file__, contextlib.__file__)
 
 
 def left(run: Run) -> None:
     with run.scheduler.averaged_parameters():
         pass
+
+
+def of_a_block(code: CodeType) -> bool:
+    return code.co_filename in FILES or code is left.__code__
 
 
 @pytest.mark.filterwarnings(
@@ -137,12 +111,12 @@ def test_an_interrupt_anywhere_ends_with_the_next_call(ending: str) -> None:
     """Also while the exception is handled, which is where people save."""
     run = Run(steps=9)
     own = run.values()
-    with Interrupter(None) as counter:
+    with Interrupter(None, of_a_block) as counter:
         left(run)
     assert counter.places > 300 and run.holds(own)
     late = 0
     for at in range(list(ENDINGS).index(ending), counter.places, len(ENDINGS)):
-        interrupter = Interrupter(at)
+        interrupter = Interrupter(at, of_a_block)
         try:
             with interrupter:
                 left(run)
