@@ -206,6 +206,11 @@ class ParameterAverage:
         self._own = own
         _write((p, local_tensor(self._tensors[name])) for name, p in parameters.items())
 
+    @property
+    def is_swapped_in(self) -> bool:
+        """Whether the parameters hold the average."""
+        return self._own is not None
+
     def restore(self) -> bool:
         """Give the parameters their own bits back, and return whether they held the average.
 

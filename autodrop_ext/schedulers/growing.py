@@ -47,7 +47,7 @@ GROWTH: Form = {
     "rising": Later(checks.flag, False),
 }
 GROWN = {"newest_cosines": [], "doubled": True, "mean_cosine": None, "share": 1.0, "rising": False}
-"""Values of a scheduler without an automatic warm-up."""
+"""Values at the start of a run without an automatic warm-up."""
 
 
 class GrowingScheduler(MeteredScheduler):
@@ -83,16 +83,10 @@ class GrowingScheduler(MeteredScheduler):
         self._next_window = self.meter.window
 
     def _at_start(self) -> dict[str, Any]:
-        rises = self.warmup_steps == "auto"
-        return {
-            **super()._at_start(),
-            "_newest_cosines": [],
-            "_doubled": True,
-            "_mean_cosine": None,
-            "_rising": rises,
-            "_share": _FIRST_SHARE if rises else 1.0,
-            "_next_window": self._first_window(),
-        }
+        start = {f"_{name}": value for name, value in GROWN.items()}
+        if self.warmup_steps == "auto":
+            start |= {"_rising": True, "_share": _FIRST_SHARE}
+        return {**super()._at_start(), **start, "_next_window": self._first_window()}
 
     def _first_window(self) -> int:
         return FIRST_WINDOW if self.warmup_steps == "auto" else self._usual_window()

@@ -133,7 +133,9 @@ class MeteredScheduler(StepScheduler):
 
     def _before_step(self, optimizer: Optimizer) -> None:
         super()._before_step(optimizer)
-        if self._mean is not None and self._hook.moves(optimizer):
+        # Asked first: whether a step moves parameters may have to be read from a GPU.
+        swapped = self._mean is not None and self._mean.is_swapped_in
+        if swapped and self._hook.moves(optimizer):
             self._end_block(hold=True)
 
     def _end_block(self, *, hold: bool = False) -> None:

@@ -223,7 +223,7 @@ def test_a_scheduler_that_joins_a_run_does_not_rise(kind: str) -> None:
     assert not ends_of(scheduler)
 
 
-def test_the_log_the_metrics_and_the_history_say_what_ended_it(tmp_path: pathlib.Path) -> None:
+def test_the_log_and_the_history_say_what_ended_it(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "run.jsonl"
     scheduler, _ = run("anytime", process("walk", 900, n=60), on_reading=JsonLinesLog(path))
     lines = [json.loads(line) for line in path.read_text().splitlines()]
