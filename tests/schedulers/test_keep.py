@@ -9,44 +9,24 @@ from typing import Any
 
 import pytest
 import torch
+from other_settings import OTHERS as ALL
 
 from autodrop_ext import AnalyticAutoDrop, AnytimeAutoDrop, AutoDrop, EpochAutoDrop
 
 Kind = type[Any]
 
-OTHERS: dict[Kind, dict[str, Any]] = {
-    AutoDrop: {
-        "factor": 0.5,
-        "threshold": -0.25,
-        "buffer_size": 4,
-        "min_samples": 3,
-        "kernel": "time",
-        "min_lr": [0.01],
-        "average": True,
-    },
-    AnytimeAutoDrop: {
-        "critical": -0.5,
-        "gain": 2.0,
-        "max_power": 0.75,
-        "cosines": 5,
-        "min_lr": [0.01],
-        "average": False,
-    },
-    EpochAutoDrop: {
-        "factor": 0.5,
-        "threshold": 0.25,
-        "max_threshold": 2.0,
-        "delay": 3,
-        "average": False,
-        "min_lr": [0.01],
-    },
-    AnalyticAutoDrop: {"gamma": 3.0, "epsilon": 0.2, "tau0": 0.04, "rates": "proof"},
+FIXED_NAMES: dict[Kind, tuple[str, ...]] = {
+    AutoDrop: ("window", "per_group", "warmup_steps"),
+    AnytimeAutoDrop: ("min_window", "windows", "snapshots", "warmup_steps"),
+    EpochAutoDrop: (),
+    AnalyticAutoDrop: ("warmup_steps",),
 }
 FIXED: dict[Kind, dict[str, Any]] = {
-    AutoDrop: {"window": 5, "per_group": True, "warmup_steps": 2},
-    AnytimeAutoDrop: {"min_window": 4, "windows": 3, "snapshots": 8, "warmup_steps": 2},
-    EpochAutoDrop: {},
-    AnalyticAutoDrop: {"warmup_steps": 2},
+    kind: {name: ALL[kind][name] for name in names} for kind, names in FIXED_NAMES.items()
+}
+OTHERS: dict[Kind, dict[str, Any]] = {
+    kind: {name: value for name, value in ALL[kind].items() if name not in names}
+    for kind, names in FIXED_NAMES.items()
 }
 kinds = pytest.mark.parametrize("kind", OTHERS)
 
