@@ -98,6 +98,7 @@ class AngularVelocity:
         self._faults = Faults(Warnings(type(self).__name__))
         self._warns_by_itself = True
         self.all_started_over = False  # several ranks together, in the last observe()
+        self._closed_finite: bool | None = None  # the window that the last observe() closed
         self._observing = False  # state_dict() may be called in the middle of a step
         self._compared = False  # whether the ranks have compared their settings
         self._sketch: Sketch | None = None
@@ -194,6 +195,7 @@ class AngularVelocity:
             self._begin_window()
         self.compare(facts)
         self.has_read = self.all_started_over = False
+        self._closed_finite = None
         if counter.is_snapshot():
             self._read()
         return self._close_window(calls, facts) if counter.position >= counter.window else None
@@ -234,6 +236,7 @@ class AngularVelocity:
         table = sketch.join()
         values = self._with_settings(facts)
         row = self._row(calls, restart, table, values)
+        self._closed_finite = not (restart or row.not_finite)
         verdict = ranks.agree(row, values)
         self.all_started_over = ranks.size > 1 and (verdict.restart or bool(verdict.not_finite))
         counter.next_window()
@@ -293,6 +296,15 @@ class AngularVelocity:
             return None
         remember(self.history, reading, HISTORY)
         return reading
+
+    def met_finite(self) -> bool:
+        """Return True if the table shows that the last read met finite elements only.
+
+        Reading a hashed table is quicker than reading the parameters again; others are not read.
+        """
+        if not self.has_read or self._sketch is None or not self._sketch.buckets:
+            return False
+        return self._sketch.is_finite() if self._closed_finite is None else self._closed_finite
 
     # Between windows -----------------------------------------------------------------------------
 

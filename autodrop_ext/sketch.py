@@ -209,6 +209,10 @@ class Sketch:
         for bank in self._banks:
             bank.add(addresses)
 
+    def is_finite(self) -> bool:
+        """Return True if the running tables are finite, and so is everything added to them."""
+        return all(math.isfinite(torch.linalg.vector_norm(bank.running)) for bank in self._banks)
+
     def join(self) -> Tensor:
         """Return the sum of the running tables of all devices; unless ``own``, ranks add it up."""
         for bank in self._banks[1:]:

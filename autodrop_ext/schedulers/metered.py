@@ -69,6 +69,7 @@ class MeteredScheduler(StepScheduler):
             backend=arguments["backend"],
             process_group=arguments["process_group"],
         )
+        self._measures_own = params is None
         self._named: Callable[[], list[tuple[str, Tensor]]] = self.meter.named_parameters
         if params is not None:
             self._named = functools.partial(_to_average, ParameterSource(optimizer), self.meter)
@@ -160,7 +161,9 @@ class MeteredScheduler(StepScheduler):
         t = self._optimizer_steps - self._linear_warmup
         since = t - self._mean.steps
         if 512 * since >= t:
-            problem = self._mean.update(since)
+            # The optimizer's parameters are what is averaged; others may be measured.
+            finite = self._measures_own and self.meter.met_finite()
+            problem = self._mean.update(since, known_finite=finite)
             if problem is not None:
                 self._warnings.once("average", problem)
 

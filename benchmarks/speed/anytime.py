@@ -7,8 +7,8 @@
 time of ``scheduler.step()`` in a step that reads nothing, that reads the parameters into the table,
 that also moves their average, and that also closes a window. Each is timed in turns with
 ``torch._foreach_add_`` of float32 sums, which a meter without this schedule would call at every
-step. A read moves 4 bytes a float32 parameter, an average 12 more (it reads the parameter again,
-and reads and writes the average), ``_foreach_add_`` 12.
+step. A read moves 4 bytes a float32 parameter and 2 in half precision, an average these again and 8
+more (it reads and writes the average), and so does ``_foreach_add_``.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from torch import Tensor
 from autodrop_ext import AnytimeAutoDrop
 
 MODELS = ("resnet50", "transformer60m")
+HALF = ("transformer60m",)  # whose parameters are bfloat16
 WINDOWS, WINDOW, SNAPSHOTS = 6, 64, 16  # of the runs that are timed
 
 
@@ -97,8 +98,9 @@ def times(params: list[Tensor], *, average: bool) -> Times:
 
 def run(model: str, lengths: Sequence[int]) -> None:
     """Print the rows of a model: what the scheduler takes without and with its average."""
-    params = [p.requires_grad_() for p in tensors(model, torch.float32)]
-    elements = sum(p.numel() for p in params)
+    dtype = torch.bfloat16 if model in HALF else torch.float32
+    params = [p.requires_grad_() for p in tensors(model, dtype)]
+    elements, size = sum(p.numel() for p in params), dtype.itemsize
     bare, averaging = times(params, average=False), times(params, average=True)
     move = max(0.0, averaging.read - bare.read)
     for n in counts(lengths):
@@ -106,7 +108,7 @@ def run(model: str, lengths: Sequence[int]) -> None:
         ours += n.closes * bare.close
         with_average = ours + n.reads * move
         theirs = n.steps * statistics.mean([bare.foreach, averaging.foreach])
-        moved = [4 * n.reads, 16 * n.reads, 12 * n.steps]
+        moved = [size * n.reads, (2 * size + 8) * n.reads, (size + 8) * n.steps]
         seconds = f"{ours:.2f} | {with_average:.2f} | {theirs:.2f}"
         bytes_ = " | ".join(f"{elements * each / 1e9:,.0f}" for each in moved)
         shares = f"{ours / theirs:.3f} | {with_average / theirs:.3f}"

@@ -390,6 +390,38 @@ def test_every_bit_comes_back(kind: type, ending: type[BaseException] | None) ->
     assert [bits(p) for p in parameters] == before
 
 
+@pytest.mark.parametrize("buckets", [4096, None])  # tables show what is not finite, or do not
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("bad_at", [70, 72, 96, 128])  # within a window, at an end, at doublings
+@pytest.mark.filterwarnings("ignore:.*(NaN or infinity|is not finite):RuntimeWarning")
+def test_no_snapshot_that_is_not_finite_enters_the_average(
+    bad_at: int, bad: float, buckets: int | None
+) -> None:
+    p = nn.Parameter(torch.zeros(5_000))  # more elements than buckets
+    optimizer = torch.optim.SGD([p], lr=0.01)
+    scheduler = AnytimeAutoDrop(optimizer, min_window=4, windows=4, buckets=buckets)
+    generator = torch.Generator().manual_seed(0)
+    iterates, read = torch.randn(140, 5_000, generator=generator, dtype=torch.float64), []
+    for t, iterate in enumerate(iterates, 1):
+        p.grad = torch.zeros_like(p)
+        optimizer.step()
+        with torch.no_grad():
+            p.copy_(iterate)
+            if t == bad_at:
+                p[4_321] = bad
+        scheduler.step()
+        if scheduler.meter.has_read and t != bad_at:
+            read.append(t)
+    expected = torch.zeros(5_000, dtype=torch.float64)
+    for before, t in zip([0, *read], read, strict=False):
+        expected += (1 - (before / t) ** 8) * (iterates[t - 1].float() - expected)
+    assert bad_at not in read and len(read) > 100
+    with scheduler.averaged_parameters() as held:
+        assert held
+        # float32 with values up to 4: each of 140 updates rounds by at most 2^-24 of them.
+        torch.testing.assert_close(p.detach().double(), expected, atol=1e-5, rtol=0)
+
+
 def test_before_the_first_step_the_block_changes_nothing() -> None:
     parameters = various()
     scheduler = AnytimeAutoDrop(torch.optim.SGD(parameters, lr=0.1))
