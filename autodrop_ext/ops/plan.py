@@ -145,11 +145,15 @@ class _Stretches(NamedTuple):
 
 
 def _stretches(sources: Sequence[Source], step: int) -> _Stretches:
-    columns = [(np.zeros(0, np.int64),) * 4]
+    whole = np.array([i for i, source in enumerate(sources) if source.runs is None], np.int64)
+    numel = np.array([source.numel for source in sources], np.int64)[whole]
+    columns = [(whole, np.zeros_like(whole), np.zeros_like(whole), numel)]
     for i, source in enumerate(sources):
-        runs = source.runs or Runs(*(np.array([n], np.int64) for n in (0, 0, source.numel)))
-        columns.append((np.full(len(runs.length), i), *runs))
+        if source.runs is not None:
+            columns.append((np.full(len(source.runs.length), i), *source.runs))
     joined = _Stretches(*(np.concatenate(column) for column in zip(*columns, strict=True)))
+    order = np.argsort(joined.tensor, kind="stable")
+    joined = _Stretches(*(column[order] for column in joined))
     joined = _Stretches(*(column[joined.length > 0] for column in joined))
     # Cut each run at the multiples of `step` in the global order.
     first, last = joined.first // step, (joined.first + joined.length - 1) // step
