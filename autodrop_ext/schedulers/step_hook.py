@@ -203,8 +203,9 @@ class StepHook:
     def _is_shared(self) -> bool:
         """Return whether another scheduler has consumed the mark of the same step."""
         optimizers = (hooked.optimizer() for hooked in self._hooked)
-        hooks = {hook for one in optimizers if one is not None for hook in _hooks.get(one, ())}
-        return any(hook.consumed and hook.attached for hook in hooks - {self})
+        of_each = (_hooks.get(one, ()) for one in optimizers if one is not None)
+        others = (hook for hooks in of_each if len(hooks) > 1 for hook in hooks if hook is not self)
+        return any(hook.consumed and hook.attached for hook in others)
 
     def begin_step(self, optimizer: Optimizer) -> None:
         """Note that an optimizer is being stepped, within a step of another one or not."""
