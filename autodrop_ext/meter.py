@@ -153,6 +153,14 @@ class AngularVelocity:
 
     # A window ------------------------------------------------------------------------------------
 
+    def notice_trained(self) -> None:
+        """Notice which parameters have gradients; call right before an optimizer step, if at all.
+
+        Without it, parameters that are trained in turn, or whose gradients are deleted before
+        :meth:`observe`, are noticed only if they require a gradient when the parameters are read.
+        """
+        self._source.notice()
+
     def observe(self, *, calls: int = 0, facts: GetFacts = dict) -> Reading | None:
         """Take the parameters as they are now; call once after each optimizer step, on every rank.
 
@@ -214,6 +222,7 @@ class AngularVelocity:
 
     def _read(self) -> None:
         assert self._sketch is not None
+        self._source.notice()
         if not self._counter.spoiled:
             addresses = self._source.addresses()
             if addresses is None:
