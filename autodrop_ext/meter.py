@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from . import checks
 from .agreement import Facts, Row, digests_of
@@ -481,7 +482,7 @@ class AngularVelocity:
         window is left out after a resume; with ``buckets=None`` the meter then warms up again. It
         also does if this is called while :meth:`observe` runs, by the handler of a signal or
         another thread. Before the first step there are tables of zeros, into which
-        ``torch.distributed.checkpoint`` can load.
+        ``torch.distributed.checkpoint`` can load, unless a lazy module has no shape yet.
         """
         sketch, counter = self._sketch, self._counter
         counts = counter.state()
@@ -490,9 +491,9 @@ class AngularVelocity:
             counts |= {"position": 0, "usable": 0, "spoiled": False}
         elif self._saved is not None:
             tables = self._saved
-        elif sketch is None:
+        elif sketch is None and not any(is_lazy(p) for _, p in self.named_parameters()):
             tables = self._new_sketch()[0].state_dict(running=False)
-        elif self._source.unchanged():  # no tables of other parameters
+        elif sketch is not None and self._source.unchanged():  # no tables of other parameters
             tables = sketch.state_dict(running=not counter.spoiled)
         still = self._faults.still_windows
         return {"version": 2, **counts, "still": still, "tables": dict(tables)}
