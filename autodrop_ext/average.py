@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from . import checks
 from .saved import Form, dict_of, load
@@ -300,8 +301,9 @@ class ParameterAverage:
 
 def _zeros(named: Named) -> dict[str, Tensor]:
     with torch.inference_mode(False), torch.no_grad():
-        tensors = {name: torch.zeros_like(p, dtype=_dtype_of(p)) for name, p in named}
-    if len(tensors) < len(named):
+        shaped = [(name, p) for name, p in named if not is_lazy(p)]
+        tensors = {name: torch.zeros_like(p, dtype=_dtype_of(p)) for name, p in shaped}
+    if len(tensors) < len(shaped):
         raise ValueError(f"named: expected different names, got {[name for name, _ in named]}")
     return tensors
 
@@ -314,6 +316,8 @@ def _dtype_of(parameter: Tensor) -> torch.dtype:
 def _misfit(named: Named, averages: Mapping[str, Tensor]) -> str | None:
     """Return why these are not the averages of these parameters, or None."""
     for name, p in named:
+        if is_lazy(p):
+            return f"{name} has no shape before the first forward pass"
         if name not in averages:
             return f"{name} has no average"
         a = averages[name]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from . import checks
 from .agreement import Facts, Row, digests_of
@@ -154,6 +155,14 @@ class AngularVelocity:
 
     # A window ------------------------------------------------------------------------------------
 
+    def notice_trained(self) -> None:
+        """Notice which parameters have gradients; call right before an optimizer step, if at all.
+
+        Without it, parameters that are trained in turn, or whose gradients are deleted before
+        :meth:`observe`, are noticed only if they require a gradient when the parameters are read.
+        """
+        self._source.notice()
+
     def observe(self, *, calls: int = 0, facts: GetFacts = dict) -> Reading | None:
         """Take the parameters as they are now; call once after each optimizer step, on every rank.
 
@@ -216,6 +225,7 @@ class AngularVelocity:
 
     def _read(self) -> None:
         assert self._sketch is not None
+        self._source.notice()
         if not self._counter.spoiled:
             addresses = self._source.addresses()
             if addresses is None:
@@ -484,7 +494,7 @@ class AngularVelocity:
         window is left out after a resume; with ``buckets=None`` the meter then warms up again. It
         also does if this is called while :meth:`observe` runs, by the handler of a signal or
         another thread. Before the first step there are tables of zeros, into which
-        ``torch.distributed.checkpoint`` can load.
+        ``torch.distributed.checkpoint`` can load, unless a lazy module has no shape yet.
         """
         sketch, counter = self._sketch, self._counter
         counts = counter.state()
@@ -493,9 +503,9 @@ class AngularVelocity:
             counts |= {"position": 0, "usable": 0, "spoiled": False}
         elif self._saved is not None:
             tables = self._saved
-        elif sketch is None:
+        elif sketch is None and not any(is_lazy(p) for _, p in self.named_parameters()):
             tables = self._new_sketch()[0].state_dict(running=False)
-        elif self._source.unchanged():  # no tables of other parameters
+        elif sketch is not None and self._source.unchanged():  # no tables of other parameters
             tables = sketch.state_dict(running=not counter.spoiled)
         still = self._faults.still_windows
         return {"version": 2, **counts, "still": still, "tables": dict(tables)}

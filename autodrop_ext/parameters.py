@@ -51,9 +51,9 @@ class ParameterSource:
     wrappers replace them. Of sharded parameters it finds the part on this rank.
 
     A parameter is measured if it requires a gradient or has one, or if it did when this object
-    looked before and has been held since: a discriminator may be frozen while ``step()`` is called,
-    and adapters may be trained in turn. Tensors that are not an ``nn.Parameter``, such as float32
-    master weights, are always measured.
+    looked or was notified before and has been held since: a discriminator may be frozen while
+    ``step()`` is called, and adapters may be trained in turn. Tensors that are not an
+    ``nn.Parameter``, such as float32 master weights, are always measured.
 
     Args:
         params: as that of :class:`~autodrop_ext.AngularVelocity`. A function is called at the ends
@@ -89,6 +89,18 @@ class ParameterSource:
     def named(self) -> list[Named]:
         """Return names and parameters to measure, as they are now."""
         return self._measured_of(_named(self._items()))
+
+    def notice(self) -> None:
+        """Remember parameters that the optimizer moves at the step that comes now.
+
+        A schedule may call for the parameters when the gradients are gone and others are trained.
+        """
+        if self._optimizer is None or self._zero is not None:
+            return
+        found, known = self._found, set(map(id, self._measured))
+        groups = self._optimizer.param_groups
+        asked = [p for g in groups for p in g["params"]] if found is None else found.frozen
+        self._measured += [p for p in asked if id(p) not in known and _is_trained(p)]
 
     def num_groups(self) -> int:
         """Return the param groups that the parameters come in; 1 if they come without."""
@@ -169,7 +181,8 @@ class ParameterSource:
         if found is None:
             return False
         with torch._C.DisableTorchFunction():
-            if any(map(_is_trained, found.frozen)):
+            measured = set(map(id, self._measured)) if found.frozen else set()
+            if any(id(p) in measured or _is_trained(p) for p in found.frozen):
                 return False
             return _forms(found.every) == found.forms
 

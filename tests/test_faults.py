@@ -15,10 +15,11 @@ import independent
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 import autodrop_ext.meter
-from autodrop_ext import AngularVelocity, AutoDrop
+from autodrop_ext import AngularVelocity, AutoDrop, EpochAutoDrop
 from autodrop_ext.ranks import Ranks
 
 SETTINGS: dict[str, Any] = {"window": 2, "factor": 0.5, "buffer_size": 2, "min_samples": 2}
@@ -289,6 +290,45 @@ def test_parameters_that_are_frozen_later_stay_measured() -> None:
     run.model[0].weight.requires_grad_(True)
     run.step(6)
     assert None not in run.angles
+
+
+@pytest.mark.parametrize("window", [6, 7])
+def test_adapters_that_are_trained_in_turn_are_all_measured(window: int) -> None:
+    """If the turns divide the window, each of its ends finds the same one trained."""
+    generator = torch.Generator().manual_seed(0)
+    adapters = [nn.Parameter(torch.zeros(4), requires_grad=False) for _ in range(3)]
+    scheduler = AutoDrop(torch.optim.SGD(adapters, lr=0.1), window=window)
+    meter = AngularVelocity([p.detach() for p in adapters], window=window)
+    angles = []
+    with pytest.warns(RuntimeWarning, match="replaced, added, resized or unfrozen") as caught:
+        for t in range(20 * window):
+            for i, p in enumerate(adapters):
+                p.requires_grad_(i == t % 3)
+                p.grad = torch.randn(4, generator=generator) - 1 if i == t % 3 else None
+            scheduler.optimizer.step()
+            scheduler.step()
+            if (reading := meter.observe()) is not None:
+                angles.append(reading.angle)
+    assert len(caught) == 1
+    measured = [decision.angle for decision in scheduler.history]
+    assert len(measured) >= 16
+    assert measured == angles[-len(measured) :]  # to the bit: the same values in the same order
+
+
+@pytest.mark.parametrize("kind", [AutoDrop, EpochAutoDrop])
+def test_parameters_without_gradients_of_their_own_are_measured(kind: Any) -> None:
+    """As master weights whose gradients are copied from the model's and deleted after the step."""
+    generator = torch.Generator().manual_seed(0)
+    master = nn.Parameter(torch.zeros(4), requires_grad=False)
+    scheduler = kind(
+        torch.optim.SGD([master], lr=0.1), **({"window": 1} if kind is AutoDrop else {})
+    )
+    for _ in range(8):
+        master.grad = torch.randn(4, generator=generator) - 1
+        scheduler.optimizer.step()
+        scheduler.optimizer.zero_grad()
+        scheduler.step()
+    assert [d.angle is not None for d in scheduler.history[-6:]] == [True] * 6
 
 
 # ---- memory that moves ------------------------------------------------------------------------

@@ -122,6 +122,22 @@ def test_a_parameter_that_was_taken_out_and_comes_back_frozen() -> None:
     assert not source.unchanged() and len(source.shards()) == 2
 
 
+def test_what_moves_at_a_step_is_measured_whatever_it_is_later() -> None:
+    a, b, c = parameters(1, 2, 3)
+    b.requires_grad_(False)
+    c.requires_grad_(False)
+    source = ParameterSource(torch.optim.SGD([a, b, c], lr=0.1))
+    b.grad = torch.ones(2)  # before anything was looked for
+    source.notice()
+    b.grad = None
+    assert len(source.shards()) == 2 and source.unchanged()
+    c.requires_grad_(True)  # only while it is trained
+    source.notice()
+    c.requires_grad_(False)
+    assert not source.unchanged()
+    assert len(source.shards()) == 3 and source.unchanged()
+
+
 def test_tensors_by_hand_need_no_gradient() -> None:
     frozen = nn.Parameter(torch.zeros(2), requires_grad=False)
     assert names(ParameterSource([("master", torch.zeros(2)), ("frozen", frozen)])) == ["master"]

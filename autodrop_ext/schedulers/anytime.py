@@ -63,8 +63,8 @@ class AnytimeAutoDrop(GrowingScheduler):
             that a run has seen ``N`` to ``2 N`` windows of the present length.
         snapshots: how many times a window the parameters are read, evenly spaced.
         critical: cosine below which rates fall; 1/4 is that of a random walk with many readings in
-            a window. For ``k`` of them it is ``(k^2 - 1) / (2 (2 k^2 + 1))``, and ``critical`` is
-            taken in proportion.
+            a window. For ``k`` evenly spaced ones it is ``(k^2 - 1) / (2 (2 k^2 + 1))``, and
+            ``critical`` is taken in proportion.
         gain: exponent for each unit of cosine below ``critical``.
         max_power: largest exponent.
         cosines: how many of the newest cosines of windows of one length are averaged.

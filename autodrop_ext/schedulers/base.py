@@ -128,7 +128,7 @@ class StepScheduler(LRScheduler):
             epoch: torch's deprecated argument. It sets ``last_epoch`` if it is a whole number, has
                 no other effect, and warns.
         """
-        if epoch == 0 and _MILESTONES_CALL_STEP:
+        if _MILESTONES_CALL_STEP and epoch == 0:
             self._update_lr(0)
             return
         self._warnings.hold()  # a warning may be an error, and must not leave a step half done

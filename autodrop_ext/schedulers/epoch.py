@@ -175,6 +175,7 @@ class EpochAutoDrop(MeteredScheduler):
     # ---- deciding ---------------------------------------------------------------------------
 
     def _before_step(self, optimizer: Optimizer) -> None:
+        super()._before_step(optimizer)
         # The reference point x_0 of the first epoch, or of the first one after NaN.
         if not self.meter.started and self._hook.moves(optimizer):
             self.meter.rebase()

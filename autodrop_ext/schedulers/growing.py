@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -24,15 +25,22 @@ _TRUSTED_WINDOW = 8  # the shortest that may end it
 _ALL = 1 - 1e-5  # of a rate is all of it: products of float32 rates are rounded
 
 
-def walk_cosine(readings: int) -> float:
+@functools.lru_cache(maxsize=4)  # a sum over the window, asked for at each of its ends
+def walk_cosine(readings: int, window: int) -> float:
     """Return the cosine between the displacements of a random walk's window means.
 
+    A mean contains the share ``f`` of a step that readings after it have. The step adds
+    ``f (1 - f)`` to the dot product of neighbouring displacements, and ``f^2 + (1 - f)^2`` to the
+    square of each. If ``k`` readings are evenly spaced, the quotient of the sums is
+    ``(k^2 - 1) / (2 (2 k^2 + 1))``, which is 0 for one reading and 1/4 for many.
+
     Args:
-        readings: ``k``, readings of each window: ``(k^2 - 1) / (2 (2 k^2 + 1))``, which is 0 for
-            one reading and 1/4 for many.
+        readings: ``k``, readings of each window, as evenly spaced as its steps allow.
+        window: its steps, at least ``k``.
     """
-    square = readings * readings
-    return (square - 1) / (2 * (2 * square + 1))
+    after = [readings - step * readings // window for step in range(window)]
+    dot = sum(n * (readings - n) for n in after)
+    return dot / sum(n * n + (readings - n) ** 2 for n in after)
 
 
 def _check_share(name: str, value: Any) -> float:
@@ -201,7 +209,7 @@ class GrowingScheduler(MeteredScheduler):
         window = self.meter.window if reading.cosine is not None else self.meter.window // 2
         snapshots = self.meter.snapshots
         readings = window if snapshots is None else min(snapshots, window)
-        return self.critical * walk_cosine(readings) / 0.25
+        return self.critical * walk_cosine(readings, window) / 0.25
 
     def _carry_out(self) -> None:
         if self._unwritten is not None and self.meter.window != self._next_window:

@@ -67,7 +67,7 @@ def test_null_processes() -> None:
 
 @pytest.mark.parametrize("readings", [1, 2, 3, 4, 7, 16, 32, 100])
 def test_the_cosine_of_a_walk_for_any_number_of_readings(readings: int) -> None:
-    assert walk_cosine(readings) == pytest.approx(critical(readings), abs=1e-15)
+    assert walk_cosine(readings, 3 * readings) == pytest.approx(critical(readings), abs=1e-15)
     k = min(readings, 16)
     windows = process("walk", 60_000)[: 60_000 // k * k].reshape(-1, k, 300).mean(axis=1)
     s = np.diff(windows, axis=0)
@@ -75,7 +75,20 @@ def test_the_cosine_of_a_walk_for_any_number_of_readings(readings: int) -> None:
     cosines = (s[1:] * s[:-1]).sum(axis=1) / (lengths[1:] * lengths[:-1])
     # A cosine in 300 dimensions scatters by 1 / sqrt(300) = 0.06; there are 3,700 at least, and the
     # mean of quotients is off by another 1 / 300.
-    assert cosines.mean() == pytest.approx(walk_cosine(k), abs=0.01)
+    assert cosines.mean() == pytest.approx(walk_cosine(k, k), abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("window", "at"), [(6, [2, 3, 4, 5, 6]), (10, [4, 7, 10]), (7, [2, 4, 6, 7]), (5, [3, 5])]
+)
+def test_the_cosine_of_a_walk_that_is_read_unevenly(window: int, at: list[int]) -> None:
+    """As if the number of readings does not divide the window."""
+    walk = np.tril(np.ones((3 * window, 3 * window)))  # row t: the steps that x_t is the sum of
+    means = [walk[[i * window + t - 1 for t in at]].mean(axis=0) for i in range(3)]
+    s, s_before = means[2] - means[1], means[1] - means[0]
+    # Rounding of a few float64 operations.
+    expected = s @ s_before / math.sqrt((s @ s) * (s_before @ s_before))
+    assert walk_cosine(len(at), window) == pytest.approx(expected, abs=1e-14)
 
 
 @pytest.mark.parametrize(

@@ -187,6 +187,7 @@ def test_a_warm_up_goes_on_if_last_epoch_is_one_too_low(make: Make) -> None:
         (7, 7),
         (torch.tensor(7), 7),
         (np.int64(7), 7),
+        (torch.tensor([0.5, 0.7]), 3),
     ],
 )
 def test_whatever_step_is_given_the_state_loads(make: Make, epoch: Any, expected: int) -> None:

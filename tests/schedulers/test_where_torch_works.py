@@ -48,6 +48,31 @@ def test_a_lazy_module_without_an_input_is_named_at_the_first_step() -> None:
         train(scheduler, parameters, 1)
 
 
+@pytest.mark.parametrize("kind", [AutoDrop, AnytimeAutoDrop, EpochAutoDrop])
+def test_a_lazy_module_without_an_input_has_a_state(kind: type[Any]) -> None:
+    """Frameworks save and load before the first batch."""
+    states, rates = [], []
+    for _ in range(2):
+        torch.manual_seed(0)
+        lazy = nn.LazyLinear(3)
+        settings = EAGER if kind is AutoDrop else {}
+        scheduler = kind(torch.optim.SGD(lazy.parameters(), lr=0.1), **settings)
+        scheduler.load_state_dict(states[0] if states else scheduler.state_dict())
+        states.append(scheduler.state_dict())
+        lazy(torch.ones(2, 5))
+        train(scheduler, list(lazy.parameters()), 60)
+        rates.append((scheduler.get_last_lr(), [d.angle for d in scheduler.history]))
+    assert rates[0] == rates[1]
+    assert rates[0][1][-1] is not None
+    fresh = kind(torch.optim.SGD(nn.LazyLinear(3).parameters(), lr=0.1), **settings)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fresh.load_state_dict(scheduler.state_dict())  # before the model's
+    assert ["has no shape before the first forward pass" in str(w.message) for w in caught] == (
+        [True] if kind is AnytimeAutoDrop else []
+    )
+
+
 class TwiceSgd(torch.optim.SGD):
     def step(self, closure: Any = None) -> Any:
         return super().step(closure)
