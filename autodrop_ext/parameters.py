@@ -97,10 +97,12 @@ class ParameterSource:
         """
         if self._optimizer is None or self._zero is not None:
             return
-        found, known = self._found, set(map(id, self._measured))
         groups = self._optimizer.param_groups
-        asked = [p for g in groups for p in g["params"]] if found is None else found.frozen
-        self._measured += [p for p in asked if id(p) not in known and _is_trained(p)]
+        every = (p for group in groups for p in group["params"])
+        trained = [p for p in (self._found.frozen if self._found else every) if _is_trained(p)]
+        if trained:
+            known = set(map(id, self._measured))
+            self._measured += [p for p in trained if id(p) not in known]
 
     def num_groups(self) -> int:
         """Return the param groups that the parameters come in; 1 if they come without."""

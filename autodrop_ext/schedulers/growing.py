@@ -25,7 +25,7 @@ _TRUSTED_WINDOW = 8  # the shortest that may end it
 _ALL = 1 - 1e-5  # of a rate is all of it: products of float32 rates are rounded
 
 
-@functools.lru_cache(maxsize=4)  # a sum over the window, asked for at each of its ends
+@functools.lru_cache(maxsize=4)  # asked for at each end of a window
 def walk_cosine(readings: int, window: int) -> float:
     """Return the cosine between the displacements of a random walk's window means.
 
@@ -38,7 +38,8 @@ def walk_cosine(readings: int, window: int) -> float:
         readings: ``k``, readings of each window, as evenly spaced as its steps allow.
         window: its steps, at least ``k``.
     """
-    after = [readings - step * readings // window for step in range(window)]
+    steps = readings if window % readings == 0 else window  # even ones are as if all were read
+    after = [readings - step * readings // steps for step in range(steps)]
     dot = sum(n * (readings - n) for n in after)
     return dot / sum(n * n + (readings - n) ** 2 for n in after)
 

@@ -134,7 +134,8 @@ class MeteredScheduler(StepScheduler):
 
     def _before_step(self, optimizer: Optimizer) -> None:
         super()._before_step(optimizer)
-        self.meter.notice_trained()
+        if self._optimizer_steps >= self._linear_warmup:
+            self.meter.notice_trained()
         # Asked first: whether a step moves parameters may have to be read from a GPU.
         swapped = self._mean is not None and self._mean.is_swapped_in
         if swapped and self._hook.moves(optimizer):
