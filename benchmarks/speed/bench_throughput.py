@@ -137,7 +137,7 @@ def compare_windows(
             meter.observe()
 
     def theirs() -> None:
-        torch._foreach_mul_(params, 1.01)  # parameters that stand still would earn a warning
+        torch._foreach_mul_(params, 1.1)  # bfloat16 ones that hardly move would earn a warning
         for step in range(WINDOW):
             other.accumulate(first=step == 0)
         other.close(WINDOW)
