@@ -310,7 +310,8 @@ class AngularVelocity:
     def met_finite(self) -> bool:
         """Return True if the table shows that the last read met finite elements only.
 
-        Reading a hashed table is quicker than reading the parameters again; others are not read.
+        It is False if that is not known: the table of exact angles, with a bucket for each element,
+        is not looked at, because looking at the parameters is quicker.
         """
         if not self.has_read or self._sketch is None or not self._sketch.buckets:
             return False

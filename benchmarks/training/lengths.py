@@ -106,7 +106,7 @@ def train(
     model = task.model()
     random = Generator().manual_seed(seed)
     warm_up = WARM_UP_STEPS if schedule.endswith(WARM_UP) else 0
-    optimizer, scheduler = _build(task_name, schedule, model, rate, lengths[-1], warm_up)
+    optimizer, scheduler = make_schedule(task_name, schedule, model, rate, lengths[-1], warm_up)
     average = Average(model) if _averages(schedule) else None
     rows: list[dict[str, Any]] = []
     seconds, begin = 0.0, time.process_time()
@@ -150,9 +150,10 @@ def _averages(schedule: str) -> bool:
     return "+average" in schedule or schedule.startswith(("cosine", "linear"))
 
 
-def _build(
+def make_schedule(
     task: str, schedule: str, model: nn.Module, rate: float, steps: int, warm_up: int
 ) -> tuple[Any, Any]:
+    """Return the optimizer of a task and the scheduler, if there is one."""
     params, adam = list(model.parameters()), STUDIES[task].optimizer == "adamw"
     momentum = getattr(STUDIES[task].make, "momentum", 0.9)
     decay = getattr(STUDIES[task].make, "weight_decay", 0.0)

@@ -19,11 +19,11 @@ import sys
 import torch
 from torch import Generator
 
-from autodrop_ext import AnytimeAutoDrop
 from autodrop_ext.average import ParameterAverage
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
+from training.lengths import make_schedule
 from training.studies import STUDIES
 
 PARTS = (512, 128, 64, 32)  # of the time, between two updates
@@ -32,19 +32,12 @@ READ_AT = (300, 1_000, 3_000, 10_000)
 
 def train(task_name: str, rate: float, seed: int, steps: int) -> dict[tuple[int, int], float]:
     """Train once, and return the quality of each average by its spacing and length."""
-    study = STUDIES[task_name]
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    task = study.make()
+    task = STUDIES[task_name].make()
     model = task.model()
     random = Generator().manual_seed(seed)
-    optimizer: torch.optim.Optimizer
-    if study.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(model.parameters(), lr=rate, fused=True)
-    else:
-        momentum = getattr(study.make, "momentum", 0.9)
-        optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=momentum, fused=True)
-    scheduler = AnytimeAutoDrop(optimizer, average=False)
+    optimizer, scheduler = make_schedule(task_name, "anytime", model, rate, steps, warm_up=0)
     averages = {n: ParameterAverage(lambda: list(model.named_parameters())) for n in PARTS}
     found = {}
     for step in range(1, steps + 1):

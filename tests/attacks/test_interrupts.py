@@ -225,6 +225,20 @@ def test_an_interrupted_average_leaves_training_alive() -> None:
     assert not wrong, f"{len(wrong)} of {len(tried)} places:\n" + "\n".join(wrong[:6])
 
 
+def steps_with_interrupt(
+    optimizer: Given, scheduler: Any, steps: int, close: int, at: int | None
+) -> Interrupter:
+    """Take the steps of a run, and interrupt the scheduler in one of them at a place."""
+    for t in range(1, steps + 1):
+        optimizer.step()
+        if t == close:
+            with Interrupter(at) as interrupter, contextlib.suppress(KeyboardInterrupt):
+                scheduler.step()
+        else:
+            scheduler.step()
+    return interrupter
+
+
 def test_an_interrupted_close_doubles_the_window() -> None:
     """Where a close is known, the window is what other ranks have; and no cosine is false."""
     iterates = process("mean-reverting", 255, n=30)
@@ -235,14 +249,7 @@ def test_an_interrupted_close_doubles_the_window() -> None:
         scheduler = AnytimeAutoDrop(optimizer, min_window=4, windows=4)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # that a window is discarded
-            for t in range(1, len(iterates) + 1):
-                optimizer.step()
-                if t == close:
-                    with Interrupter(at) as interrupter, contextlib.suppress(KeyboardInterrupt):
-                        scheduler.step()
-                else:
-                    scheduler.step()
-        return scheduler, interrupter
+            return scheduler, steps_with_interrupt(optimizer, scheduler, len(iterates), close, at)
 
     def problems(scheduler: AnytimeAutoDrop) -> Iterator[str]:
         history = scheduler.history
@@ -295,14 +302,7 @@ def test_an_interrupt_in_an_automatic_warm_up(kind: str, close: int) -> None:
         optimizer = Given(iterates, dtype=torch.float64)
         window = {"window": 16} if kind == "AutoDrop" else {}
         scheduler = getattr(autodrop_ext, kind)(optimizer, warmup_steps="auto", **window)
-        for t in range(1, len(iterates) + 1):
-            optimizer.step()
-            if t == close:
-                with Interrupter(at) as interrupter, contextlib.suppress(KeyboardInterrupt):
-                    scheduler.step()
-            else:
-                scheduler.step()
-        return scheduler, interrupter
+        return scheduler, steps_with_interrupt(optimizer, scheduler, len(iterates), close, at)
 
     def problems(scheduler: Any, highest: float) -> Iterator[str]:
         steps = [d.step for d in scheduler.history]

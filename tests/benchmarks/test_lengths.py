@@ -76,7 +76,7 @@ def test_a_constant_rate_has_the_average_of_a_schedule_that_never_drops(
 def test_rates_after_a_warm_up() -> None:
     model = nn.Linear(1, 1)
     name, steps = "sqrt300+average, warm-up", 20
-    optimizer, scheduler = lengths._build("digits", name, model, 0.5, steps, warm_up=4)
+    optimizer, scheduler = lengths.make_schedule("digits", name, model, 0.5, steps, warm_up=4)
     rates = []
     for _ in range(steps):
         rates.append(optimizer.param_groups[0]["lr"])
@@ -84,7 +84,9 @@ def test_rates_after_a_warm_up() -> None:
         scheduler.step()
     warming = [0.125, 0.25, 0.375, 0.5]
     assert rates == pytest.approx(warming + [0.5 * math.sqrt(300 / (t + 300)) for t in range(16)])
-    optimizer, scheduler = lengths._build("digits", "cosine, warm-up", model, 0.5, 8, warm_up=4)
+    optimizer, scheduler = lengths.make_schedule(
+        "digits", "cosine, warm-up", model, 0.5, 8, warm_up=4
+    )
     rates = [scheduler.lr_lambdas[0](t) for t in range(9)]
     assert rates == pytest.approx([0.25, 0.5, 0.75, 1, 1, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5, 0])
 
