@@ -315,6 +315,29 @@ def test_adapters_that_are_trained_in_turn_are_all_measured(window: int) -> None
     assert measured == angles[-len(measured) :]  # to the bit: the same values in the same order
 
 
+def test_adapters_that_are_trained_in_turn_within_an_epoch_are_all_measured() -> None:
+    """Neither the beginning nor the end of an epoch finds the second one trained."""
+    generator = torch.Generator().manual_seed(0)
+    adapters = [nn.Parameter(torch.zeros(4), requires_grad=False) for _ in range(3)]
+    scheduler = EpochAutoDrop(torch.optim.SGD(adapters, lr=0.1))
+    meter = AngularVelocity([p.detach() for p in adapters], window=1)
+    angles = []
+    with pytest.warns(RuntimeWarning, match="replaced, added, resized or unfrozen") as caught:
+        for _ in range(12):
+            for turn in range(3):
+                for i, p in enumerate(adapters):
+                    p.requires_grad_(i == turn)
+                    p.grad = torch.randn(4, generator=generator) - 1 if i == turn else None
+                scheduler.optimizer.step()
+            scheduler.step()
+            if (reading := meter.observe()) is not None:
+                angles.append(reading.angle)
+    assert len(caught) == 1
+    measured = [decision.angle for decision in scheduler.history][-8:]
+    assert None not in measured
+    assert measured == angles[-8:]  # to the bit: the same values in the same order
+
+
 @pytest.mark.parametrize("kind", [AutoDrop, EpochAutoDrop])
 def test_parameters_without_gradients_of_their_own_are_measured(kind: Any) -> None:
     """As master weights whose gradients are copied from the model's and deleted after the step."""
